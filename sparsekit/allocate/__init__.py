@@ -1,0 +1,1 @@
+"""Allocation rules: `(linears: name -> parameters, sparsity, *, options) -> name -> sparsity`, the total conserved."""

@@ -1,0 +1,217 @@
+"""Which weights go: unstructured sparsity and n:m groups.
+
+A pattern turns a score into a mask. Counts are exact, also among equal scores, and never more than was asked for.
+"""
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["row", "matrix"] | int  # an int: blocks of that many columns, all rows jointly
+_PAIRWISE = 16  # up to this group, comparing all pairs beats selecting
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Remove the fraction `sparsity` of the weights, wherever they are: 0 <= sparsity < 1.
+
+    >>> Unstructured(0.5).keep(torch.tensor([[1.0, 4.0, 3.0, 2.0]]))
+    tensor([[False,  True,  True, False]])
+    >>> str(Unstructured(0.625))
+    '62.5%'
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", float(self.sparsity) + 0.0)  # -0.0 becomes 0.0
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity is the fraction removed, from 0 up to but not including 1; {self.sparsity} is not"
+            )
+
+    def __str__(self) -> str:
+        return f"{(Decimal(repr(self.sparsity)) * 100).normalize():f}%"
+
+    def pruned(self, total: int) -> int:
+        """How many of `total` weights go: floor(sparsity * total), exact in the decimal text of the sparsity.
+
+        >>> Unstructured(0.29).pruned(100), int(0.29 * 100)
+        (29, 28)
+        """
+        return int(Fraction(repr(self.sparsity)) * total)
+
+    def keep(self, score: Tensor, per: Scope = "row") -> Tensor:
+        """The mask (out, in) of what stays: in every scope the lowest scores go, of equal scores the earlier first.
+
+        per: "row", "matrix", or an int: blocks of that many columns, all rows jointly.
+        Raises ValueError for NaN in the score.
+        """
+        _check_score(score)
+        mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+        for part, out in zip(_scopes(score, per), _scopes(mask, per), strict=True):
+            flat = part if per == "row" else part.reshape(1, -1)
+            out.copy_(_lowest(flat, self.pruned(flat.shape[1])).logical_not_().view(part.shape))
+        return mask
+
+    def satisfied(self, weight: Tensor, per: Scope = "row") -> bool:
+        """Whether every scope of `weight` (out, in) has at least the zeros that this pattern asks for."""
+        for part in _scopes(weight == 0, per):
+            flat = part if per == "row" else part.reshape(1, -1)
+            if (flat.sum(1) < self.pruned(flat.shape[1])).any():
+                return False
+        return True
+
+    def check(self, width: int, name: str) -> None:
+        """Every width will do."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class NM:
+    """Keep `keep` of every `group` consecutive input columns of a row: 1 <= keep < group.
+
+    >>> NM(2, 4).keep(torch.tensor([[1.0, 4.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]]))
+    tensor([[False,  True,  True, False],
+            [False, False,  True,  True]])
+    >>> NM(keep=1, group=4), NM(1, 4).sparsity
+    (NM(keep=1, group=4), 0.75)
+    """
+
+    kept: int
+    group: int
+
+    def __init__(self, keep: int, group: int) -> None:
+        if not 1 <= keep < group:
+            raise ValueError(
+                f"{keep}:{group} keeps {keep} of {group}; the first number must be at least 1 and below the second"
+            )
+        object.__setattr__(self, "kept", int(keep))
+        object.__setattr__(self, "group", int(group))
+
+    def __str__(self) -> str:
+        return f"{self.kept}:{self.group}"
+
+    def __repr__(self) -> str:
+        return f"NM(keep={self.kept}, group={self.group})"
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed."""
+        return (self.group - self.kept) / self.group
+
+    def keep(self, score: Tensor, per: Scope = "row") -> Tensor:
+        """The mask (out, in) of what stays; `per` changes nothing, as a group is its own scope.
+
+        Raises ValueError for NaN in the score and for a width that the group does not divide.
+        """
+        _check_score(score)
+        self.check(score.shape[1], "this layer")
+        groups = score.reshape(-1, self.group)
+        pruned = self.group - self.kept
+        if self.group > _PAIRWISE:
+            return _lowest(groups, pruned).logical_not_().view(score.shape)
+        return (_rank(groups) >= pruned).reshape(score.shape)
+
+    def satisfied(self, weight: Tensor, per: Scope = "row") -> bool:
+        """Whether every group of `weight` (out, in) has at least group - keep zeros."""
+        if weight.shape[1] % self.group:
+            return False
+        zeros = (weight == 0).reshape(-1, self.group).sum(1)
+        return bool((zeros >= self.group - self.kept).all())
+
+    def check(self, width: int, name: str) -> None:
+        """Raise ValueError when the group does not divide a layer of `width` input columns."""
+        if width % self.group == 0:
+            return
+        fitting = [group for group in range(2, 65) if width % group == 0]
+        same = [
+            f"{self.kept * group // self.group}:{group}" for group in fitting if self.kept * group % self.group == 0
+        ]
+        if same:
+            advice = f"the same sparsity fits as {', '.join(same)}"
+        elif fitting:
+            advice = f"groups of {', '.join(map(str, fitting))} would"
+        else:
+            advice = "no group from 2 to 64 does"
+        raise ValueError(
+            f"{name} has {width} input columns, which groups of {self.group} ({self}) do not divide: {advice}; "
+            f'or ask for "{Unstructured(self.sparsity)}", or leave this layer out'
+        )
+
+
+Pattern = Unstructured | NM
+
+
+def parse(text: "str | float | Pattern") -> Pattern:
+    """Read a pattern: "50%", "2:4" (2 kept of 4), or the fraction removed as 0.5 or "0.5".
+
+    >>> parse("2:4"), parse("33.3%"), parse(0.5) == parse("50%")
+    (NM(keep=2, group=4), Unstructured(sparsity=0.333), True)
+    >>> parse("50")
+    Traceback (most recent call last):
+    ValueError: pattern "50" is not a fraction below 1; for 50 percent write "50%"
+    """
+    if isinstance(text, Unstructured | NM):
+        return text
+    asked = str(text).strip()
+    if pair := re.fullmatch(r"(\d+)\s*:\s*(\d+)", asked):
+        return NM(int(pair[1]), int(pair[2]))
+    percent = asked.endswith("%")
+    try:
+        number = Decimal(asked.removesuffix("%").strip())
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite():
+        raise ValueError(f'pattern "{asked}" is not understood; write "50%", "2:4" (2 kept of 4) or 0.5')
+    if not percent and 1 <= number < 100:
+        raise ValueError(f'pattern "{asked}" is not a fraction below 1; for {number:f} percent write "{number:f}%"')
+    fraction = number / 100 if percent else number
+    if not 0 <= fraction < 1:
+        raise ValueError(f'pattern "{asked}" must remove at least 0% and less than 100% of the weights')
+    return Unstructured(float(fraction))
+
+
+def _scopes(matrix: Tensor, per: Scope) -> tuple[Tensor, ...]:
+    if per in ("row", "matrix"):
+        return (matrix,)
+    if isinstance(per, int) and not isinstance(per, bool) and per > 0:
+        return matrix.split(per, dim=1)
+    raise ValueError(f'per is "row", "matrix" or a number of columns, not {per!r}')
+
+
+def _check_score(score: Tensor) -> None:
+    if score.ndim != 2:
+        raise ValueError(f"a score is a matrix (out, in), not of shape {tuple(score.shape)}")
+    if score.isnan().any():
+        raise ValueError("the score contains NaN, so its lowest entries are not defined; look at the weight and inputs")
+
+
+def _lowest(score: Tensor, count: int) -> Tensor:
+    """The `count` lowest entries of every row of `score` (rows, n), of equal ones the earliest."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    threshold = score.kthvalue(count, dim=1, keepdim=True).values  # (rows, 1)
+    lowest = score <= threshold
+    tied = (lowest.sum(1) != count).nonzero().squeeze(1)
+    if len(tied):  # sorting everything for their sake would dominate a walk
+        score, threshold = score[tied], threshold[tied]
+        below, equal = score < threshold, score == threshold
+        missing = count - below.sum(1, keepdim=True)
+        lowest[tied] = below | (equal & (equal.cumsum(1) <= missing))
+    return lowest
+
+
+def _rank(groups: Tensor) -> Tensor:
+    """The rank of every entry in its row of `groups` (n, group), of equal ones the earlier first."""
+    columns = groups.t().contiguous()  # (group, n): long vectors, few operations
+    rank = torch.zeros_like(columns, dtype=torch.uint8)
+    for i in range(len(columns) - 1):
+        first = columns[i] <= columns[i + 1 :]
+        rank[i + 1 :] += first
+        rank[i] += first.logical_not_().sum(0, dtype=torch.uint8)
+    return rank.t()

@@ -1,0 +1,91 @@
+"""Refit: the best weights on a support that another solver has chosen."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from sparsekit.pattern import Pattern
+from sparsekit.statistics import Stats
+
+
+@torch.no_grad()
+def refit(
+    weight: Tensor,
+    stats: Stats,
+    pattern: Pattern,
+    init: Tensor,
+    *,
+    damping: float = 0.1,
+    iterations: int = 100,
+    tolerance: float = 1e-3,
+) -> Tensor:
+    """Minimise ||V x - W x_d||^2 + ridge ||V - W||^2 over V with the zeros of `init`, starting from it.
+
+    Conjugate gradients with the diagonal as preconditioner, projected on the support, all rows at once. What is zero in
+    `init` stays zero, bit for bit; `pattern` is not looked at. No row ends above its start in this objective.
+
+    damping: the ridge in units of the mean diagonal of the Gram. 0.1 and not SparseGPT's 0.01, as a whole row fitted at
+        once overfits: with 6k tokens on q, o, up and down of a SmolLM2-135M block, 50% and 2:4, the error on other
+        tokens was equal (q) or lower (the rest, up to 5%), in fewer iterations.
+    iterations: at most; a warning says when the tolerance was not reached.
+    tolerance: stop once an iteration lowers the objective by less than this fraction of it.
+
+    Source: the mask of any paper, least squares on its support; ALPS (Meng et al. 2024) ends with the same system.
+    Cost: one product (out, in) x (in, in) an iteration. Raises ValueError for a weight or init that is not finite or
+    does not fit the statistics.
+    """
+    stats.check_weight(weight)
+    stats.check_weight(init)
+    if init.shape != weight.shape:
+        raise ValueError(f"init has shape {tuple(init.shape)}, the weight {tuple(weight.shape)}; they must be the same")
+    if not damping >= 0 or iterations < 1 or not tolerance >= 0:
+        raise ValueError(
+            "damping and tolerance must be at least 0 and iterations at least 1, "
+            f"not {damping}, {tolerance} and {iterations}"
+        )
+    gram, dense, answer = stats.gram, weight.to(stats.gram), init.to(stats.gram, copy=True)
+    support = init != 0
+    diagonal = gram.diagonal()
+    ridge = float(damping * diagonal.mean())
+    precondition = 1 / (diagonal + ridge).where(diagonal + ridge > 0, 1)  # (in,)
+    pull = 0 if stats.drift_cross is None else dense @ stats.drift_cross  # (out, in)
+    constant = 0.0 if stats.drift_gram is None else float((dense @ stats.drift_gram * dense).sum(dtype=torch.float64))
+
+    def damped(rows: Tensor) -> Tensor:
+        return torch.addmm(rows, rows, gram, beta=ridge)
+
+    def objective(product: Tensor) -> Tensor:
+        return ((answer - dense) * (product - 2 * pull)).sum(1, keepdim=True, dtype=torch.float64)  # (out, 1)
+
+    product = damped(answer - dense)
+    start = objective(product)
+    first = left = float(start.sum()) + constant
+    smallest = torch.finfo(gram.dtype).eps * first
+    residual = (pull - product).mul_(support)
+    direction = residual * precondition
+    slope = (residual * direction).sum(1, keepdim=True)  # (out, 1): every row is a problem of its own
+    for _ in range(iterations):
+        product = damped(direction).mul_(support)
+        step = _ratio(slope, (direction * product).sum(1, keepdim=True))
+        answer.addcmul_(step, direction)
+        residual.addcmul_(step, product, value=-1)
+        gain = float((step * slope).sum())
+        left -= gain
+        if gain <= max(tolerance * left, smallest):
+            break
+        scaled = residual * precondition
+        previous, slope = slope, (residual * scaled).sum(1, keepdim=True)
+        direction.mul_(_ratio(slope, previous)).add_(scaled)
+    else:
+        warnings.warn(
+            f"refit stopped after {iterations} iterations, the last of which lowered the objective by "
+            f"{gain / max(left, smallest):.1e} of it (tolerance {tolerance:g}); raise iterations, tolerance or damping",
+            stacklevel=2,
+        )
+    better = objective(damped(answer - dense)) <= start  # rounding can undo a row that had nothing to gain
+    return answer.where(better & support, init.to(answer).where(support, 0)).to(weight.dtype)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return torch.where(below > 0, above / below, 0)

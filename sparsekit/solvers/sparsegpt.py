@@ -1,0 +1,102 @@
+"""SparseGPT: optimal brain surgeon, one column at a time."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from sparsekit.pattern import NM, Pattern
+from sparsekit.statistics import Stats
+
+_STRIP = 16  # columns that are updated one by one before a matrix product updates the rest of their block
+_LARGEST_DAMPING = 1e4
+
+
+@torch.no_grad()
+def sparsegpt(weight: Tensor, stats: Stats, pattern: Pattern, *, block: int = 128, damping: float = 0.01) -> Tensor:
+    """Prune column by column; after each, move the later columns of its row to make up for what was lost.
+
+    With H = gram + damping * mean(diag(gram)) * I and U the upper Cholesky factor of its inverse (H^-1 = U'U), removing
+    w_j costs w_j^2 / U_jj^2 and the best answer to it is W[:, j:] -= w_j / U_jj * U[j, j:]. Unstructured masks are
+    chosen for each block of columns, over all rows jointly, from the weights as they are when the block is reached; n:m
+    masks when the group is reached. Inputs that are always zero get weight zero.
+
+    With a dense stream the start is not W but the least-squares answer to its target,
+    W + W drift_cross H^-1 = argmin ||V x - W x_d||^2 + ridge ||V - W||^2, for which the same U holds.
+
+    block: columns whose mask is chosen together; rounded up to a multiple of the group for n:m.
+    damping: in units of the mean diagonal. Raised tenfold, with a warning, until the Cholesky factor exists.
+
+    Source: Frantar & Alistarh 2023, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, alg. 1.
+    Cost: O(in^3 + out in^2) and two more matrices of the Gram's size; the factor is shared by linears of one input.
+    Raises ValueError for a weight that is not finite or does not fit the statistics or the pattern.
+    """
+    stats.check_weight(weight)
+    pattern.check(stats.width, "this layer")
+    if block < 1 or not damping >= 0:
+        raise ValueError(f"block must be at least 1 and damping at least 0, not {block} and {damping}")
+    upper, used = stats.cached(("sparsegpt", damping), lambda: _factor(stats.gram, damping))
+    if used != damping:
+        warnings.warn(
+            f"the Gram (width {stats.width}, {stats.count} tokens) has no Cholesky factor with damping {damping:g}; "
+            f"damping {used:g} was used",
+            stacklevel=2,
+        )
+    start = weight.to(stats.gram)
+    if stats.drift_cross is not None:
+        start = start + (start @ stats.drift_cross) @ upper.t() @ upper
+    columns = start.t().clone(memory_format=torch.contiguous_format)  # (in, out): a column in one piece
+    columns[stats.gram.diagonal() == 0] = 0
+    _prune(columns, upper, pattern, block)
+    return columns.t().contiguous().to(weight.dtype)
+
+
+def _factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U with (gram + damping)^-1 = U'U and the damping that it took.
+
+    Reversed in both directions, the Cholesky factor L of the Gram gives U = L^-1 reversed back: no explicit inverse.
+    """
+    diagonal = gram.diagonal()
+    mean, live = diagonal.mean(), diagonal.where(diagonal != 0, 1).flip(0)
+    while damping <= _LARGEST_DAMPING:
+        lower = gram.flip(0, 1).t()  # symmetric: .t() only gives the memory order in which LAPACK works in place
+        lower.diagonal().copy_(live + damping * mean)
+        info = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if info == 0:
+            inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).t()
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            return inverse.flip(0, 1), damping
+        damping = damping * 10 or 1e-4
+    raise ValueError("the Gram is not positive semi-definite with any damping; are the inputs finite?")
+
+
+def _prune(columns: Tensor, upper: Tensor, pattern: Pattern, block: int) -> None:
+    """Prune `columns` (in, out) in place."""
+    group = pattern.group if isinstance(pattern, NM) else 1
+    block, strip = (-(-size // group) * group for size in (block, _STRIP))  # rounded up to whole groups
+    width, pivot = len(columns), upper.diagonal().unsqueeze(1)  # (in, 1)
+    scale = torch.zeros_like(columns[:block])  # 1 / U_jj where pruned, else 0
+    errors = torch.empty_like(scale)
+
+    def choose(first: int, last: int, into: Tensor) -> None:
+        pruned = ~pattern.keep((columns[first:last] / pivot[first:last]).square_().t(), per="matrix").t()
+        torch.div(pruned, pivot[first:last], out=into)
+
+    for first in range(0, width, block):
+        last = min(first + block, width)
+        if group == 1:
+            choose(first, last, scale[: last - first])
+        for left in range(first, last, strip):
+            right = min(left + strip, last)
+            for j in range(left, right):
+                i = j - first
+                if group > 1 and j % group == 0:
+                    choose(j, j + group, scale[i : i + group])
+                error = torch.mul(columns[j], scale[i], out=errors[i])
+                columns[j + 1 : right].addr_(upper[j, j + 1 : right], error, alpha=-1)
+            done = errors[left - first : right - first]
+            columns[right:last].addmm_(upper[left:right, right:last].t(), done, alpha=-1)
+        columns[last:].addmm_(upper[first:last, last:].t(), errors[: last - first], alpha=-1)
+        columns[first:last].masked_fill_(scale[: last - first] != 0, 0)

@@ -1,0 +1,20 @@
+"""Wanda: weights and activations."""
+
+from torch import Tensor
+
+from sparsekit.pattern import Pattern, Scope
+from sparsekit.statistics import Stats
+
+
+def wanda(weight: Tensor, stats: Stats, pattern: Pattern, *, per: Scope = "row") -> Tensor:
+    """Keep the weights of largest |W_ij| ||x_j|| in every output row and leave them as they are.
+
+    per: where weights compete: "row" (the paper's), "matrix", or a number of columns.
+
+    Source: Sun et al. 2023, A Simple and Effective Pruning Approach for Large Language Models, eq. 1.
+    Cost: one selection; of the Gram only the diagonal is used. Raises ValueError for a weight that is not finite or
+    does not fit the statistics, and for inputs that are not finite.
+    """
+    stats.check_weight(weight)
+    score = weight.abs() * stats.gram.diagonal().sqrt()  # (out, in)
+    return weight.masked_fill(~pattern.keep(score, per=per), 0)

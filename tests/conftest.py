@@ -1,0 +1,25 @@
+"""Fixtures of all tests. No test asks the network for anything."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads would only wait for one another
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def shared() -> Path:
+    path = Path(__file__).parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip("../shared is absent: real text and models are not here")
+    return path
+
+
+@pytest.fixture
+def models() -> Path:
+    """The folder of the tiny trained models, tiny-llama and tiny-opt."""
+    return Path(__file__).parent / "models"
