@@ -1,0 +1,193 @@
+"""The command line. Heavy libraries are imported by the command that needs them, and by no other."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sparsekit import __version__
+
+if TYPE_CHECKING:
+    from entrypoints import EntryPoint
+    from rich.console import Console
+
+MISTAKE, FAILED, INTERRUPTED = 2, 1, 130  # exit status: the user's, the result's or the machine's, Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0 only when everything asked for is true.
+
+    2: a mistake in what was given (one message, no traceback). 1: the result is not as asked, or the machine failed,
+    such as a full disk. 130: Ctrl-C. A defect of sparsekit itself stays a traceback.
+    """
+    parser = _parser()
+    given = parser.parse_args(argv)
+    if given.command is None:
+        parser.print_help(sys.stderr)
+        return MISTAKE
+    try:
+        return {"fit": fit, "eval": evaluate, "verify": verify, "methods": methods, "schema": schema}[given.command](
+            given
+        )
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"sparsekit: {error}", file=sys.stderr)
+        return MISTAKE
+    except OSError as error:
+        print(f"sparsekit: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        advice = ": finished blocks are kept, run again with --resume to go on" if given.command == "fit" else ""
+        print(f"sparsekit: stopped{advice}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def fit(given: argparse.Namespace) -> int:
+    """`sparsekit fit`: the recipe is checked in full before a model is looked at."""
+    from sparsekit.recipe import RecipeError, check_options, load_recipe
+
+    recipe = load_recipe(given.recipe, given.set)
+    if problems := check_options(recipe):
+        raise RecipeError(problems)
+    from sparsekit import run
+
+    return run.fit(recipe, resume=given.resume, dry_run=given.dry_run)
+
+
+def evaluate(given: argparse.Namespace) -> int:
+    """`sparsekit eval`: perplexities and tasks of any checkpoint, beside another one where asked."""
+    if not given.perplexity and not given.task:
+        raise ValueError("nothing to measure: give --perplexity (a source or a file), --task, or both")
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparsekit import run
+    from sparsekit.evaluate import check
+
+    texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
+    settings = {"perplexity": texts, "tasks": given.task, "length": given.length}
+    check(settings)
+    paths = [given.path] + ([given.against] if given.against else [])
+    found = {path: run.evaluate_path(path, settings) for path in paths}
+    table = Table("", *paths)
+    for name in found[given.path]["perplexity"]:
+        table.add_row(f"perplexity of {name}", *(f"{found[path]['perplexity'][name]:.4g}" for path in paths))
+    for task, metrics in found[given.path]["tasks"].items():
+        for metric in metrics:
+            table.add_row(f"{task} {metric}", *(f"{found[path]['tasks'][task][metric]:.4g}" for path in paths))
+    Console().print(table)
+    return 0
+
+
+def verify(given: argparse.Namespace) -> int:
+    """`sparsekit verify`: prove from disk that a checkpoint is what it should be."""
+    from sparsekit.verify import verify as check
+
+    found = check(given.path, pattern=given.pattern, against=given.against)
+    for failure in found.failures:
+        print(f"FAILED  {failure}")
+    asked = f", {given.pattern}" if given.pattern else ""
+    print(f"{given.path}: {len(found.per_linear)} linears, {found.total:.2%} zeros{asked}: ", end="")
+    print(f"{len(found.failures)} failures" if found.failures else "verified")
+    return FAILED if found.failures else 0
+
+
+def methods(given: argparse.Namespace) -> int:
+    """`sparsekit methods`: everything installed, read from source text so that nothing is imported."""
+    from rich.console import Console
+
+    from sparsekit import plugins
+
+    console = Console(highlight=False, soft_wrap=True)
+    found = [(group, entry) for group in plugins.GROUPS for entry in plugins.entries(group)]
+    if given.name is not None:
+        chosen = [pair for pair in found if plugins.normal(pair[1].name) == plugins.normal(given.name)]
+        if not chosen:
+            valid = [entry.name for _, entry in found]
+            raise plugins.UnknownName(f"unknown method `{given.name}`, {plugins.suggest(given.name, valid)}")
+        for group, entry in chosen:
+            _show_method(console, group, entry)
+        return 0
+    width = max((len(entry.name) for _, entry in found), default=0)
+    for group in plugins.GROUPS:
+        console.print(f"{group}", style="bold")
+        for entry in plugins.entries(group):
+            read = plugins.describe(entry)
+            console.print(f"  {entry.name:<{width}}  {read.summary}", markup=False)
+            known = ", ".join(option.name for option in read.options)
+            chain = CHAIN[read.start] if group == "solvers" else ""
+            notes = [chain, f"options: {known}" if known else "", plugins.package(entry), read.source]
+            console.print(f"  {'':<{width}}  {' | '.join(filter(None, notes))}", style="dim", markup=False)
+        if not plugins.entries(group):
+            console.print("  none installed")
+    return 0
+
+
+CHAIN = {"none": "begins a chain", "optional": "begins or continues a chain", "required": "continues a chain"}
+
+
+def _show_method(console: "Console", group: str, entry: "EntryPoint") -> None:
+    from sparsekit import plugins
+
+    read = plugins.describe(entry)
+    chain = f", {CHAIN[read.start]}" if group == "solvers" else ""
+    console.print(f"{entry.name}", style="bold", end="")
+    console.print(f"  ({group[:-1]}{chain}; {plugins.package(entry)})\n\n{read.doc}\n", markup=False)
+    console.print("options:" if read.options else "options: none", style="bold")
+    for option in read.options:
+        kind = f": {option.type}" if option.type else ""
+        default = "  (required)" if option.default is None else f" = {option.default}"
+        console.print(f"  {option.name}{kind}{default}", markup=False)
+    console.print(f"\n{read.file}:{read.line}", style="dim", markup=False)
+
+
+def schema(given: argparse.Namespace) -> int:
+    """`sparsekit schema`: JSON Schema of recipes, with the installed names."""
+    import json
+
+    from sparsekit.recipe import schema as recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sparsekit", description="Make large transformers sparse.")
+    parser.add_argument("--version", action="version", version=f"sparsekit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    add = commands.add_parser("fit", help="prune a model as a recipe says, prove and measure the result")
+    add.add_argument("--recipe", required=True, metavar="FILE", help="the recipe, a YAML file")
+    add.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as in calibration.samples=8"
+    )
+    add.add_argument("--resume", action="store_true", help="go on after a crash, from the last finished block")
+    add.add_argument(
+        "--dry-run", action="store_true", help="check everything and say what it would take; prune nothing"
+    )
+
+    add = commands.add_parser("eval", help="measure any checkpoint")
+    add.add_argument("path", metavar="PATH", help="folder or hub name of a model")
+    add.add_argument(
+        "--perplexity", nargs="+", action="extend", default=[], metavar="SOURCE", help="a source or a file"
+    )
+    add.add_argument("--task", nargs="+", action="extend", default=[], metavar="TASK", help="a task of lm-eval")
+    add.add_argument("--length", type=_positive, default=2048, metavar="N", help="tokens of a window (default 2048)")
+    add.add_argument("--windows", type=_positive, metavar="N", help="only the first N windows of each text")
+    add.add_argument("--against", metavar="PATH", help="measure this model too, such as the dense one")
+
+    add = commands.add_parser("verify", help="prove from disk that a checkpoint is sparse and sound")
+    add.add_argument("path", metavar="PATH", help="folder of a model")
+    add.add_argument("--pattern", metavar="PATTERN", help='such as "2:4" or "50%%"')
+    add.add_argument("--against", metavar="SOURCE", help="the model it was made from: all else must be unchanged")
+
+    add = commands.add_parser("methods", help="list what is installed, or explain one of it")
+    add.add_argument("name", nargs="?", metavar="NAME", help="a solver, allocator, stage or source")
+
+    commands.add_parser("schema", help="print the JSON Schema of recipes, for your editor")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)

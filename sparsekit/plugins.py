@@ -1,0 +1,276 @@
+"""Names to functions: what is installed under the entry points `sparsekit.solvers`, `allocators`, `stages`, `sources`.
+
+Built-in methods come through the same door as anybody's plugin, and a module is imported only when its name is used.
+In names hyphen and underscore are the same letter; the published spelling is what is shown. An option of a method is
+a keyword-only parameter of its function.
+"""
+
+import ast
+import difflib
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import entrypoints
+
+GROUPS = ("solvers", "allocators", "stages", "sources")
+Start = Literal["none", "optional", "required"]
+SIMPLE: dict[str, type] = {t.__name__: t for t in (bool, int, float, str, list, dict)} | {"None": types.NoneType}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
+WORDS |= {dict: "a mapping", types.NoneType: "null"}
+
+
+class UnknownName(ValueError):
+    """A name that no installed package offers; the message has the nearest name and all valid ones."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as its source text has it; default is None where the option is required."""
+
+    name: str
+    type: str
+    default: str | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the source text of a method says, read without importing it; doc says why where it could not be read."""
+
+    doc: str
+    options: tuple[Option, ...] = ()
+    start: Start = "none"
+    file: str = ""
+    line: int = 0
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the docstring."""
+        first = " ".join(self.doc.split("\n\n")[0].split())
+        return re.split(r"(?<=[.!?]) ", first)[0]
+
+    @property
+    def source(self) -> str:
+        """What the docstring says after "Source:", the paper; empty if it does not say."""
+        said = re.search(r"^Source: (.*?)(?=^\w+: |\n\n|\Z)", self.doc, re.MULTILINE | re.DOTALL)
+        return " ".join(said[1].split()).rstrip(".") if said else ""
+
+
+def normal(name: str) -> str:
+    """The form in which names are compared: hyphens are underscores."""
+    return name.replace("-", "_")
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """The nearest of the valid names, if one is near, and the list of them, as the end of a sentence."""
+    spelling = {normal(each).lower(): each for each in valid}
+    near = difflib.get_close_matches(normal(name).lower(), spelling, n=1)
+    listed = f"valid: {', '.join(sorted(spelling.values())) or 'none'}"
+    return f"did you mean `{spelling[near[0]]}`? ({listed})" if near else listed
+
+
+def show(value: Any) -> str:
+    """A value as it would stand in YAML, shortened."""
+    text = json.dumps(value, default=repr, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def entries(group: str) -> list[entrypoints.EntryPoint]:
+    """All entry points of a group ("solvers" or "sparsekit.solvers"), each target once, sorted by name."""
+    short = group.removeprefix("sparsekit.")
+    if short not in GROUPS:
+        raise ValueError(f"unknown group `{group}`, {suggest(short, GROUPS)}")
+    # The same distribution may be seen twice (dist-info and egg-info); that is not two packages offering a name.
+    unique = {(normal(e.name), *_target(e)): e for e in reversed(entrypoints.get_group_all(f"sparsekit.{short}"))}
+    return [unique[key] for key in sorted(unique)]
+
+
+def names(group: str) -> list[str]:
+    """The names installed in a group, as published, sorted, each once."""
+    return list({normal(entry.name): entry.name for entry in entries(group)}.values())
+
+
+def find(group: str, name: str) -> entrypoints.EntryPoint:
+    """The entry point of this name, without importing it.
+
+    Raises UnknownName if nobody offers the name, ValueError if several packages do.
+    """
+    found = [entry for entry in entries(group) if normal(entry.name) == normal(name)]
+    kind = group.removeprefix("sparsekit.").removesuffix("s")
+    if not found:
+        raise UnknownName(f"unknown {kind} `{name}`, {suggest(name, names(group))}")
+    if len(found) > 1:
+        offers = " and ".join(f"{package(e)} ({e.module_name}:{e.object_name})" for e in found)
+        raise ValueError(f"{kind} `{name}` is offered by {offers}: uninstall all but one")
+    return found[0]
+
+
+def load(group: str, name: str) -> Callable[..., Any]:
+    """The function itself. ValueError naming plugin and package if its module cannot be imported."""
+    entry = find(group, name)
+    offer = f"`{entry.name}` of {package(entry)}"
+    try:
+        function = entry.load()
+    except Exception as error:  # a stranger's module may raise anything while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{offer} cannot be imported from {entry.module_name} ({reason})") from error
+    if not callable(function):
+        raise ValueError(f"{offer} is a {type(function).__name__}; an entry point must name a function")
+    return function
+
+
+def package(entry: entrypoints.EntryPoint) -> str:
+    """The distribution an entry point comes from and its version, such as "sparsekit 0.1.0"."""
+    if entry.distro is None:
+        return "an unknown package"
+    name, version = entry.distro.name, entry.distro.version
+    if version is None:  # an egg-info folder without a version in its name
+        from importlib import metadata
+
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return name
+    return f"{name} {version.split('-py')[0]}"
+
+
+def options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options of a method: its keyword-only parameters."""
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def start(function: Callable[..., Any]) -> Start:
+    """Whether a solver can start from an earlier answer: its parameter `init` is absent, has a default, or has none."""
+    init = inspect.signature(function).parameters.get("init")
+    if init is None:
+        return "none"
+    return "required" if init.default is init.empty else "optional"
+
+
+def option_problems(function: Callable[..., Any], given: dict[str, Any], also: Iterable[str] = ()) -> dict[str, str]:
+    """What is wrong with these options: option name -> sentence. Empty if nothing is.
+
+    also: further names to show as valid where one is unknown.
+
+    Only simple types are compared (bool, int, float, str, list, dict, None, Literal, and unions of them; a whole number
+    is a number); what a value may be beyond its type is for the function itself to say.
+    """
+    known = options(function)
+    spelling = {normal(name): name for name in known}
+    problems = {}
+    for name, value in given.items():
+        if normal(name) not in spelling:
+            problems[name] = f"unknown option `{name}`, {suggest(name, [*also, *known])}"
+        elif wrong := wrong_type(known[spelling[normal(name)]], value):
+            problems[name] = f"option `{name}` {wrong}"
+    there = {normal(name) for name in given}
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in there:
+            problems[name] = f"option `{name}` is required"
+    return problems
+
+
+def check_options(function: Callable[..., Any], given: dict[str, Any], where: str) -> list[str]:
+    """The sentences of `option_problems`, each after `where`."""
+    return [f"{where}: {problem}" for problem in option_problems(function, given).values()]
+
+
+def wrong_type(parameter: inspect.Parameter, value: Any) -> str | None:
+    """Why the value does not fit the parameter ("is 'x', must be a number"), or None where it fits or nobody knows."""
+    allowed = _choices(parameter.annotation)
+    if parameter.annotation is parameter.empty and type(parameter.default) in WORDS:
+        allowed = [type(parameter.default)] if parameter.default is not None else None
+    if allowed is None or (value is None and parameter.default is None):
+        return None
+    kinds = {each for each in allowed if isinstance(each, type)}
+    literals = [each for each in allowed if not isinstance(each, type)]
+    if type(value) in kinds or (type(value) is int and float in kinds) or value in literals:
+        return None
+    words = [WORDS[kind] for kind in WORDS if kind in kinds] + [show(each) for each in literals]
+    return f"is {show(value)}, must be {' or '.join(words)}"
+
+
+def describe(entry: entrypoints.EntryPoint) -> Description:
+    """Docstring, options and place of a method, from its source text: nothing is imported, torch least of all."""
+    module, name = entry.module_name, entry.object_name or ""
+    for _ in range(5):  # the name may be imported into its module from another one
+        spec = _spec(module)
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            return Description(f"({module} is not there as a Python file)")
+        try:
+            body = ast.parse(Path(spec.origin).read_bytes()).body
+        except (OSError, SyntaxError, ValueError) as error:
+            return Description(f"({spec.origin} cannot be read: {error})")
+        for node in body:
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                return _description(node, spec.origin)
+        found = [
+            (node, alias.name)
+            for node in body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if name == (alias.asname or alias.name)
+        ]
+        if not found:
+            break
+        source, name = found[0]
+        module = importlib.util.resolve_name("." * source.level + (source.module or ""), spec.parent)
+    return Description(f"({module} has no function {name} at its top level)")
+
+
+def _spec(module: str) -> importlib.machinery.ModuleSpec | None:
+    """Like importlib.util.find_spec, which would import the packages that the module is in."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    for part in rest:
+        if spec is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    return spec
+
+
+def _description(node: ast.FunctionDef, file: str) -> Description:
+    arguments = node.args
+    texts = [
+        Option(a.arg, ast.unparse(a.annotation) if a.annotation else "", ast.unparse(d) if d else None)
+        for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    ]
+    positional = [a.arg for a in [*arguments.posonlyargs, *arguments.args]]
+    begins: Start = "none"
+    if "init" in positional:
+        begins = "optional" if positional.index("init") >= len(positional) - len(arguments.defaults) else "required"
+    return Description(
+        inspect.cleandoc(ast.get_docstring(node) or "(no docstring)"), tuple(texts), begins, file, node.lineno
+    )
+
+
+def _choices(annotation: Any) -> list[Any] | None:
+    """Simple types and literal values that an annotation allows; None if any part of it is not simple."""
+    if isinstance(annotation, str):  # from __future__ import annotations
+        parts: Iterable[Any] = [SIMPLE.get(part.strip(), object) for part in annotation.split("|")]
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = typing.get_args(annotation)
+    else:
+        parts = [annotation]
+    found: list[Any] = []
+    for part in parts:
+        if typing.get_origin(part) is typing.Literal:
+            found += typing.get_args(part)
+        elif (kind := typing.get_origin(part) or part) in WORDS:
+            found.append(kind)
+        else:
+            return None
+    return found
+
+
+def _target(entry: entrypoints.EntryPoint) -> tuple[str, str]:
+    return entry.module_name, entry.object_name or ""
