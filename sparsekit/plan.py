@@ -1,0 +1,165 @@
+"""What a recipe comes to on a given model, known before any weight is read: blocks, groups, patterns, estimates."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit import plugins
+from sparsekit.blocks import Block, discover
+from sparsekit.checkpoint import locate, skeleton
+from sparsekit.pattern import NM, Pattern, Unstructured, parse
+from sparsekit.recipe import Recipe, RecipeError, check_options, kind, resolved
+from sparsekit.report import Meter, size
+from sparsekit.solvers.chain import chain
+
+SAMPLE_LENGTH = 8  # tokens of the forward pass that looks for groups
+BATCH_TOKENS = 2048  # tokens that go through a block at once unless the recipe says otherwise
+
+
+@dataclass
+class Plan:
+    """A checked recipe with the model's structure: everything but weights and text."""
+
+    recipe: Recipe
+    resolved: dict[str, Any]
+    folder: Path  # of the source checkpoint
+    model: nn.Module  # on the meta device
+    blocks: list[Block]
+    patterns: dict[str, Pattern]
+
+    @property
+    def batch(self) -> int:
+        """Sequences that go through a block at once."""
+        calibration = self.recipe.calibration
+        return calibration.batch or max(1, BATCH_TOKENS // calibration.length)
+
+    @property
+    def config(self) -> Any:
+        """The language model's configuration."""
+        return self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+
+    @property
+    def positions(self) -> int | None:
+        """The size of the model's position table."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What is inside the blocks but left as it is, and why."""
+        return {name: why for block in self.blocks for name, why in block.skipped.items()}
+
+    def solver(self, meter: Meter) -> Callable[..., Tensor]:
+        """The chain of the recipe's solvers, each one's time counted to its own name."""
+        return chain(*(timed(stage.name, _configured(stage), meter) for stage in self.recipe.stages))
+
+    def packages(self) -> tuple[str, ...]:
+        """The distributions that the recipe's methods come from."""
+        entries = [plugins.find("solvers", stage.name) for stage in self.recipe.stages]
+        entries += [plugins.find("allocators", self.recipe.allocation.name)]
+        entries += [plugins.find("sources", self.recipe.calibration.source)]
+        return tuple(sorted({entry.distro.name for entry in entries if entry.distro is not None}))
+
+
+def make(recipe: Recipe) -> Plan:
+    """Check a recipe against the installed methods and its model's structure.
+
+    Raises:
+        RecipeError: options or order of stages are wrong; all problems at once.
+        ValueError: there is no such model, or it cannot take the pattern.
+    """
+    problems = check_options(recipe)
+    problems += [
+        f"stage {index + 1}, `{stage.name}`, has a training loop of its own; this version runs layer-wise solvers only"
+        for index, stage in enumerate(recipe.stages)
+        if kind(stage) == "stage"
+    ]
+    if recipe.trainer.devices not in (1, "auto") and not (
+        isinstance(recipe.trainer.devices, list) and len(recipe.trainer.devices) == 1
+    ):
+        problems.append(f"`trainer.devices` is {recipe.trainer.devices}; this version walks on one device, give 1")
+    if problems:
+        raise RecipeError(problems)
+    folder = locate(recipe.model.model_dump())
+    model = skeleton(folder, trust_remote_code=recipe.model.trust_remote_code)
+    blocks = discover(model, torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device="meta"))
+    return Plan(recipe, resolved(recipe), folder, model, blocks, allocate(recipe, blocks))
+
+
+def allocate(recipe: Recipe, blocks: list[Block]) -> dict[str, Pattern]:
+    """Every linear's pattern, by the recipe's allocation rule.
+
+    Raises:
+        ValueError: a pattern does not divide a layer's width, or the rule did not conserve the total.
+    """
+    pattern = parse(recipe.pattern)
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    for name, linear in linears.items():
+        pattern.check(linear.shape[1], name)
+    if isinstance(pattern, NM):
+        return dict.fromkeys(linears, pattern)
+    rule = recipe.allocation
+    counts = {name: linear.weight.numel() for name, linear in linears.items()}
+    given = plugins.load("allocators", rule.name)(counts, pattern.sparsity, **_underscored(rule.options))
+    if given.keys() != counts.keys() or not all(0 <= value < 1 for value in given.values()):
+        raise ValueError(f"allocation `{rule.name}` must give every linear a sparsity from 0 to below 1")
+    total = sum(given[name] * counts[name] for name in counts) / sum(counts.values())
+    if abs(total - pattern.sparsity) > 1e-6:
+        raise ValueError(f"allocation `{rule.name}` gives {total:.4%} in total, {pattern} was asked")
+    return {name: Unstructured(value) for name, value in given.items()}
+
+
+def timed(name: str, solver: Callable[..., Tensor], meter: Meter) -> Callable[..., Tensor]:
+    """The same solver, its time and memory counted to `name`; its signature stays visible through partial."""
+
+    def run(*args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+        with meter.stage(name):
+            return function(*args, **kwargs)
+
+    call = partial(run, function=solver)
+    call.__signature__ = inspect.signature(solver)  # type: ignore[attr-defined]
+    return call
+
+
+def _configured(stage: Any) -> Callable[..., Tensor]:
+    return partial(plugins.load("solvers", stage.name), **_underscored(stage.options))
+
+
+def _underscored(options: dict[str, Any]) -> dict[str, Any]:
+    return {plugins.normal(name): value for name, value in options.items()}
+
+
+def estimates(plan: Plan) -> dict[str, str]:
+    """What a run will need, from shapes alone."""
+    calibration = plan.recipe.calibration
+    config, given = plan.config, plan.recipe.model.dtype
+    dtype = (config.dtype or torch.float32) if given == "auto" else getattr(torch, given)
+    parameters = sum(parameter.numel() for parameter in plan.model.parameters())
+    largest = max(sum(p.numel() for p in block.module.parameters()) for block in plan.blocks)
+    grams = max(sum(_width(block, names) ** 2 for names in block.groups) for block in plan.blocks)
+    widest = max(_width(block, names) for block in plan.blocks for names in block.groups)
+    tokens = calibration.samples * calibration.length
+    streams = 2 if plan.recipe.error_correction == "model" else 1
+    activations = tokens * config.hidden_size * dtype.itemsize * streams
+    pruned = sum(linear.weight.numel() for block in plan.blocks for linear in block.linears.values())
+    gram_work = 2 * tokens * sum(_width(block, names) ** 2 for block in plan.blocks for names in block.groups)
+    passes = {"none": 1, "prefix": 2}.get(plan.recipe.error_correction) or 2 + len(plan.blocks[0].groups)
+    return {
+        "weights on disk and in memory": size(parameters * dtype.itemsize),
+        "one block, in float32": size(largest * 4),
+        "Grams of one block": size(grams * 4),
+        "factorization of the widest Gram": size(2 * widest**2 * 4),
+        "activations": f"{size(activations)}, of which at most {size(plan.recipe.memory.activations)} in memory",
+        "forward work": f"{passes * 2 * tokens * pruned / 1e12:.2f} TFLOP in {passes} passes over {tokens:,} tokens",
+        "Gram work": f"{gram_work / 1e12:.2f} TFLOP",
+        "weights to prune": f"{pruned:,} of {parameters:,}",
+    }
+
+
+def _width(block: Block, names: list[str]) -> int:
+    return block.linears[names[0]].shape[1]

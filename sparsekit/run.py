@@ -1,0 +1,421 @@
+"""`sparsekit fit`: from a checked recipe to a model on disk that is verified, measured and reported."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from sparsekit import checkpoint, data, evaluate, plan, recipe, report
+from sparsekit.blocks import Block, discover, first_inputs
+from sparsekit.commits import Commits, pack, sync, unpack, write_atomically, write_json
+from sparsekit.plan import Plan
+from sparsekit.recipe import Recipe
+from sparsekit.store import ActivationStore
+from sparsekit.verify import verify
+
+STATE = "run.json"  # the fingerprint of a run that has begun
+REPORT = "report.json"  # written last: its presence means that the run is finished
+# keys of a recipe that do not change the weights, so that a resumed run may change them
+FREE = ("output", "memory", "evaluate", "keep")
+
+
+def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None) -> int:
+    """Run a recipe. Returns 0 when everything asked for is true, 1 when verification failed.
+
+    Raises:
+        ValueError: the recipe, the model, the text or the output folder cannot be used; nothing was overwritten.
+        OSError: the disk is full or a folder cannot be written; committed blocks are kept.
+    """
+    console = console or Console()
+    with quiet():
+        output = Path(str(recipe_.output))
+        if not dry_run:
+            _check_output(output, resume)
+        planned = plan.make(recipe_)
+        if dry_run:
+            _show(planned, console)
+            return 0
+        with report.Meter() as meter:
+            with meter.stage("prepare"):
+                tokenizer = checkpoint.tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
+                tokens = _tokens(planned, tokenizer)
+                texts = _texts(planned, tokenizer)
+                fingerprint = _fingerprint(planned, tokens)
+                finished = _begin(output, fingerprint)
+            if finished:
+                _clear(output, recipe_.keep)  # it may have been killed while it did so
+                console.print(f"{output} is finished; nothing to do. Look at {output / REPORT}")
+                return 0
+            try:
+                return _fit(planned, tokenizer, tokens, texts, fingerprint, output, meter, console)
+            except OSError as error:
+                done = Commits(output / "blocks").count()
+                raise OSError(
+                    f"{error}. {done} of {len(planned.blocks)} blocks are committed in {output}; "
+                    "make room or repair the folder, then run the same command with --resume"
+                ) from error
+
+
+def _fit(
+    planned: Plan,
+    tokenizer: Any,
+    tokens: Tensor,
+    texts: dict[str, Tensor],
+    fingerprint: dict[str, Any],
+    output: Path,
+    meter: report.Meter,
+    console: Console,
+) -> int:
+    recipe_ = planned.recipe
+    trust = recipe_.model.trust_remote_code
+    settings = recipe_.evaluate.model_dump(exclude={"dense"})
+    measured = bool(settings["perplexity"] or settings["tasks"])
+    evaluation: dict[str, Any] = {}
+    with meter.stage("load"):
+        dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
+        model, _ = checkpoint.load(planned.folder, dtype=dtype, trust_remote_code=trust)
+    if measured and recipe_.evaluate.dense:
+        with meter.stage("evaluate dense"):
+            console.print("measuring the dense model")
+            measure = partial(evaluate.evaluate, model, tokenizer, settings, texts)
+            evaluation["dense"] = _once(output / "blocks" / "dense.json", settings, measure)
+            del measure
+    blocks = walk(planned, model, tokens, output, meter, console)
+    records = {name: record for block in blocks for name, record in block.records.items()}
+    with meter.stage("save"):
+        _save(model, tokenizer, blocks, planned.folder, output)
+    del model, blocks  # from here on only what is on disk counts
+    with meter.stage("verify"):
+        proof = verify(
+            output / "model",
+            against=planned.folder,
+            masks=_masks(output, planned),
+            patterns={name: str(pattern) for name, pattern in planned.patterns.items()},
+            cast=dtype is not None,
+            trust_remote_code=trust,
+        )
+    if measured:
+        with meter.stage("evaluate pruned"):
+            console.print("measuring the pruned model, loaded from disk")
+            pruned, _ = checkpoint.load(output / "model", trust_remote_code=trust)
+            evaluation["pruned"] = evaluate.evaluate(pruned, tokenizer, settings, texts)
+    zeros, parameters = (sum(record[key] for record in records.values()) for key in ("zeros", "parameters"))
+    per_linear = {
+        name: {key: record[key] for key in ("sparsity", "pattern", "zeros", "parameters")}
+        for name, record in records.items()
+    }
+    result = {
+        "model": {"name": recipe_.model.path, "class": planned.model.__class__.__name__, "dtype": str(dtype or "auto")},
+        "recipe": planned.resolved,
+        "versions": report.versions(planned.packages()),
+        "hardware": report.hardware(),
+        "stages": meter.stages(),
+        "sparsity": {
+            "total": zeros / parameters,
+            "zeros": zeros,
+            "parameters": parameters,
+            "per_linear": per_linear,
+        },
+        "error": {name: record["error"] for name, record in records.items()},
+        "warnings": {name: record["warnings"] for name, record in records.items() if record["warnings"]},
+        "skipped": planned.skipped,
+        "evaluation": evaluation,
+        "verified": proof.failures or True,
+        "fingerprint": fingerprint,
+    }
+    yaml = recipe.dump(planned.resolved)
+    write_atomically(output / "recipe.yaml", lambda aside: aside.write_text(yaml, encoding="utf-8"))
+    card = report.model_card(result, yaml, str(output / "model"))
+    write_atomically(output / "model" / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
+    write_json(output / REPORT, result)
+    _clear(output, recipe_.keep)
+    _close(result, output, console)
+    return 0 if not proof.failures else 1
+
+
+def walk(
+    planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: report.Meter, console: Console
+) -> list[Block]:
+    """Prune the model in memory block by block, committing each; returns the blocks with their masks and records."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import CSVLogger
+
+    from sparsekit.progress import WalkProgress
+    from sparsekit.walk import BlockStream, Commit, OneShot, Walk
+
+    recipe_ = planned.recipe
+    commits = Commits(output / "blocks")
+    blocks = discover(model, tokens[:1, : plan.SAMPLE_LENGTH])
+    if commits.count() == len(blocks):
+        for block in blocks:
+            commits.restore(block)
+        return blocks
+    source = checkpoint.Checkpoint(planned.folder)
+    prefix = str(model.base_model_prefix)
+    mode = recipe_.error_correction
+    shutil.rmtree(output / "activations", ignore_errors=True)  # of a run that was killed
+    stores = [
+        ActivationStore(recipe_.memory.activations // (2 if mode == "model" else 1), output / "activations")
+        for _ in range(2 if mode == "model" else 1)
+    ]
+
+    def dense_weight(linear: Any) -> Tensor:
+        return linear.stored(source.tensor(source.key(f"{linear.name}.weight", prefix)))
+
+    try:
+        with meter.stage("capture"):
+            for hidden in first_inputs(model, blocks, tokens, planned.batch):
+                for store in stores:
+                    store.append(hidden)
+            stream = BlockStream(
+                blocks,
+                stores[0],
+                error_correction=mode,
+                dense_inputs=stores[1] if mode == "model" else None,
+                dense_weight=dense_weight,
+                commits=commits,
+            )
+            trainer = Trainer(
+                accelerator=recipe_.trainer.accelerator,
+                devices=recipe_.trainer.devices,
+                max_epochs=1,
+                logger=CSVLogger(output, name="", version="", flush_logs_every_n_steps=1),
+                callbacks=[OneShot(planned.solver(meter), planned.patterns), Commit(commits), WalkProgress(console)],
+                enable_checkpointing=False,  # committed blocks are the checkpoint
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                log_every_n_steps=1,
+            )
+            trainer.fit(Walk(stream), stream)
+    finally:
+        for store in stores:
+            store.close()
+        shutil.rmtree(output / "activations", ignore_errors=True)
+    return blocks
+
+
+def evaluate_path(path: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Measure any checkpoint folder or hub name: what `evaluate.evaluate` gives."""
+    with quiet():
+        model, tokenizer = checkpoint.load(checkpoint.locate(str(path)))
+        return evaluate.evaluate(model, tokenizer, settings)
+
+
+def _tokens(planned: Plan, tokenizer: Any) -> Tensor:
+    """The calibration tokens (samples, length)."""
+    settings = planned.recipe.calibration.model_dump(exclude={"batch"})
+    return data.calibration_tokens(settings, tokenizer, planned.positions, planned.config.vocab_size)
+
+
+def _texts(planned: Plan, tokenizer: Any) -> dict[str, Tensor]:
+    """The windows of every perplexity set, read before the model is, so that a mistake costs no time."""
+    settings = planned.recipe.evaluate.model_dump(exclude={"dense"})
+    evaluate.check(settings)
+    return evaluate.texts(settings, tokenizer, planned.positions)
+
+
+def _fingerprint(planned: Plan, tokens: Tensor) -> dict[str, Any]:
+    """Everything that decides the bits of the result."""
+    return {
+        "recipe": {key: value for key, value in planned.resolved.items() if key not in FREE},
+        "data": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "model": checkpoint.Checkpoint(planned.folder).digest(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            name: version
+            for name, version in report.versions(planned.packages()).items()
+            if name in ("torch", "transformers", "sparsekit", *planned.packages())
+        },
+    }
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    """Refuse a folder that this run may not write into.
+
+    Raises:
+        ValueError: it holds another run, or something that is no run.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"the output {output} is a file; give a folder that does not exist yet")
+    if not output.is_dir() or not any(output.iterdir()) or (resume and (output / STATE).is_file()):
+        return
+    if (output / REPORT).is_file():
+        raise ValueError(f"{output} holds a finished run; give another output (--set output=...) or remove the folder")
+    if (output / STATE).is_file():
+        done = Commits(output / "blocks").count()
+        raise ValueError(
+            f"{output} holds an unfinished run with {done} committed blocks; "
+            "continue it with --resume, or give another output (--set output=...)"
+        )
+    raise ValueError(f"{output} is not empty and holds no run of sparsekit; give a folder that does not exist yet")
+
+
+def _begin(output: Path, fingerprint: dict[str, Any]) -> bool:
+    """Claim the output folder, or check that the run in it is this one. True: it is finished already.
+
+    Raises:
+        ValueError: the run in the folder differs; the differences are named.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / STATE).is_file():
+            write_json(output / STATE, fingerprint)
+            return False
+    except OSError as error:
+        raise OSError(f"cannot write into {output}: {error.strerror or error}; nothing was done") from error
+    known = json.loads((output / STATE).read_text(encoding="utf-8"))
+    differences = list(_differences(known, json.loads(json.dumps(fingerprint))))
+    if differences:
+        raise ValueError(
+            f"{output} holds a run that cannot be resumed with this: {'; '.join(differences)}. "
+            "Restore that, or give another output (--set output=...)"
+        )
+    return (output / REPORT).is_file()
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+    elif old != new:
+        if where == "data":
+            yield "the calibration text gives other tokens"
+        elif where == "model":
+            yield "the source model's weights are others"
+        else:
+            yield f"{where} was {json.dumps(old)}, is {json.dumps(new)}"
+
+
+def _once(file: Path, settings: dict[str, Any], measure: Any) -> dict[str, Any]:
+    """A measurement that a resumed run need not repeat, unless it is asked for something else."""
+    if file.is_file():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known["settings"] == settings:
+            return known["values"]
+    values = measure()
+    write_json(file, {"settings": settings, "values": values})
+    return values
+
+
+def _save(model: Any, tokenizer: Any, blocks: list[Block], source: Path, output: Path) -> None:
+    """Write model/ aside and move it into place, with the masks beside it."""
+    aside, target = output / ".model.part", output / "model"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        from transformers import GenerationConfig
+
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config = GenerationConfig()  # the source's own file is copied, even if it is not valid
+        model.save_pretrained(aside)
+        if (source / "generation_config.json").is_file():
+            shutil.copyfile(source / "generation_config.json", aside / "generation_config.json")
+        tokenizer.save_pretrained(aside)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if type(error).__name__ == "SafetensorError":  # its writer reports a full disk in its own type
+            raise OSError(f"cannot write {aside}: {error}") from error
+        raise
+    for file in aside.iterdir():
+        _readable(file)
+        sync(file)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    sync(output)
+    from safetensors.torch import save_file
+
+    bits = {name: pack(mask) for block in blocks for name, mask in block.masks.items()}
+    write_atomically(output / "masks.safetensors", lambda file: save_file(bits, file))
+    _readable(output / "masks.safetensors")
+
+
+def _readable(file: Path) -> None:
+    """Safetensors makes files that only their owner can read; give them what the user's umask says."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+
+
+def _masks(output: Path, planned: Plan) -> dict[str, Tensor]:
+    """The stored masks, read back from disk."""
+    from safetensors.torch import load_file
+
+    bits = load_file(output / "masks.safetensors")
+    return {
+        name: unpack(bits[name], linear.shape) for block in planned.blocks for name, linear in block.linears.items()
+    }
+
+
+def _clear(output: Path, keep: bool) -> None:
+    """Remove what only an unfinished run needs."""
+    for name in ("activations",) if keep else ("activations", "blocks"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    (output / "hparams.yaml").unlink(missing_ok=True)
+
+
+def _show(planned: Plan, console: Console) -> None:
+    """What --dry-run prints."""
+    from rich.table import Table
+
+    console.print(recipe.dump(planned.resolved), markup=False, highlight=False)
+    table = Table(title=f"{planned.model.__class__.__name__}: {len(planned.blocks)} blocks", title_justify="left")
+    for column in ("blocks", "group", "linear", "out x in", "pattern"):
+        table.add_column(column)
+    kinds: dict[Any, list[Block]] = {}
+    for block in planned.blocks:
+        shapes = tuple(
+            tuple((name.removeprefix(block.name), block.linears[name].shape, planned.patterns[name]) for name in group)
+            for group in block.groups
+        )
+        kinds.setdefault(shapes, []).append(block)
+    for shapes, alike in kinds.items():
+        indices = f"{alike[0].index}-{alike[-1].index}" if len(alike) > 1 else str(alike[0].index)
+        for number, group in enumerate(shapes):
+            for name, (out, width), pattern in group:
+                table.add_row(indices, str(number + 1), name.lstrip("."), f"{out} x {width}", str(pattern))
+    console.print(table)
+    for name, why in planned.skipped.items():
+        console.print(f"left as it is: {name} ({why})")
+    for what, value in plan.estimates(planned).items():
+        console.print(f"{what}: {value}", highlight=False)
+
+
+def _close(result: dict[str, Any], output: Path, console: Console) -> None:
+    console.print()
+    console.print(report.closing_table(result, str(output)))
+    said = {sentence for sentences in result["warnings"].values() for sentence in sentences}
+    for sentence in sorted(said):
+        count = sum(sentence in sentences for sentences in result["warnings"].values())
+        console.print(f"[yellow]warning[/] ({count} linears): {sentence}", highlight=False)
+    for name, why in result["skipped"].items():
+        console.print(f"left as it is: {name} ({why})", highlight=False)
+    if result["verified"] is not True:
+        for failure in result["verified"]:
+            console.print(f"[bold red]verification failed[/]: {failure}", highlight=False)
+    console.print("\nLoad it:\n")
+    console.print(report.loading(str(output / "model")), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' notices (tips, bars, devices found) off the user's terminal."""
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=".*configure_optimizers.*")
+        yield

@@ -1,0 +1,91 @@
+"""Activations between two blocks: chunks in CPU memory up to a byte budget, beyond it in files."""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    file: Path
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def read(self) -> Tensor:
+        # mapped, copied, unmapped: what stays resident is one chunk, not the file
+        mapped = torch.from_file(str(self.file), shared=False, size=math.prod(self.shape), dtype=self.dtype)
+        return mapped.view(self.shape).clone()
+
+
+class ActivationStore:
+    """An ordered list of chunks, each a tensor (sequences, length, hidden) or any other shape.
+
+    budget: bytes kept in CPU memory; chunks that would exceed it go to files under `folder`, are read through a memory
+    map and prefetched by a thread while the chunk before is in use. What comes out is bit for bit what went in.
+    folder: where the files lie, made when first needed; None means the system's temporary folder.
+
+    Writing is plain file output, never a write through the map: a full disk raises OSError instead of killing us.
+    """
+
+    def __init__(self, budget: int, folder: str | Path | None = None):
+        self.budget = budget
+        self.resident = 0  # bytes of the chunks in memory
+        self._parent = folder
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._chunks: list[Tensor | _OnDisk] = []
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def append(self, chunk: Tensor) -> None:
+        """Add a chunk at the end."""
+        self._chunks.append(self._place(chunk, len(self._chunks)))
+
+    def __setitem__(self, index: int, chunk: Tensor) -> None:
+        old = self._chunks[index]
+        if isinstance(old, Tensor):
+            self.resident -= old.nbytes
+        self._chunks[index] = self._place(chunk, index)
+
+    def __getitem__(self, index: int) -> Tensor:
+        chunk = self._chunks[index]
+        return chunk if isinstance(chunk, Tensor) else chunk.read()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The chunks in order, on the CPU; the next one is read while the caller works on this one."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead = reader.submit(self.__getitem__, 0) if len(self) else None
+            for index in range(len(self)):
+                assert ahead is not None
+                chunk = ahead.result()
+                if index + 1 < len(self):
+                    ahead = reader.submit(self.__getitem__, index + 1)
+                yield chunk
+
+    def close(self) -> None:
+        """Forget all chunks and remove the files."""
+        self._chunks.clear()
+        self.resident = 0
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _place(self, chunk: Tensor, index: int) -> Tensor | _OnDisk:
+        chunk = chunk.detach().to("cpu").contiguous()
+        if self.resident + chunk.nbytes <= self.budget:
+            self.resident += chunk.nbytes
+            return chunk
+        if self._folder is None:
+            if self._parent is not None:
+                Path(self._parent).mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.TemporaryDirectory(dir=self._parent, prefix="activations-")
+        file = Path(self._folder.name) / f"{index:06d}.bin"
+        with file.open("wb") as handle:
+            chunk.view(-1).view(torch.uint8).numpy().tofile(handle)
+        return _OnDisk(file, chunk.shape, chunk.dtype)

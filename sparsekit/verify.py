@@ -1,0 +1,148 @@
+"""Prove from disk that a checkpoint is what it should be. Works on anybody's checkpoint folder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.blocks import Linear, find
+from sparsekit.checkpoint import Checkpoint, skeleton
+from sparsekit.pattern import NM, Unstructured, parse
+
+
+@dataclass
+class Verification:
+    """What was found: failures (sentences; none means verified), and each block linear's zeros."""
+
+    failures: list[str] = field(default_factory=list)
+    per_linear: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Sparsity over all linears of the blocks."""
+        parameters = sum(entry["parameters"] for entry in self.per_linear.values())
+        return sum(entry["zeros"] for entry in self.per_linear.values()) / parameters if parameters else 0.0
+
+
+def verify(
+    path: str | Path,
+    pattern: str | None = None,
+    against: str | Path | None = None,
+    *,
+    masks: dict[str, Tensor] | None = None,
+    patterns: dict[str, str] | None = None,
+    cast: bool = False,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Re-open a checkpoint and check it tensor by tensor.
+
+    Always: every tensor that the model needs is there, finite, tied weights agree, no -0.0 in the blocks' linears.
+    pattern: every linear of the blocks must have it ("2:4", "50%"; unstructured counts may differ by one weight a row).
+    patterns: name of a linear -> its own pattern; linears that are not named are not checked for one.
+    masks: name of a linear -> what was kept (out, in); a weight outside it must be zero.
+    against: the source checkpoint; everything but the weights of the blocks' linears must equal it bit for bit, and
+        the linears' shapes and dtypes must be the same.
+    cast: compare with `against` after casting it to the checkpoint's dtype, for a run that changed the dtype.
+
+    Raises:
+        ValueError: the folder is no checkpoint, a file is truncated, or the pattern cannot be read.
+    """
+    checkpoint = Checkpoint(path)
+    source = Checkpoint(against) if against is not None else None
+    asked = parse(pattern) if pattern is not None else None
+    model = skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
+    prefix = str(model.base_model_prefix)
+    linears = {linear.name: linear for block in find(model) for linear in block.linears.values()}
+    result = Verification()
+    weights = {f"{name}.weight": name for name in linears}
+    result.failures += _structure(model, checkpoint, prefix)
+    for key in checkpoint:
+        name = weights.get(key) or weights.get(f"{prefix}.{key}")
+        tensor = checkpoint.tensor(key)
+        if tensor.is_floating_point() and not _finite(tensor):
+            result.failures.append(f"{key} contains NaN or Inf")
+        if source is not None:
+            result.failures += _unchanged(key, tensor, source, prefix, weight=name is not None, cast=cast)
+        if name is not None:
+            wanted = parse(patterns[name]) if patterns and name in patterns else None if patterns else asked
+            _linear(linears[name], tensor, wanted, (masks or {}).get(name), result)
+    return result
+
+
+def _finite(tensor: Tensor) -> bool:
+    """No NaN and no Inf: the extremes tell, in one pass without a mask."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def _structure(model: Any, checkpoint: Checkpoint, prefix: str) -> list[str]:
+    """Missing tensors (transformers would fill them with random numbers), wrong shapes, untied copies."""
+    failures = []
+    state = model.state_dict()
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})  # copy -> what it is tied to
+    for name, tensor in state.items():
+        try:
+            key = checkpoint.key(name, prefix)
+        except ValueError:
+            if name not in tied and name not in tied.values():
+                failures.append(f"{name} is missing: loading would fill it with random numbers")
+            continue
+        shape = checkpoint.shape(key)
+        if shape != tuple(tensor.shape):
+            failures.append(f"{name} has shape {shape}, the config says {tuple(tensor.shape)}")
+        partner = tied.get(name)
+        if (
+            partner is not None
+            and partner in checkpoint
+            and not torch.equal(checkpoint.tensor(key), checkpoint.tensor(partner))
+        ):
+            failures.append(f"{name} and {partner} are tied in the config but differ on disk")
+    for copy, kept in tied.items():
+        if not any(stored_key(checkpoint, name, prefix) for name in (copy, kept)):
+            failures.append(f"{copy} and {kept} are tied and neither is stored")
+    return failures
+
+
+def stored_key(checkpoint: Checkpoint, name: str, prefix: str) -> str | None:
+    """The stored name of a parameter, or None."""
+    try:
+        return checkpoint.key(name, prefix)
+    except ValueError:
+        return None
+
+
+def _unchanged(key: str, tensor: Tensor, source: Checkpoint, prefix: str, *, weight: bool, cast: bool) -> list[str]:
+    origin = stored_key(source, key, prefix)
+    if origin is None:
+        return [f"{key} is not in {source.folder}"]
+    dense = source.tensor(origin)
+    dense = dense.to(tensor.dtype) if cast else dense
+    if dense.shape != tensor.shape or dense.dtype != tensor.dtype:
+        return [f"{key} is {tensor.dtype} {tuple(tensor.shape)}, in {source.folder} {dense.dtype} {tuple(dense.shape)}"]
+    return [] if weight or torch.equal(dense, tensor) else [f"{key} differs from {source.folder}"]
+
+
+def _linear(
+    linear: Linear, stored: Tensor, pattern: Unstructured | NM | None, mask: Tensor | None, result: Verification
+) -> None:
+    tensor = stored.t() if linear.transposed else stored  # (out, in)
+    zero = tensor == 0
+    zeros = int(zero.count_nonzero())
+    result.per_linear[linear.name] = {
+        "sparsity": zeros / tensor.numel(),
+        "pattern": str(pattern) if pattern else None,
+        "zeros": zeros,
+        "parameters": tensor.numel(),
+    }
+    negative = int((zero & torch.signbit(tensor)).count_nonzero())
+    if negative:
+        result.failures.append(f"{linear.name} holds {negative:,} times -0.0; a zero must be written as 0.0")
+    lost = zero.numel() - int((zero | mask).count_nonzero()) if mask is not None else 0
+    if lost:
+        result.failures.append(f"{linear.name} has {lost:,} weights where its mask says zero")
+    if isinstance(pattern, NM):
+        if tensor.shape[1] % pattern.group or not pattern.satisfied(tensor):
+            result.failures.append(f"{linear.name} is not {pattern}: {zeros / tensor.numel():.2%} of it is zero")
+    elif pattern is not None and zeros <= pattern.sparsity * tensor.numel() - max(tensor.shape):
+        result.failures.append(f"{linear.name} has {zeros / tensor.numel():.2%} zeros, {pattern} was asked")
