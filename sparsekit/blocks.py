@@ -30,8 +30,13 @@ class Linear:
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
-        """Set the weight (out, in), cast to the parameter's dtype; -0.0 becomes 0.0."""
-        self.weight.copy_(weight.to(self.weight.dtype) + 0.0)
+        """Set the weight (out, in), cast to the parameter's dtype, bit for bit."""
+        self.weight.copy_(weight)
+
+    @torch.no_grad()
+    def write_pruned(self, weight: Tensor) -> None:
+        """The same for a solver's answer: -0.0 becomes 0.0."""
+        self.weight.copy_(weight).add_(0.0)
 
     def stored(self, weight: Tensor) -> Tensor:
         """A tensor (out, in) laid out as a checkpoint stores it, and back."""

@@ -44,13 +44,17 @@ class Commits:
         )
 
     def restore(self, block: Block) -> None:
-        """Put a committed block's weights, masks and records back."""
+        """Put a committed block's weights and records back; its masks stay on disk."""
         with safe_open(self._file(block.index), framework="pt") as handle:
             for name, linear in block.linears.items():
                 stored = handle.get_tensor(f"{name}.weight")
                 linear.write(stored.t() if linear.transposed else stored)
-                block.masks[name] = unpack(handle.get_tensor(f"{name}.mask"), linear.shape)
             block.records = json.loads(handle.metadata()["records"])
+
+    def masks(self, block: Block) -> dict[str, Tensor]:
+        """A committed block's masks as packed bits, by the names of its linears."""
+        with safe_open(self._file(block.index), framework="pt") as handle:
+            return {name: handle.get_tensor(f"{name}.mask") for name in block.linears}
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"

@@ -19,7 +19,7 @@ from sparsekit.report import Meter, size
 from sparsekit.solvers.chain import chain
 
 SAMPLE_LENGTH = 8  # tokens of the forward pass that looks for groups
-BATCH_TOKENS = 2048  # tokens that go through a block at once unless the recipe says otherwise
+BATCH_TOKENS = 256  # tokens that go through a block at once, unless the recipe says otherwise: enough for full speed
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsekit import checkpoint, data, evaluate, plan, recipe, report
 from sparsekit.blocks import Block, discover, first_inputs
-from sparsekit.commits import Commits, pack, sync, unpack, write_atomically, write_json
+from sparsekit.commits import Commits, sync, unpack, write_atomically, write_json
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
 from sparsekit.store import ActivationStore
@@ -334,7 +334,8 @@ def _save(model: Any, tokenizer: Any, blocks: list[Block], source: Path, output:
     sync(output)
     from safetensors.torch import save_file
 
-    bits = {name: pack(mask) for block in blocks for name, mask in block.masks.items()}
+    commits = Commits(output / "blocks")
+    bits = {name: mask for block in blocks for name, mask in commits.masks(block).items()}
     write_atomically(output / "masks.safetensors", lambda file: save_file(bits, file))
     _readable(output / "masks.safetensors")
 

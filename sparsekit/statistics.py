@@ -1,10 +1,13 @@
 """What a layer-wise solver may know of a linear's inputs: sums over tokens, never the tokens themselves."""
 
 from collections.abc import Callable, Hashable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+PANEL = 2**19  # elements of a panel of rows
 
 
 class Stats:
@@ -27,7 +30,8 @@ class Stats:
     drift_gram: Tensor | None = None
 
     def __init__(self, width: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32):
-        self.gram = torch.zeros(width, width, device=device, dtype=dtype)
+        self._gram = torch.zeros(width, width, device=device, dtype=dtype)
+        self._mirrored = True
         self.total = torch.zeros(width, device=device, dtype=dtype)
         self.tokens = torch.zeros((), device=device, dtype=torch.int64)
         self._cache: dict[Hashable, Any] = {}
@@ -41,9 +45,29 @@ class Stats:
         return stats
 
     @property
+    def gram(self) -> Tensor:
+        """sum x x' (in, in). Only its upper part is accumulated; the lower is filled in when it is asked for."""
+        if not self._mirrored:
+            for start, stop in self._panels():
+                self._gram[stop:, start:stop] = self._gram[start:stop, stop:].t()
+            self._mirrored = True
+        return self._gram
+
+    @gram.setter
+    def gram(self, gram: Tensor) -> None:
+        """A symmetric matrix (in, in) from elsewhere."""
+        self._gram, self._mirrored = gram, True
+
+    @property
     def width(self) -> int:
         """The number of input columns."""
-        return len(self.gram)
+        return len(self._gram)
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """Ranges of columns. Products of a panel with itself and what lies right of it save up to half the work."""
+        count = min(8, max(1, self.width // 256))
+        edges = [self.width * index // count for index in range(count + 1)]
+        return list(pairwise(edges))
 
     @property
     def count(self) -> int:
@@ -80,18 +104,21 @@ class Stats:
                 f"the dense inputs {tuple(dense.shape)} are not of the inputs' shape {tuple(inputs.shape)}"
             )
         self._cache.clear()
-        x = inputs.detach().reshape(-1, self.width).to(self.gram)
-        token = x.any(1)
-        self.gram.addmm_(x.t(), x)
+        x = inputs.detach().reshape(-1, self.width).to(self._gram)
+        for start, stop in self._panels():
+            self._gram[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
+        self._mirrored = False
         self.total += x.sum(0)
         if dense is not None:
-            delta = dense.detach().reshape(-1, self.width).to(self.gram) - x
-            token |= delta.any(1)
+            delta = dense.detach().reshape(-1, self.width).to(self._gram) - x
             if self.drift_cross is None or self.drift_gram is None:
-                self.drift_cross, self.drift_gram = torch.zeros_like(self.gram), torch.zeros_like(self.gram)
+                self.drift_cross, self.drift_gram = torch.zeros_like(self._gram), torch.zeros_like(self._gram)
             self.drift_cross.addmm_(delta.t(), x)
             self.drift_gram.addmm_(delta.t(), delta)
-        self.tokens += token.sum()
+            self.tokens -= _empty_rows(x, delta)
+        else:
+            self.tokens -= _empty_rows(x)
+        self.tokens += len(x)
 
     @torch.no_grad()
     def target(self, weight: Tensor) -> Tensor:
@@ -102,10 +129,11 @@ class Stats:
     @torch.no_grad()
     def energy(self, dense_weight: Tensor) -> float:
         """||W x_d||^2 over all tokens."""
-        energy = _dot(dense_weight @ self.gram, dense_weight)
-        if self.drift_cross is not None and self.drift_gram is not None:
-            energy += 2 * _dot(dense_weight @ self.drift_cross, dense_weight)
-            energy += _dot(dense_weight @ self.drift_gram, dense_weight)
+        energy = 0.0
+        for rows in dense_weight.split(self._rows()):
+            energy += _dot(rows @ self.gram, rows)
+            if self.drift_cross is not None and self.drift_gram is not None:
+                energy += 2 * _dot(rows @ self.drift_cross, rows) + _dot(rows @ self.drift_gram, rows)
         return max(energy, 0.0)
 
     @torch.no_grad()
@@ -115,14 +143,19 @@ class Stats:
         With d = V - W: tr(d G d') - 2 tr(d (W drift_cross)') + tr(W drift_gram W'): no difference of large sums.
         A layer of zero energy has error 0, or infinity when V's output is not zero.
         """
-        difference = weight - dense_weight
-        error = _dot(difference @ self.gram, difference)
-        if self.drift_cross is not None and self.drift_gram is not None:
-            error -= 2 * _dot(dense_weight @ self.drift_cross, difference)
-            error += _dot(dense_weight @ self.drift_gram, dense_weight)
+        error = 0.0
+        for rows, dense in zip(weight.split(self._rows()), dense_weight.split(self._rows()), strict=True):
+            difference = rows - dense
+            error += _dot(difference @ self.gram, difference)
+            if self.drift_cross is not None and self.drift_gram is not None:
+                error += _dot(dense @ self.drift_gram, dense) - 2 * _dot(dense @ self.drift_cross, difference)
         error = max(error, 0.0)
         energy = self.energy(dense_weight) if energy is None else energy
         return error / energy if energy > 0 else (float("inf") if error > 0 else 0.0)
+
+    def _rows(self) -> int:
+        """Rows of a weight to look at together, so that no other matrix of the weight's size is needed."""
+        return max(1, PANEL // self.width)
 
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute()` gave the first time for `key`: q, k and v share one factorization. `add` forgets all."""
@@ -152,6 +185,15 @@ class Stats:
         if not weight.isfinite().all():
             raise ValueError("the weight contains NaN or Inf, so it cannot be pruned; check the source checkpoint")
         self.check("this layer")
+
+
+def _empty_rows(x: Tensor, delta: Tensor | None = None) -> int:
+    """How many rows (padding) are zero throughout; only rows that begin with a zero are looked at."""
+    rows = (x[:, 0] == 0).nonzero().squeeze(1)
+    empty = ~x[rows].any(1)
+    if delta is not None:
+        empty &= ~delta[rows].any(1)
+    return int(empty.count_nonzero())
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

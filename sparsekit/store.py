@@ -1,14 +1,21 @@
 """Activations between two blocks: chunks in CPU memory up to a byte budget, beyond it in files."""
 
+import ctypes
 import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
+_LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,32 @@ class _OnDisk:
         # mapped, copied, unmapped: what stays resident is one chunk, not the file
         mapped = torch.from_file(str(self.file), shared=False, size=math.prod(self.shape), dtype=self.dtype)
         return mapped.view(self.shape).clone()
+
+
+def give_back() -> None:
+    """Have the C library return freed memory to the system, where it can: glibc keeps it otherwise, block after block.
+
+    It costs milliseconds, and what a walk holds is then what it needs.
+    """
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
+@contextmanager
+def tight() -> Iterator[None]:
+    """While this lasts, memory of a megabyte or more goes back to the system as soon as it is freed (glibc only).
+
+    For solvers, whose few large matrices would leave holes; a forward pass is faster without.
+    """
+    if not hasattr(_LIBC, "mallopt"):
+        yield
+        return
+    _LIBC.mallopt(M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        _LIBC.mallopt(M_MMAP_THRESHOLD, 2**25)  # as far as glibc itself raises it
+        _LIBC.malloc_trim(0)
 
 
 class ActivationStore:

@@ -15,7 +15,7 @@ from sparsekit.blocks import Block, Linear
 from sparsekit.commits import Commits
 from sparsekit.pattern import NM, Pattern
 from sparsekit.statistics import Stats
-from sparsekit.store import ActivationStore
+from sparsekit.store import ActivationStore, give_back, tight
 
 ERROR_CORRECTIONS = ("prefix", "none", "block", "model")
 
@@ -76,11 +76,14 @@ class BlockStream:
         if self.error_correction in ("prefix", "none"):
             collected = self._collect(block)
             for names in block.groups:
+                give_back()
                 yield names, collected.pop(0)  # a Gram lives no longer than its group needs it
             return
         twin = block.twin()
         for group, names in enumerate(block.groups):
-            yield names, self._collect_pairs(block, twin, group)
+            collected = [self._collect_pairs(block, twin, group)]
+            give_back()
+            yield names, collected.pop()
         if block is not self.blocks[-1]:
             _advance(twin, self.dense_inputs or self.inputs)
 
@@ -175,8 +178,10 @@ class Walk(LightningModule):
         for known in self.stream.blocks[self._logged : block.index + 1]:
             log_block(self.trainer, known)
         self._logged = block.index + 1
+        give_back()
         self.stream.advance(block)
         block.to("cpu")
+        give_back()
 
 
 def log_block(trainer: Trainer, block: Block) -> None:
@@ -209,7 +214,8 @@ class OneShot(Callback):
         for names, stats in walk.stream.statistics(block):
             stats.check(names[0])
             for name in names:
-                self._solve(block, name, stats)
+                with tight():
+                    self._solve(block, name, stats)
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     if hasattr(callback, "on_linear_end"):
                         callback.on_linear_end(trainer, block, name)
@@ -238,7 +244,7 @@ class OneShot(Callback):
             "warnings": sorted({str(warning.message) for warning in said}),
         }
         block.masks[name] = mask.cpu()
-        linear.write(solved)
+        linear.write_pruned(solved)
 
 
 def _check_solved(name: str, weight: Tensor, solved: Tensor, zeros: int, pattern: Pattern) -> None:
@@ -260,5 +266,6 @@ class Commit(Callback):
         self.commits = commits
 
     def on_train_batch_end(self, trainer: Trainer, walk: Walk, outputs: Any, block: Block, batch_idx: int) -> None:  # type: ignore[override]
-        """Commit the block."""
+        """Commit the block; its masks are on disk then and leave the memory."""
         self.commits.commit(block)
+        block.masks.clear()
