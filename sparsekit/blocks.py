@@ -146,6 +146,8 @@ def _modules(module: nn.Module) -> list[nn.Module]:
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
+    if hasattr(value, "_fields"):  # a namedtuple
+        return type(value)(*(_to(item, device) for item in value))
     if isinstance(value, tuple | list):
         return type(value)(_to(item, device) for item in value)
     if isinstance(value, dict):
@@ -224,6 +226,15 @@ def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
         for name, parameter in block.module.named_parameters():
             if parameter.dim() == 3:
                 block.skipped[f"{block.name}.{name}"] = "fused experts: each sees only some of the tokens"
+    return blocks
+
+
+def adopt(model: nn.Module, known: list[Block]) -> list[Block]:
+    """The blocks of `model` with the groups that were discovered in another copy of it, such as its skeleton."""
+    blocks = find(model)
+    for block, other in zip(blocks, known, strict=True):
+        block.linears = {name: block.linears[name] for name in other.linears}
+        block.groups, block.skipped, block.tuple_length = other.groups, other.skipped, other.tuple_length
     return blocks
 
 

@@ -79,11 +79,15 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 over all weight files: two checkpoints with the same digest hold the same bits."""
-        total = hashlib.sha256()
-        for file in self.files:
-            with file.open("rb") as handle:
-                total.update(hashlib.file_digest(handle, "sha256").digest())
-        return total.hexdigest()
+        return _digest(self.files)
+
+
+def _digest(files: list[Path]) -> str:
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()
 
 
 @contextmanager
@@ -100,8 +104,9 @@ def _opened(file: Path) -> Iterator[Any]:
 def locate(model: str | dict[str, Any]) -> Path:
     """The folder of safetensors behind a recipe's `model`.
 
-    model: a folder, a hub name, the name of a bundled model, or a mapping {path, revision, gguf_file, ...}. Weights
-    that are not safetensors (a GGUF file, an old .bin) are converted once into `cache_folder()`.
+    model: a folder, the folder of a run, a hub name, the name of a bundled model, or a mapping {path, revision,
+    gguf_file, ...}. Weights that are not safetensors (a GGUF file, an old .bin) are converted once into
+    `cache_folder()`.
 
     Raises:
         ValueError: there is nothing of that name, or what is there is no checkpoint.
@@ -119,6 +124,8 @@ def locate(model: str | dict[str, Any]) -> Path:
             ) from None
         return _converted(name.lower(), file.parent, file.name, spec)
     folder = Path(name).expanduser()
+    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
+        folder = folder / "model"
     if not folder.is_dir():
         folder = _fetched(name, spec.get("revision"), gguf)
     if gguf:
@@ -151,7 +158,7 @@ def _fetched(name: str, revision: str | None, gguf: str | None) -> Path:
 def _converted(name: str, folder: Path, gguf: str | None, spec: dict[str, Any]) -> Path:
     """Weights that only transformers can read, written once as safetensors into the user's cache."""
     sources = [folder / gguf] if gguf else sorted(folder.glob("*.bin"))
-    stamp = hashlib.sha256(repr([(f.name, f.stat().st_size) for f in sources]).encode()).hexdigest()[:12]
+    stamp = _digest(sources)[:12]
     target = cache_folder() / "models" / f"{name}-{stamp}"
     if (target / "config.json").is_file():
         return target
@@ -197,16 +204,23 @@ def load(folder: Path, *, dtype: str | None = None, trust_remote_code: bool = Fa
     Raises:
         ValueError: a parameter has no tensor in the checkpoint (transformers would fill it with random numbers).
     """
-    import transformers
-
-    loader: Any = transformers.AutoModelForCausalLM
-    model, info = loader.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
-    )
+    model, info = _load(folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
     lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if lost:
         raise ValueError(f"{folder} lacks {len(lost)} tensors of {type(model).__name__}, the first is {lost[0]}")
     return model.eval(), tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def missing(folder: Path) -> set[str]:
+    """The parameters that transformers would fill with random numbers, found by loading the whole checkpoint."""
+    return set(_load(folder, dtype="auto")[1]["missing_keys"])
+
+
+def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    import transformers
+
+    loader: Any = transformers.AutoModelForCausalLM
+    return loader.from_pretrained(folder, output_loading_info=True, **options)
 
 
 def tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

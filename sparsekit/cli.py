@@ -66,23 +66,29 @@ def evaluate(given: argparse.Namespace) -> int:
     texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
     settings = {"perplexity": texts, "tasks": given.task, "length": given.length}
     check(settings)
-    paths = [given.path] + ([given.against] if given.against else [])
+    dense = given.against or run.source_of(given.path)
+    paths = [given.path] + ([dense] if dense else [])
     found = {path: run.evaluate_path(path, settings) for path in paths}
     table = Table("", *paths)
-    for name in found[given.path]["perplexity"]:
-        table.add_row(f"perplexity of {name}", *(f"{found[path]['perplexity'][name]:.4g}" for path in paths))
+    for name, context in found[given.path]["context"].items():
+        what = f"perplexity {name}, {context['windows']} x {context['length']} tokens"
+        table.add_row(what, *(f"{found[path]['perplexity'][name]:.4g}" for path in paths))
     for task, metrics in found[given.path]["tasks"].items():
         for metric in metrics:
             table.add_row(f"{task} {metric}", *(f"{found[path]['tasks'][task][metric]:.4g}" for path in paths))
     Console().print(table)
+    if dense is None:
+        print("--against DENSE measures the model it was made from beside it: a perplexity alone says little")
     return 0
 
 
 def verify(given: argparse.Namespace) -> int:
     """`sparsekit verify`: prove from disk that a checkpoint is what it should be."""
+    from sparsekit.checkpoint import locate
     from sparsekit.verify import verify as check
 
-    found = check(given.path, pattern=given.pattern, against=given.against)
+    source = locate(given.against) if given.against else None
+    found = check(locate(given.path), pattern=given.pattern, against=source)
     for failure in found.failures:
         print(f"FAILED  {failure}")
     asked = f", {given.pattern}" if given.pattern else ""
@@ -166,17 +172,17 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     add = commands.add_parser("eval", help="measure any checkpoint")
-    add.add_argument("path", metavar="PATH", help="folder or hub name of a model")
+    add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
     add.add_argument(
         "--perplexity", nargs="+", action="extend", default=[], metavar="SOURCE", help="a source or a file"
     )
     add.add_argument("--task", nargs="+", action="extend", default=[], metavar="TASK", help="a task of lm-eval")
     add.add_argument("--length", type=_positive, default=2048, metavar="N", help="tokens of a window (default 2048)")
     add.add_argument("--windows", type=_positive, metavar="N", help="only the first N windows of each text")
-    add.add_argument("--against", metavar="PATH", help="measure this model too, such as the dense one")
+    add.add_argument("--against", metavar="PATH", help="measure this model too; for a run's result, its source is")
 
     add = commands.add_parser("verify", help="prove from disk that a checkpoint is sparse and sound")
-    add.add_argument("path", metavar="PATH", help="folder of a model")
+    add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
     add.add_argument("--pattern", metavar="PATTERN", help='such as "2:4" or "50%%"')
     add.add_argument("--against", metavar="SOURCE", help="the model it was made from: all else must be unchanged")
 

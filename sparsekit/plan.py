@@ -50,6 +50,14 @@ class Plan:
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
+    def device(self) -> torch.device:
+        """Where the recipe's model computes."""
+        accelerator = self.recipe.trainer.accelerator
+        if accelerator in ("auto", "gpu"):
+            return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.device(accelerator)
+
+    @property
     def skipped(self) -> dict[str, str]:
         """What is inside the blocks but left as it is, and why."""
         return {name: why for block in self.blocks for name, why in block.skipped.items()}
@@ -79,14 +87,14 @@ def make(recipe: Recipe) -> Plan:
         for index, stage in enumerate(recipe.stages)
         if kind(stage) == "stage"
     ]
-    if recipe.trainer.devices not in (1, "auto") and not (
-        isinstance(recipe.trainer.devices, list) and len(recipe.trainer.devices) == 1
-    ):
-        problems.append(f"`trainer.devices` is {recipe.trainer.devices}; this version walks on one device, give 1")
+    devices = recipe.trainer.devices
+    if devices != 1 and not (isinstance(devices, list) and len(devices) == 1):
+        problems.append(f"`trainer.devices` is {devices}; this version walks on one device, give 1")
     if problems:
         raise RecipeError(problems)
     folder = locate(recipe.model.model_dump())
     model = skeleton(folder, trust_remote_code=recipe.model.trust_remote_code)
+    model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
     blocks = discover(model, torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device="meta"))
     return Plan(recipe, resolved(recipe), folder, model, blocks, allocate(recipe, blocks))
 

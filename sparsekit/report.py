@@ -50,6 +50,8 @@ class Meter:
         ]
 
     def _switch(self, name: str | None) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else the work would be counted to whoever waits for it
         now = time.perf_counter()
         if self._stack:
             self.seconds[self._stack[-1]] += now - self._since

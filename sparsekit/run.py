@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit import checkpoint, data, evaluate, plan, recipe, report
-from sparsekit.blocks import Block, discover, first_inputs
+from sparsekit.blocks import Block, adopt, first_inputs
 from sparsekit.commits import Commits, sync, unpack, write_atomically, write_json
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
@@ -88,7 +88,7 @@ def _fit(
     if measured and recipe_.evaluate.dense:
         with meter.stage("evaluate dense"):
             console.print("measuring the dense model")
-            measure = partial(evaluate.evaluate, model, tokenizer, settings, texts)
+            measure = partial(_measure, planned, model, tokenizer, settings, texts)
             evaluation["dense"] = _once(output / "blocks" / "dense.json", settings, measure)
             del measure
     blocks = walk(planned, model, tokens, output, meter, console)
@@ -109,7 +109,7 @@ def _fit(
         with meter.stage("evaluate pruned"):
             console.print("measuring the pruned model, loaded from disk")
             pruned, _ = checkpoint.load(output / "model", trust_remote_code=trust)
-            evaluation["pruned"] = evaluate.evaluate(pruned, tokenizer, settings, texts)
+            evaluation["pruned"] = _measure(planned, pruned, tokenizer, settings, texts)
     zeros, parameters = (sum(record[key] for record in records.values()) for key in ("zeros", "parameters"))
     per_linear = {
         name: {key: record[key] for key in ("sparsity", "pattern", "zeros", "parameters")}
@@ -156,7 +156,7 @@ def walk(
 
     recipe_ = planned.recipe
     commits = Commits(output / "blocks")
-    blocks = discover(model, tokens[:1, : plan.SAMPLE_LENGTH])
+    blocks = adopt(model, planned.blocks)
     if commits.count() == len(blocks):
         for block in blocks:
             commits.restore(block)
@@ -191,13 +191,20 @@ def walk(
                 devices=recipe_.trainer.devices,
                 max_epochs=1,
                 logger=CSVLogger(output, name="", version="", flush_logs_every_n_steps=1),
-                callbacks=[OneShot(planned.solver(meter), planned.patterns), Commit(commits), WalkProgress(console)],
+                callbacks=[
+                    OneShot(planned.solver(meter), planned.patterns, recipe_.seed),
+                    Commit(commits),
+                    WalkProgress(console),
+                ],
                 enable_checkpointing=False,  # committed blocks are the checkpoint
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 log_every_n_steps=1,
             )
-            trainer.fit(Walk(stream), stream)
+            try:
+                trainer.fit(Walk(stream), stream)
+            except SystemExit as stop:  # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from stop
     finally:
         for store in stores:
             store.close()
@@ -210,6 +217,22 @@ def evaluate_path(path: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
     with quiet():
         model, tokenizer = checkpoint.load(checkpoint.locate(str(path)))
         return evaluate.evaluate(model, tokenizer, settings)
+
+
+def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str, Any], texts: Any) -> dict[str, Any]:
+    """Measure a model on the accelerator that the recipe walks on; afterwards it is in CPU memory again."""
+    try:
+        return evaluate.evaluate(model.to(planned.device), tokenizer, settings, texts)
+    finally:
+        model.to("cpu")
+
+
+def source_of(path: str | Path) -> str | None:
+    """The model that a run's result was made from, told by the report beside it; None for anything else."""
+    for folder in (Path(path), Path(path).parent):
+        if (folder / REPORT).is_file():
+            return json.loads((folder / REPORT).read_text(encoding="utf-8"))["recipe"]["model"]["path"]
+    return None
 
 
 def _tokens(planned: Plan, tokenizer: Any) -> Tensor:
@@ -403,6 +426,7 @@ def _close(result: dict[str, Any], output: Path, console: Console) -> None:
     if result["verified"] is not True:
         for failure in result["verified"]:
             console.print(f"[bold red]verification failed[/]: {failure}", highlight=False)
+        return
     console.print("\nLoad it:\n")
     console.print(report.loading(str(output / "model")), markup=False, highlight=False, soft_wrap=True)
 

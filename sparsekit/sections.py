@@ -277,7 +277,7 @@ class Recipe(Section):
         default=None, min_length=1, description="folder of the run; default runs/<name of the recipe>"
     )
     seed: int = Field(default=0, ge=0, description="of everything random but the calibration's choice")
-    keep: bool = Field(default=False, description="keep blocks/ and checkpoints/ after a finished run")
+    keep: bool = Field(default=False, description="keep blocks/ after a finished run")
     _tree: Tree = PrivateAttr(default_factory=lambda: Tree("recipe"))
 
 

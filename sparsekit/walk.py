@@ -128,9 +128,8 @@ class BlockStream:
     def _replay(self, block: Block) -> None:
         """Do for the activations what the walk did when this block was pruned."""
         assert self.commits is not None
-        last = block is self.blocks[-1]
-        self._read(block)
-        if self.error_correction != "prefix" and not last:
+        if self.error_correction != "prefix" and block is not self.blocks[-1]:
+            self._read(block)
             _advance(block, self.dense_inputs or self.inputs)
         self.commits.restore(block)
         self.advance(block)
@@ -200,10 +199,12 @@ class OneShot(Callback):
 
     solver: a Solver, or a chain of them
     patterns: linear's name -> Pattern
+    seed: of torch's random numbers, set anew with each block's index added, so that a solver that draws some gives the
+        same after a resume
     """
 
-    def __init__(self, solver: Callable[..., Tensor], patterns: Mapping[str, Pattern]):
-        self.solver, self.patterns = solver, patterns
+    def __init__(self, solver: Callable[..., Tensor], patterns: Mapping[str, Pattern], seed: int = 0):
+        self.solver, self.patterns, self.seed = solver, patterns, seed
 
     def on_train_batch_start(self, trainer: Trainer, walk: Walk, block: Block, batch_idx: int) -> None:  # type: ignore[override]
         """Solve group by group, keep masks and records in the block, and tell callbacks that have on_linear_end.
@@ -211,6 +212,7 @@ class OneShot(Callback):
         Raises:
             ValueError: weights or activations are not finite, or the solver broke its contract.
         """
+        torch.manual_seed(self.seed + block.index)
         for names, stats in walk.stream.statistics(block):
             stats.check(names[0])
             for name in names:
@@ -241,10 +243,16 @@ class OneShot(Callback):
             "zeros": zeros,
             "parameters": solved.numel(),
             "pattern": str(pattern),
-            "warnings": sorted({str(warning.message) for warning in said}),
+            "warnings": sorted({str(warning.message) for warning in said} | _too_sparse(weight, zeros, pattern)),
         }
         block.masks[name] = mask.cpu()
         linear.write_pruned(solved)
+
+
+def _too_sparse(weight: Tensor, zeros: int, pattern: Pattern) -> set[str]:
+    """More zeros than asked are legal (dead inputs, zeros in the dense weight) but a user should know of many."""
+    surplus = zeros / weight.numel() - pattern.sparsity
+    return {f"{surplus:.0%} more zeros than {pattern} asks for"} if surplus > 0.05 else set()
 
 
 def _check_solved(name: str, weight: Tensor, solved: Tensor, zeros: int, pattern: Pattern) -> None:

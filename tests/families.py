@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "GPT2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 96},
     "GPTNeoX": WIDTH | {"intermediate_size": 48},
     "Phi": WIDTH | {"intermediate_size": 48, "partial_rotary_factor": 0.5},
+    "Mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 NAMES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
 GATED = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -34,16 +35,17 @@ GROUPS = {
     "GPT2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
     "GPTNeoX": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
     "Phi": [["q_proj", "k_proj", "v_proj", "fc1"], ["dense"], ["fc2"]],  # parallel: one normalised input for all
+    "Mixtral": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],  # fused experts are left as they are
 }
 
 
-def build(family: str, device: str = "cpu") -> nn.Module:
+def build(family: str, device: str = "cpu", settings: dict[str, Any] | None = None) -> nn.Module:
     """A random model of the family, in eval mode, weights large enough that blocks matter."""
     import transformers
 
     config_name, model_name = NAMES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**SETTINGS[family])
+    config = getattr(transformers, config_name)(**(settings or SETTINGS[family]))
     with torch.device(device):
         model = getattr(transformers, model_name)(config).eval()
     if device != "meta":

@@ -12,11 +12,13 @@ FAMILIES = sorted(SETTINGS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_groups_are_the_linears_that_read_the_same_tensor(family, device):
     model = build(family, device)
+    if device == "meta":
+        model.to(torch.bfloat16)  # grouped products of experts have no other form there
     blocks = discover(model, torch.zeros(1, 8, dtype=torch.long, device=device))
     assert len(blocks) == 3
     for block in blocks:
         assert [[name.split(".")[-1] for name in group] for group in block.groups] == GROUPS[family]
-        assert not block.skipped
+        assert bool(block.skipped) == (family == "Mixtral")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +45,7 @@ def test_conv1d_is_seen_as_out_by_in():
     model = build("GPT2")
     linear = find(model)[0].linears["transformer.h.0.mlp.c_fc"]
     assert linear.shape == (128, 32)
-    linear.write(-torch.zeros(128, 32))
+    linear.write_pruned(-torch.zeros(128, 32))
     assert not torch.signbit(linear.module.weight).any()
     assert linear.stored(linear.weight).shape == linear.module.weight.shape
 

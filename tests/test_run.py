@@ -15,8 +15,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekit import cli
+from sparsekit.pattern import parse
 
 TINY = Path(__file__).parent / "models" / "tiny-llama"
 RECIPE = """\
@@ -185,6 +187,53 @@ def test_killed_and_resumed_gives_the_same_bits(when, finished, tmp_path):
     assert (tmp_path / "run" / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left == {path.name for path in finished.iterdir()}
+
+
+def test_ctrl_c_says_how_to_go_on(finished, tmp_path):
+    file = recipe(tmp_path)
+    script = KILLER.replace("{how}", "kill(walk.OneShot, '_solve', before=10)").replace("SIGKILL", "SIGINT")
+    stopped = process(script, file)
+    assert stopped.returncode == 130 and "--resume" in stopped.stderr, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert fit(file, "--resume").returncode == 0
+    assert bits(tmp_path / "run") == bits(finished)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "OPT", "Gemma", "Mixtral"])
+def test_other_families_from_disk_to_disk(family, tmp_path):
+    """Transposed weights, learned positions, a scaled embedding, fused experts that are stored one by one."""
+    from families import SETTINGS, build
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    settings = SETTINGS[family] | {"vocab_size": len(tokenizer)}
+    dense = build(family, settings=settings)
+    dense.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = fit(recipe(tmp_path, model=tmp_path / "model"), "--set", "evaluate.length=32", "calibration.length=32")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert ("left as it is" in done.stdout) == (family == "Mixtral")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    modules, before = dict(pruned.named_modules()), dict(dense.named_modules())
+    assert report["sparsity"]["per_linear"]
+    for name in report["sparsity"]["per_linear"]:
+        weight = modules[name].weight.t() if family == "GPT2" else modules[name].weight
+        assert parse("2:4").satisfied(weight.detach())
+        assert not torch.equal(modules[name].weight, before[name].weight)
+
+
+def test_eval_and_verify_take_a_run(finished, capsys):
+    """The folder of a run serves as well as the model's, and its source is measured beside it."""
+    assert cli.main(["verify", str(finished), "--pattern", "2:4", "--against", str(TINY)]) == 0
+    assert cli.main(["verify", str(finished), "--pattern", "1:4"]) == 1
+    command = ["eval", str(finished), "--perplexity", "python-docs", "--length", "64", "--windows", "6"]
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out.replace("\n", "")
+    report = json.loads((finished / "report.json").read_text())
+    for which in ("dense", "pruned"):
+        assert f"{report['evaluation'][which]['perplexity']['python-docs']:.4g}" in printed
+    assert "6 x 64 tokens" in printed
 
 
 def test_an_unfinished_run_is_continued_or_refused_with_the_difference(finished, tmp_path):

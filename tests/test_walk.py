@@ -223,6 +223,22 @@ def test_a_plugins_mistake_does_not_reach_the_model(broken, said):
         prune(build("Llama"), broken)
 
 
+def test_a_solver_that_draws_numbers_resumes_with_the_same_bits(tmp_path):
+    def drawn(weight, stats, pattern):
+        return weight.masked_fill(~pattern.keep(torch.rand_like(weight)), 0)
+
+    whole, first, second = build("Llama"), build("Llama"), build("Llama")
+    prune(whole, drawn)
+    prune(first, drawn, commits=Commits(tmp_path), stop_after=1)
+    prune(second, drawn, commits=Commits(tmp_path))
+    assert same_bits(whole, second)
+
+
+def test_far_too_many_zeros_are_said():
+    blocks = prune(build("Llama"), lambda weight, stats, pattern: torch.zeros_like(weight))
+    assert all(r["warnings"] == ["50% more zeros than 2:4 asks for"] for b in blocks for r in b.records.values())
+
+
 def test_what_a_solver_warns_of_is_recorded():
     import warnings
 
