@@ -17,11 +17,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit import checkpoint, data, evaluate, plan, recipe, report
-from sparsekit.blocks import Block, adopt, first_inputs
+from sparsekit.blocks import Block, adopt
 from sparsekit.commits import Commits, sync, unpack, write_atomically, write_json
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
-from sparsekit.store import ActivationStore
 from sparsekit.verify import verify
 
 STATE = "run.json"  # the fingerprint of a run that has begun
@@ -163,26 +162,21 @@ def walk(
         return blocks
     source = checkpoint.Checkpoint(planned.folder)
     prefix = str(model.base_model_prefix)
-    mode = recipe_.error_correction
     shutil.rmtree(output / "activations", ignore_errors=True)  # of a run that was killed
-    stores = [
-        ActivationStore(recipe_.memory.activations // (2 if mode == "model" else 1), output / "activations")
-        for _ in range(2 if mode == "model" else 1)
-    ]
 
     def dense_weight(linear: Any) -> Tensor:
         return linear.stored(source.tensor(source.key(f"{linear.name}.weight", prefix)))
 
     try:
         with meter.stage("capture"):
-            for hidden in first_inputs(model, blocks, tokens, planned.batch):
-                for store in stores:
-                    store.append(hidden)
-            stream = BlockStream(
+            stream = BlockStream.over(
+                model,
                 blocks,
-                stores[0],
-                error_correction=mode,
-                dense_inputs=stores[1] if mode == "model" else None,
+                tokens,
+                batch=planned.batch,
+                budget=recipe_.memory.activations,
+                folder=output / "activations",
+                error_correction=recipe_.error_correction,
                 dense_weight=dense_weight,
                 commits=commits,
             )
@@ -205,9 +199,8 @@ def walk(
                 trainer.fit(Walk(stream), stream)
             except SystemExit as stop:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from stop
+            stream.close()
     finally:
-        for store in stores:
-            store.close()
         shutil.rmtree(output / "activations", ignore_errors=True)
     return blocks
 

@@ -4,14 +4,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsekit.blocks import Block, Linear
+from sparsekit.blocks import Block, Linear, first_inputs
 from sparsekit.commits import Commits
 from sparsekit.pattern import NM, Pattern
 from sparsekit.statistics import Stats
@@ -40,9 +41,9 @@ class BlockStream:
         self,
         blocks: list[Block],
         inputs: ActivationStore,
+        dense_inputs: ActivationStore | None = None,
         *,
         error_correction: str = "prefix",
-        dense_inputs: ActivationStore | None = None,
         dense_weight: Callable[[Linear], Tensor] | None = None,
         commits: Commits | None = None,
     ):
@@ -54,6 +55,36 @@ class BlockStream:
         self.error_correction, self.dense_weight, self.commits = error_correction, dense_weight, commits
         self.start = 0 if commits is None else commits.count()
         self.device = torch.device("cpu")  # where blocks compute; the walk sets it
+
+    @classmethod
+    def over(
+        cls,
+        model: nn.Module,
+        blocks: list[Block],
+        tokens: Tensor,
+        *,
+        batch: int = 1,
+        budget: int = 4 * 10**9,
+        folder: str | Path | None = None,
+        error_correction: str = "prefix",
+        **options: Any,
+    ) -> "BlockStream":
+        """The stream that starts with a model's embedding of `tokens` (sequences, length).
+
+        batch: sequences in a chunk. budget, folder: of the activations, see `ActivationStore`. The rest: see the class.
+        """
+        count = 2 if error_correction == "model" else 1
+        stores = [ActivationStore(budget // count, folder) for _ in range(count)]
+        for hidden in first_inputs(model, blocks, tokens, batch):
+            for store in stores:
+                store.append(hidden)
+        return cls(blocks, *stores, error_correction=error_correction, **options)
+
+    def close(self) -> None:
+        """Forget the activations."""
+        for store in (self.inputs, self.dense_inputs):
+            if store is not None:
+                store.close()
 
     def __len__(self) -> int:
         return len(self.blocks) - self.start

@@ -8,7 +8,7 @@ import torch
 from families import SETTINGS, build
 from lightning.pytorch import Trainer
 
-from sparsekit.blocks import discover, first_inputs
+from sparsekit.blocks import discover
 from sparsekit.commits import Commits, unpack
 from sparsekit.pattern import NM, Unstructured
 from sparsekit.solvers.chain import chain
@@ -25,17 +25,7 @@ TOKENS = torch.randint(1, 96, (5, 24), generator=torch.Generator().manual_seed(1
 def prune(model, solver, pattern=HALF, *, mode="prefix", budget=10**9, commits=None, batch=2, stop_after=None):
     """Walk over the model in memory; returns its blocks."""
     blocks = discover(model, TOKENS[:1, :8])
-    stores = [ActivationStore(budget) for _ in range(2 if mode == "model" else 1)]
-    for hidden in first_inputs(model, blocks, TOKENS, batch):
-        for store in stores:
-            store.append(hidden)
-    stream = BlockStream(
-        blocks,
-        stores[0],
-        error_correction=mode,
-        dense_inputs=stores[1] if mode == "model" else None,
-        commits=commits,
-    )
+    stream = BlockStream.over(model, blocks, TOKENS, batch=batch, budget=budget, error_correction=mode, commits=commits)
     patterns = {name: pattern for block in blocks for name in block.linears}
     trainer = Trainer(
         accelerator="cpu",
