@@ -160,8 +160,9 @@ def test_eval_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failures: list[str], status: int
 ) -> None:
-    from sparsekit import verify
+    from sparsekit import checkpoint, verify
 
+    monkeypatch.setattr(checkpoint, "locate", lambda path: path)
     found = verify.Verification(failures, {"a": {"zeros": 1, "parameters": 2}})
     monkeypatch.setattr(verify, "verify", lambda path, pattern, against: found)
     assert main(["verify", "folder", "--pattern", "2:4"]) == status
