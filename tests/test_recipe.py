@@ -36,12 +36,12 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info.mkdir(parents=True)
     (info / "entry_points.txt").write_text(
         "[sparsekit.allocators]\nowl = extra_mod:owl\n[sparsekit.stages]\nlo-ra = extra_mod:lora\n"
-        "[sparsekit.solvers]\nfista = extra_mod:fista\nbroken = no_such_mod:f\n"
+        "[sparsekit.solvers]\nfista = extra_mod:lasso\nbroken = no_such_mod:f\n"
     )
     (tmp_path / "site" / "extra_mod.py").write_text(
         "def owl(linears, sparsity, *, strength: float = 0.1): ...\n"
         "def lora(model, tokens, *, rank: int = 8): ...\n"
-        "def fista(weight, stats, pattern, init=None, *, pair: tuple = (1, 2), iterations: int = 20): ...\n"
+        "def lasso(weight, stats, pattern, init=None, *, pair: tuple = (1, 2), iterations: int = 20): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "site")
 
@@ -293,8 +293,8 @@ def test_options_of_sources(write: Write) -> None:
     ("stages", "said"),
     [
         ("[wanda, refit]", None),
-        ("[wanda, fista, refit]", None),
-        ("[fista]", None),
+        ("[wanda, lasso, refit]", None),
+        ("[lasso]", None),
         ("[wanda, lo_ra]", None),
         ("[wanda, sparsegpt]", "stage 2, `sparsegpt`, cannot start from the answer of `wanda`, which would be thrown"),
         ("[wanda, refit, wanda]", "stage 3, `wanda`, cannot start from the answer of `refit`"),
@@ -330,9 +330,9 @@ def test_resolved_recipes_replay(path: Path, write: Write) -> None:
 
 def test_resolved_fills_in_options(write: Write, plugin: None) -> None:
     plain = resolved(
-        load_recipe(write(GOOD), ["stages.1.fista={}", "stages.2.refit.damping=0.5", "calibration.source=c4"])
+        load_recipe(write(GOOD), ["stages.1.lasso={}", "stages.2.refit.damping=0.5", "calibration.source=c4"])
     )
-    assert plain["stages"][1] == {"fista": {"pair": [1, 2], "iterations": 20}}
+    assert plain["stages"][1] == {"lasso": {"pair": [1, 2], "iterations": 20}}
     assert plain["stages"][2]["refit"]["damping"] == 0.5
     assert (
         plain["stages"][2]["refit"]["iterations"]
@@ -345,7 +345,7 @@ def test_resolved_fills_in_options(write: Write, plugin: None) -> None:
 def test_schema_knows_the_installed_names(plugin: None) -> None:
     whole = schema()
     names, full = whole["properties"]["stages"]["items"]["anyOf"]
-    assert {"wanda", "refit", "lo-ra", "fista"} <= set(names["enum"])
+    assert {"wanda", "refit", "lo-ra", "lasso"} <= set(names["enum"])
     assert set(full["properties"]["refit"]["properties"]) == {"damping", "iterations", "tolerance"}
     assert whole["properties"]["allocation"]["anyOf"][0] == {"enum": ["owl", "uniform"]}
     assert "wikitext2" in whole["$defs"]["Calibration"]["properties"]["source"]["anyOf"][0]["enum"]
