@@ -36,7 +36,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info.mkdir(parents=True)
     (info / "entry_points.txt").write_text(
         "[sparsekit.allocators]\nowl = extra_mod:owl\n[sparsekit.stages]\nlo-ra = extra_mod:lora\n"
-        "[sparsekit.solvers]\nfista = extra_mod:lasso\nbroken = no_such_mod:f\n"
+        "[sparsekit.solvers]\nlasso = extra_mod:lasso\nbroken = no_such_mod:f\n"
     )
     (tmp_path / "site" / "extra_mod.py").write_text(
         "def owl(linears, sparsity, *, strength: float = 0.1): ...\n"
