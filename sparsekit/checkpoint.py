@@ -211,9 +211,9 @@ def load(folder: Path, *, dtype: str | None = None, trust_remote_code: bool = Fa
     return model.eval(), tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
-def missing(folder: Path) -> set[str]:
+def missing(folder: Path, trust_remote_code: bool = False) -> set[str]:
     """The parameters that transformers would fill with random numbers, found by loading the whole checkpoint."""
-    return set(_load(folder, dtype="auto")[1]["missing_keys"])
+    return set(_load(folder, dtype="auto", trust_remote_code=trust_remote_code)[1]["missing_keys"])
 
 
 def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:

@@ -67,8 +67,9 @@ def evaluate(given: argparse.Namespace) -> int:
     settings = {"perplexity": texts, "tasks": given.task, "length": given.length}
     check(settings)
     dense = given.against or run.source_of(given.path)
-    paths = [given.path] + ([dense] if dense else [])
-    found = {path: run.evaluate_path(path, settings) for path in paths}
+    models = {given.path: given.path} | ({dense if isinstance(dense, str) else dense["path"]: dense} if dense else {})
+    paths = list(models)
+    found = {path: run.evaluate_path(model, settings) for path, model in models.items()}
     table = Table("", *paths)
     for name, context in found[given.path]["context"].items():
         what = f"perplexity {name}, {context['windows']} x {context['length']} tokens"

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Commits:
             tensors[f"{name}.mask"] = pack(block.masks[name])
         write_atomically(
             self._file(block.index),
-            lambda aside: _save(tensors, aside, {"records": json.dumps(block.records)}),
+            lambda aside: write_tensors(aside, tensors, {"records": json.dumps(block.records)}),
         )
 
     def restore(self, block: Block) -> None:
@@ -71,11 +72,27 @@ def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=count)).bool().view(shape)
 
 
-def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    try:
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A file of safetensors, readable as the user's umask says; raises OSError where the disk is full."""
+    with disk_errors(file):
         save_file(tensors, file, metadata=metadata)
-    except SafetensorError as error:  # its writer reports a full disk in its own type
-        raise OSError(f"cannot write {file}: {error}") from error
+    make_readable(file)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """The safetensors writer reports a full disk in a type of its own: make it the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def make_readable(file: Path) -> None:
+    """Safetensors makes files that only their owner can read; give them what the user's umask says."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:

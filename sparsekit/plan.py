@@ -1,9 +1,8 @@
 """What a recipe comes to on a given model, known before any weight is read: blocks, groups, patterns, estimates."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +122,14 @@ def allocate(recipe: Recipe, blocks: list[Block]) -> dict[str, Pattern]:
 
 
 def timed(name: str, solver: Callable[..., Tensor], meter: Meter) -> Callable[..., Tensor]:
-    """The same solver, its time and memory counted to `name`; its signature stays visible through partial."""
+    """The same solver, its time and memory counted to `name`."""
 
-    def run(*args: Any, function: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+    @wraps(solver)  # so that its signature, which says whether it takes a warm start, stays visible
+    def run(*args: Any, **kwargs: Any) -> Tensor:
         with meter.stage(name):
-            return function(*args, **kwargs)
+            return solver(*args, **kwargs)
 
-    call = partial(run, function=solver)
-    call.__signature__ = inspect.signature(solver)  # type: ignore[attr-defined]
-    return call
+    return run
 
 
 def _configured(stage: Any) -> Callable[..., Tensor]:

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,16 @@ from torch import Tensor, nn
 
 from sparsekit import checkpoint, data, evaluate, plan, recipe, report
 from sparsekit.blocks import Block, adopt
-from sparsekit.commits import Commits, sync, unpack, write_atomically, write_json
+from sparsekit.commits import (
+    Commits,
+    disk_errors,
+    make_readable,
+    sync,
+    unpack,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
 from sparsekit.verify import verify
@@ -54,8 +62,10 @@ def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console
                 finished = _begin(output, fingerprint)
             if finished:
                 _clear(output, recipe_.keep)  # it may have been killed while it did so
-                console.print(f"{output} is finished; nothing to do. Look at {output / REPORT}")
-                return 0
+                verified = json.loads((output / REPORT).read_text(encoding="utf-8"))["verified"] is True
+                said = "nothing to do" if verified else "but its result is not as asked"
+                console.print(f"{output} is finished, {said}. Look at {output / REPORT}")
+                return 0 if verified else 1
             try:
                 return _fit(planned, tokenizer, tokens, texts, fingerprint, output, meter, console)
             except OSError as error:
@@ -205,11 +215,12 @@ def walk(
     return blocks
 
 
-def evaluate_path(path: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Measure any checkpoint folder or hub name: what `evaluate.evaluate` gives."""
+def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Measure any model that a recipe's `model` could name: what `evaluate.evaluate` gives."""
+    trust = isinstance(model, dict) and bool(model.get("trust_remote_code"))
     with quiet():
-        model, tokenizer = checkpoint.load(checkpoint.locate(str(path)))
-        return evaluate.evaluate(model, tokenizer, settings)
+        loaded, tokenizer = checkpoint.load(checkpoint.locate(model), trust_remote_code=trust)
+        return evaluate.evaluate(loaded, tokenizer, settings)
 
 
 def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str, Any], texts: Any) -> dict[str, Any]:
@@ -220,11 +231,11 @@ def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str
         model.to("cpu")
 
 
-def source_of(path: str | Path) -> str | None:
-    """The model that a run's result was made from, told by the report beside it; None for anything else."""
+def source_of(path: str | Path) -> dict[str, Any] | None:
+    """The `model` of the recipe that a run's result was made with, told by its report; None for anything else."""
     for folder in (Path(path), Path(path).parent):
         if (folder / REPORT).is_file():
-            return json.loads((folder / REPORT).read_text(encoding="utf-8"))["recipe"]["model"]["path"]
+            return json.loads((folder / REPORT).read_text(encoding="utf-8"))["recipe"]["model"]
     return None
 
 
@@ -326,41 +337,26 @@ def _once(file: Path, settings: dict[str, Any], measure: Any) -> dict[str, Any]:
 
 def _save(model: Any, tokenizer: Any, blocks: list[Block], source: Path, output: Path) -> None:
     """Write model/ aside and move it into place, with the masks beside it."""
+    from transformers import GenerationConfig
+
     aside, target = output / ".model.part", output / "model"
     shutil.rmtree(aside, ignore_errors=True)
-    try:
-        from transformers import GenerationConfig
-
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config = GenerationConfig()  # the source's own file is copied, even if it is not valid
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config = GenerationConfig()  # the source's own file is copied, even if it is not valid
+    with disk_errors(aside):
         model.save_pretrained(aside)
-        if (source / "generation_config.json").is_file():
-            shutil.copyfile(source / "generation_config.json", aside / "generation_config.json")
         tokenizer.save_pretrained(aside)
-    except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if type(error).__name__ == "SafetensorError":  # its writer reports a full disk in its own type
-            raise OSError(f"cannot write {aside}: {error}") from error
-        raise
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", aside / "generation_config.json")
     for file in aside.iterdir():
-        _readable(file)
+        make_readable(file)
         sync(file)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     sync(output)
-    from safetensors.torch import save_file
-
     commits = Commits(output / "blocks")
     bits = {name: mask for block in blocks for name, mask in commits.masks(block).items()}
-    write_atomically(output / "masks.safetensors", lambda file: save_file(bits, file))
-    _readable(output / "masks.safetensors")
-
-
-def _readable(file: Path) -> None:
-    """Safetensors makes files that only their owner can read; give them what the user's umask says."""
-    mask = os.umask(0)
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)
+    write_atomically(output / "masks.safetensors", lambda file: write_tensors(file, bits))
 
 
 def _masks(output: Path, planned: Plan) -> dict[str, Tensor]:

@@ -172,10 +172,10 @@ class Stats:
                     "run the model in float32 or bfloat16, or look at the block before"
                 )
 
-    def check_weight(self, weight: Tensor) -> None:
+    def check_weight(self, weight: Tensor, init: Tensor | None = None) -> None:
         """Every solver's first line: raise ValueError unless `weight` is a finite matrix (out, in) of this width.
 
-        Inputs that were not finite are refused too.
+        A warm start must be finite and of the weight's shape; inputs that were not finite are refused too.
         """
         if weight.ndim != 2 or weight.shape[1] != self.width:
             raise ValueError(
@@ -184,6 +184,10 @@ class Stats:
             )
         if not weight.isfinite().all():
             raise ValueError("the weight contains NaN or Inf, so it cannot be pruned; check the source checkpoint")
+        if init is not None and init.shape != weight.shape:
+            raise ValueError(f"init has shape {tuple(init.shape)}, the weight {tuple(weight.shape)}; make them equal")
+        if init is not None and not init.isfinite().all():
+            raise ValueError("init contains NaN or Inf, so nothing can start from it; look at the solver before")
         self.check("this layer")
 
 

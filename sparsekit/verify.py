@@ -60,7 +60,7 @@ def verify(
         linears = {name: linear for name, linear in linears.items() if name in patterns}
     result = Verification()
     weights = {f"{name}.weight": name for name in linears}
-    result.failures += _structure(model, checkpoint, prefix)
+    result.failures += _structure(model, checkpoint, prefix, trust_remote_code)
     for key in checkpoint:
         name = weights.get(key) or weights.get(f"{prefix}.{key}")
         tensor = checkpoint.tensor(key)
@@ -79,7 +79,7 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
-def _structure(model: Any, checkpoint: Checkpoint, prefix: str) -> list[str]:
+def _structure(model: Any, checkpoint: Checkpoint, prefix: str, trust_remote_code: bool) -> list[str]:
     """Missing tensors (transformers would fill them with random numbers), wrong shapes, untied copies."""
     failures, absent = [], []
     state = model.state_dict()
@@ -102,7 +102,7 @@ def _structure(model: Any, checkpoint: Checkpoint, prefix: str) -> list[str]:
         ):
             failures.append(f"{name} and {partner} are tied in the config but differ on disk")
     if absent:  # some families are stored under other names (experts one by one): only loading tells
-        lost = missing(checkpoint.folder)
+        lost = missing(checkpoint.folder, trust_remote_code)
         failures += [f"{name} is missing: loading would fill it with random numbers" for name in absent if name in lost]
     for copy, kept in tied.items():
         if not any(stored_key(checkpoint, name, prefix) for name in (copy, kept)):

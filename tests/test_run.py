@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -372,13 +373,24 @@ def test_dry_run_reads_no_weights_and_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("solvers", ["[wanda, refit]", "[magnitude]", "[wanda]"])
-def test_quality_is_in_the_right_order(solvers, finished, tmp_path):
-    done = fit(recipe(tmp_path), "--set", f"stages={solvers}")
-    assert done.returncode == 0, done.stderr
-    loss = {
-        "this": json.loads((tmp_path / "run" / "report.json").read_text())["evaluation"]["pruned"]["perplexity"],
-        "sparsegpt": json.loads((finished / "report.json").read_text())["evaluation"]["pruned"]["perplexity"],
-    }
-    if solvers != "[wanda, refit]":
-        assert loss["this"]["python-docs"] > loss["sparsegpt"]["python-docs"]
+def test_quality_is_in_the_right_order(finished, tmp_path):
+    measured = {}
+    for name in ("magnitude", "wanda", "wanda, refit"):
+        output = tmp_path / name.replace(", ", "-")
+        done = fit(recipe(tmp_path), "--set", f"stages=[{name}]", f"output={output}")
+        assert done.returncode == 0, done.stderr
+        measured[name] = json.loads((output / "report.json").read_text())["evaluation"]
+    loss = {name: values["pruned"]["perplexity"]["python-docs"] for name, values in measured.items()}
+    dense = measured["wanda"]["dense"]["perplexity"]["python-docs"]
+    sparsegpt = json.loads((finished / "report.json").read_text())["evaluation"]["pruned"]["perplexity"]["python-docs"]
+    assert dense < loss["wanda, refit"] < loss["wanda"] < loss["magnitude"]
+    assert dense < sparsegpt < loss["magnitude"]
+
+
+def test_a_finished_run_that_failed_stays_failed(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    report = json.loads((copy / "report.json").read_text())
+    (copy / "report.json").write_text(json.dumps(report | {"verified": ["layer 3 is not 2:4"]}))
+    again = fit(finished.parent / "run.yaml", "--resume", "--set", f"output={copy}")
+    assert again.returncode == 1 and "not as asked" in again.stdout

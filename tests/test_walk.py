@@ -247,5 +247,8 @@ def test_options_of_the_stream_are_checked():
         BlockStream([], ActivationStore(0), error_correction="model")
 
 
-def test_partial_solvers():
-    prune(build("Llama"), partial(sparsegpt, damping=0.1), Unstructured(0.3))
+def test_options_of_a_partial_solver_count():
+    one, two = build("Llama"), build("Llama")
+    prune(one, sparsegpt)
+    prune(two, partial(sparsegpt, damping=0.5))
+    assert not same_bits(one, two)

@@ -35,12 +35,8 @@ def dsnot(
     Cost: no product; some ten passes over the weight a cycle, of the Gram only the diagonal.
     Raises ValueError for a weight or init that is not finite or does not fit the statistics or the pattern.
     """
-    stats.check_weight(weight)
+    stats.check_weight(weight, init)
     pattern.check(stats.width, "this layer")
-    if init is not None:
-        stats.check_weight(init)
-        if init.shape != weight.shape:
-            raise ValueError(f"init has shape {tuple(init.shape)}, the weight {tuple(weight.shape)}; make them equal")
     if cycles < 1 or not tolerance >= 0:
         raise ValueError(f"cycles must be at least 1 and tolerance at least 0, not {cycles} and {tolerance}")
     group = pattern.group if isinstance(pattern, NM) else None

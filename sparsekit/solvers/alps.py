@@ -48,12 +48,8 @@ def alps(
     Memory: three more matrices of the Gram's size, six of the weight's.
     Raises ValueError for a weight or init that is not finite or does not fit the statistics or the pattern.
     """
-    stats.check_weight(weight)
+    stats.check_weight(weight, init)
     pattern.check(stats.width, "this layer")
-    if init is not None:
-        stats.check_weight(init)
-        if init.shape != weight.shape:
-            raise ValueError(f"init has shape {tuple(init.shape)}, the weight {tuple(weight.shape)}; make them equal")
     if not damping >= 0 or iterations < 1 or not rho > 0 or not pace > 0:
         raise ValueError(
             "damping must be at least 0, iterations at least 1, rho and pace above 0, "

@@ -88,14 +88,10 @@ def fista(
     Raises ValueError for options out of range and for a weight or init that is not finite or does not fit the
     statistics or the pattern.
     """
-    stats.check_weight(weight)
+    stats.check_weight(weight, init)
     pattern.check(stats.width, "this layer")
     _check(start, search, bracket, penalty, iterations, rounds, patience, rounding, epsilon)
     _check_nonnegative(tolerance=tolerance, damping=damping, refit=refit, polish=polish)
-    if init is not None:
-        stats.check_weight(init)
-        if init.shape != weight.shape:
-            raise ValueError(f"init has shape {tuple(init.shape)}, the weight {tuple(weight.shape)}; they must agree")
     begin = _STARTS[start](weight, stats, pattern) if init is None else init
     gram, scale, largest = stats.cached(("fista", precondition, damping), lambda: _scaled(stats, precondition, damping))
     dense = weight.to(gram)

@@ -35,10 +35,7 @@ def refit(
     Cost: one product (out, in) x (in, in) an iteration. Raises ValueError for a weight or init that is not finite or
     does not fit the statistics.
     """
-    stats.check_weight(weight)
-    stats.check_weight(init)
-    if init.shape != weight.shape:
-        raise ValueError(f"init has shape {tuple(init.shape)}, the weight {tuple(weight.shape)}; they must be the same")
+    stats.check_weight(weight, init)
     if not damping >= 0 or iterations < 1 or not tolerance >= 0:
         raise ValueError(
             "damping and tolerance must be at least 0 and iterations at least 1, "

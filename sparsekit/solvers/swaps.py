@@ -36,11 +36,8 @@ def swaps(
     Cost: 2 products (out, in) x (in, in), or 4 with a dense stream, and for each step of a row 2 + candidates rows of
     the Gram (n:m: the group's blocks of it). Raises ValueError for a weight or init that is not finite or does not fit.
     """
-    stats.check_weight(weight)
-    stats.check_weight(init)
+    stats.check_weight(weight, init)
     pattern.check(stats.width, "this layer")
-    if init.shape != weight.shape:
-        raise ValueError(f"init has shape {tuple(init.shape)}, the weight {tuple(weight.shape)}; make them equal")
     if candidates < 1 or steps < 1 or not tolerance >= 0:
         raise ValueError(
             "candidates and steps must be at least 1 and tolerance at least 0, "
