@@ -60,13 +60,13 @@ def evaluate(given: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sparsekit import run
+    from sparsekit import folder, run
     from sparsekit.evaluate import check
 
     texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
     settings = {"perplexity": texts, "tasks": given.task, "length": given.length}
     check(settings)
-    dense = given.against or run.source_of(given.path)
+    dense = given.against or folder.source_of(given.path)
     models = {given.path: given.path} | ({dense if isinstance(dense, str) else dense["path"]: dense} if dense else {})
     paths = list(models)
     found = {path: run.evaluate_path(model, settings) for path, model in models.items()}

@@ -14,7 +14,7 @@ from sparsekit.blocks import Block, discover
 from sparsekit.checkpoint import locate, skeleton
 from sparsekit.pattern import NM, Pattern, Unstructured, parse
 from sparsekit.recipe import Recipe, RecipeError, check_options, kind, resolved
-from sparsekit.report import Meter, size
+from sparsekit.report import Meter
 from sparsekit.solvers.chain import chain
 
 SAMPLE_LENGTH = 8  # tokens of the forward pass that looks for groups
@@ -138,34 +138,3 @@ def _configured(stage: Any) -> Callable[..., Tensor]:
 
 def _underscored(options: dict[str, Any]) -> dict[str, Any]:
     return {plugins.normal(name): value for name, value in options.items()}
-
-
-def estimates(plan: Plan) -> dict[str, str]:
-    """What a run will need, from shapes alone."""
-    calibration = plan.recipe.calibration
-    config, given = plan.config, plan.recipe.model.dtype
-    dtype = (config.dtype or torch.float32) if given == "auto" else getattr(torch, given)
-    parameters = sum(parameter.numel() for parameter in plan.model.parameters())
-    largest = max(sum(p.numel() for p in block.module.parameters()) for block in plan.blocks)
-    grams = max(sum(_width(block, names) ** 2 for names in block.groups) for block in plan.blocks)
-    widest = max(_width(block, names) for block in plan.blocks for names in block.groups)
-    tokens = calibration.samples * calibration.length
-    streams = 2 if plan.recipe.error_correction == "model" else 1
-    activations = tokens * config.hidden_size * dtype.itemsize * streams
-    pruned = sum(linear.weight.numel() for block in plan.blocks for linear in block.linears.values())
-    gram_work = 2 * tokens * sum(_width(block, names) ** 2 for block in plan.blocks for names in block.groups)
-    passes = {"none": 1, "prefix": 2}.get(plan.recipe.error_correction) or 2 + len(plan.blocks[0].groups)
-    return {
-        "weights on disk and in memory": size(parameters * dtype.itemsize),
-        "one block, in float32": size(largest * 4),
-        "Grams of one block": size(grams * 4),
-        "factorization of the widest Gram": size(2 * widest**2 * 4),
-        "activations": f"{size(activations)}, of which at most {size(plan.recipe.memory.activations)} in memory",
-        "forward work": f"{passes * 2 * tokens * pruned / 1e12:.2f} TFLOP in {passes} passes over {tokens:,} tokens",
-        "Gram work": f"{gram_work / 1e12:.2f} TFLOP",
-        "weights to prune": f"{pruned:,} of {parameters:,}",
-    }
-
-
-def _width(block: Block, names: list[str]) -> int:
-    return block.linears[names[0]].shape[1]

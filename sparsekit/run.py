@@ -1,7 +1,6 @@
 """`sparsekit fit`: from a checked recipe to a model on disk that is verified, measured and reported."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -11,30 +10,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from sparsekit import checkpoint, data, evaluate, plan, recipe, report
+from sparsekit import checkpoint, data, evaluate, folder, plan, preview, recipe, report
 from sparsekit.blocks import Block, adopt
 from sparsekit.commits import (
     Commits,
     disk_errors,
     make_readable,
     sync,
-    unpack,
     write_atomically,
     write_json,
     write_tensors,
 )
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
+from sparsekit.stream import BlockStream
 from sparsekit.verify import verify
-
-STATE = "run.json"  # the fingerprint of a run that has begun
-REPORT = "report.json"  # written last: its presence means that the run is finished
-# keys of a recipe that do not change the weights, so that a resumed run may change them
-FREE = ("output", "memory", "evaluate", "keep")
 
 
 def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None) -> int:
@@ -48,23 +41,23 @@ def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console
     with quiet():
         output = Path(str(recipe_.output))
         if not dry_run:
-            _check_output(output, resume)
+            folder.check(output, resume)
         planned = plan.make(recipe_)
         if dry_run:
-            _show(planned, console)
+            preview.show(planned, console)
             return 0
         with report.Meter() as meter:
             with meter.stage("prepare"):
                 tokenizer = checkpoint.tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
                 tokens = _tokens(planned, tokenizer)
                 texts = _texts(planned, tokenizer)
-                fingerprint = _fingerprint(planned, tokens)
-                finished = _begin(output, fingerprint)
+                fingerprint = folder.fingerprint_of(planned, tokens)
+                finished = folder.begin(output, fingerprint)
             if finished:
-                _clear(output, recipe_.keep)  # it may have been killed while it did so
-                verified = json.loads((output / REPORT).read_text(encoding="utf-8"))["verified"] is True
+                folder.clear(output, recipe_.keep)  # it may have been killed while it did so
+                verified = json.loads((output / folder.REPORT).read_text(encoding="utf-8"))["verified"] is True
                 said = "nothing to do" if verified else "but its result is not as asked"
-                console.print(f"{output} is finished, {said}. Look at {output / REPORT}")
+                console.print(f"{output} is finished, {said}. Look at {output / folder.REPORT}")
                 return 0 if verified else 1
             try:
                 return _fit(planned, tokenizer, tokens, texts, fingerprint, output, meter, console)
@@ -98,7 +91,7 @@ def _fit(
         with meter.stage("evaluate dense"):
             console.print("measuring the dense model")
             measure = partial(_measure, planned, model, tokenizer, settings, texts)
-            evaluation["dense"] = _once(output / "blocks" / "dense.json", settings, measure)
+            evaluation["dense"] = folder.once(output / "blocks" / "dense.json", settings, measure)
             del measure
     blocks = walk(planned, model, tokens, output, meter, console)
     records = {name: record for block in blocks for name, record in block.records.items()}
@@ -109,7 +102,7 @@ def _fit(
         proof = verify(
             output / "model",
             against=planned.folder,
-            masks=_masks(output, planned),
+            masks=folder.masks(output, planned),
             patterns={name: str(pattern) for name, pattern in planned.patterns.items()},
             cast=dtype is not None,
             trust_remote_code=trust,
@@ -147,8 +140,8 @@ def _fit(
     write_atomically(output / "recipe.yaml", lambda aside: aside.write_text(yaml, encoding="utf-8"))
     card = report.model_card(result, yaml, str(output / "model"))
     write_atomically(output / "model" / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
-    write_json(output / REPORT, result)
-    _clear(output, recipe_.keep)
+    write_json(output / folder.REPORT, result)
+    folder.clear(output, recipe_.keep)
     _close(result, output, console)
     return 0 if not proof.failures else 1
 
@@ -161,7 +154,7 @@ def walk(
     from lightning.pytorch.loggers import CSVLogger
 
     from sparsekit.progress import WalkProgress
-    from sparsekit.walk import BlockStream, Commit, OneShot, Walk
+    from sparsekit.walk import Commit, OneShot, Walk
 
     recipe_ = planned.recipe
     commits = Commits(output / "blocks")
@@ -231,14 +224,6 @@ def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str
         model.to("cpu")
 
 
-def source_of(path: str | Path) -> dict[str, Any] | None:
-    """The `model` of the recipe that a run's result was made with, told by its report; None for anything else."""
-    for folder in (Path(path), Path(path).parent):
-        if (folder / REPORT).is_file():
-            return json.loads((folder / REPORT).read_text(encoding="utf-8"))["recipe"]["model"]
-    return None
-
-
 def _tokens(planned: Plan, tokenizer: Any) -> Tensor:
     """The calibration tokens (samples, length)."""
     settings = planned.recipe.calibration.model_dump(exclude={"batch"})
@@ -250,89 +235,6 @@ def _texts(planned: Plan, tokenizer: Any) -> dict[str, Tensor]:
     settings = planned.recipe.evaluate.model_dump(exclude={"dense"})
     evaluate.check(settings)
     return evaluate.texts(settings, tokenizer, planned.positions)
-
-
-def _fingerprint(planned: Plan, tokens: Tensor) -> dict[str, Any]:
-    """Everything that decides the bits of the result."""
-    return {
-        "recipe": {key: value for key, value in planned.resolved.items() if key not in FREE},
-        "data": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-        "model": checkpoint.Checkpoint(planned.folder).digest(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            name: version
-            for name, version in report.versions(planned.packages()).items()
-            if name in ("torch", "transformers", "sparsekit", *planned.packages())
-        },
-    }
-
-
-def _check_output(output: Path, resume: bool) -> None:
-    """Refuse a folder that this run may not write into.
-
-    Raises:
-        ValueError: it holds another run, or something that is no run.
-    """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"the output {output} is a file; give a folder that does not exist yet")
-    if not output.is_dir() or not any(output.iterdir()) or (resume and (output / STATE).is_file()):
-        return
-    if (output / REPORT).is_file():
-        raise ValueError(f"{output} holds a finished run; give another output (--set output=...) or remove the folder")
-    if (output / STATE).is_file():
-        done = Commits(output / "blocks").count()
-        raise ValueError(
-            f"{output} holds an unfinished run with {done} committed blocks; "
-            "continue it with --resume, or give another output (--set output=...)"
-        )
-    raise ValueError(f"{output} is not empty and holds no run of sparsekit; give a folder that does not exist yet")
-
-
-def _begin(output: Path, fingerprint: dict[str, Any]) -> bool:
-    """Claim the output folder, or check that the run in it is this one. True: it is finished already.
-
-    Raises:
-        ValueError: the run in the folder differs; the differences are named.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not (output / STATE).is_file():
-            write_json(output / STATE, fingerprint)
-            return False
-    except OSError as error:
-        raise OSError(f"cannot write into {output}: {error.strerror or error}; nothing was done") from error
-    known = json.loads((output / STATE).read_text(encoding="utf-8"))
-    differences = list(_differences(known, json.loads(json.dumps(fingerprint))))
-    if differences:
-        raise ValueError(
-            f"{output} holds a run that cannot be resumed with this: {'; '.join(differences)}. "
-            "Restore that, or give another output (--set output=...)"
-        )
-    return (output / REPORT).is_file()
-
-
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
-    elif old != new:
-        if where == "data":
-            yield "the calibration text gives other tokens"
-        elif where == "model":
-            yield "the source model's weights are others"
-        else:
-            yield f"{where} was {json.dumps(old)}, is {json.dumps(new)}"
-
-
-def _once(file: Path, settings: dict[str, Any], measure: Any) -> dict[str, Any]:
-    """A measurement that a resumed run need not repeat, unless it is asked for something else."""
-    if file.is_file():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        if known["settings"] == settings:
-            return known["values"]
-    values = measure()
-    write_json(file, {"settings": settings, "values": values})
-    return values
 
 
 def _save(model: Any, tokenizer: Any, blocks: list[Block], source: Path, output: Path) -> None:
@@ -357,50 +259,6 @@ def _save(model: Any, tokenizer: Any, blocks: list[Block], source: Path, output:
     commits = Commits(output / "blocks")
     bits = {name: mask for block in blocks for name, mask in commits.masks(block).items()}
     write_atomically(output / "masks.safetensors", lambda file: write_tensors(file, bits))
-
-
-def _masks(output: Path, planned: Plan) -> dict[str, Tensor]:
-    """The stored masks, read back from disk."""
-    from safetensors.torch import load_file
-
-    bits = load_file(output / "masks.safetensors")
-    return {
-        name: unpack(bits[name], linear.shape) for block in planned.blocks for name, linear in block.linears.items()
-    }
-
-
-def _clear(output: Path, keep: bool) -> None:
-    """Remove what only an unfinished run needs."""
-    for name in ("activations",) if keep else ("activations", "blocks"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    (output / "hparams.yaml").unlink(missing_ok=True)
-
-
-def _show(planned: Plan, console: Console) -> None:
-    """What --dry-run prints."""
-    from rich.table import Table
-
-    console.print(recipe.dump(planned.resolved), markup=False, highlight=False)
-    table = Table(title=f"{planned.model.__class__.__name__}: {len(planned.blocks)} blocks", title_justify="left")
-    for column in ("blocks", "group", "linear", "out x in", "pattern"):
-        table.add_column(column)
-    kinds: dict[Any, list[Block]] = {}
-    for block in planned.blocks:
-        shapes = tuple(
-            tuple((name.removeprefix(block.name), block.linears[name].shape, planned.patterns[name]) for name in group)
-            for group in block.groups
-        )
-        kinds.setdefault(shapes, []).append(block)
-    for shapes, alike in kinds.items():
-        indices = f"{alike[0].index}-{alike[-1].index}" if len(alike) > 1 else str(alike[0].index)
-        for number, group in enumerate(shapes):
-            for name, (out, width), pattern in group:
-                table.add_row(indices, str(number + 1), name.lstrip("."), f"{out} x {width}", str(pattern))
-    console.print(table)
-    for name, why in planned.skipped.items():
-        console.print(f"left as it is: {name} ({why})")
-    for what, value in plan.estimates(planned).items():
-        console.print(f"{what}: {value}", highlight=False)
 
 
 def _close(result: dict[str, Any], output: Path, console: Console) -> None:

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sparsekit").rglob("*.py"))
 FLOORS = [
     "__init__ pattern statistics store plugins data evaluate report yamltree values",
-    "solvers allocate structure blocks checkpoint commits reconstruct testing",
+    "solvers allocate structure blocks checkpoint commits stream reconstruct testing",
     "walk progress",
-    "stages sections recipe plan run verify export",
+    "stages sections recipe plan preview folder run verify export",
     "cli __main__",
 ]
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "torchmetrics", "peft"}

@@ -147,12 +147,12 @@ KILLS = {
     "before the model is moved into place": "kill(pathlib.Path, 'rename', before=1)",
     "after the model is moved into place": "kill(pathlib.Path, 'rename', after=1)",
     "while the pruned model is measured": "kill(evaluate, 'evaluate', before=2)",
-    "before the report is renamed into place": "kill(run, 'write_json', before=3)",
-    "while the blocks are removed": "kill(run, '_clear', before=1)",
+    "before the report is renamed into place": "kill(run, 'write_json', before=1)",
+    "while the blocks are removed": "kill(folder, 'clear', before=1)",
 }
 KILLER = """
 import os, pathlib, signal, sys
-from sparsekit import blocks, cli, evaluate, run, walk
+from sparsekit import blocks, cli, evaluate, folder, run, walk
 
 def kill(owner, name, before=0, after=0):
     real, calls = getattr(owner, name), [0]

@@ -16,7 +16,8 @@ from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
 from sparsekit.store import ActivationStore
-from sparsekit.walk import ERROR_CORRECTIONS, BlockStream, Commit, OneShot, Walk
+from sparsekit.stream import ERROR_CORRECTIONS, BlockStream
+from sparsekit.walk import Commit, OneShot, Walk
 
 HALF = NM(2, 4)
 TOKENS = torch.randint(1, 96, (5, 24), generator=torch.Generator().manual_seed(1))
