@@ -4,7 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: threads would only wait for one another
+os.environ["OMP_NUM_THREADS"] = "1"  # small tensors: threads would only wait for one another
 
 from pathlib import Path
 
