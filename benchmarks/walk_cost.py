@@ -56,6 +56,7 @@ def walk(recipe: str, overrides: list[str], tokens: torch.Tensor, limit: int | N
         model, _ = checkpoint.load(planned.folder)
         touch(model)
         _cut(model, planned.blocks[0].name, limit)
+        planned.blocks = planned.blocks[:limit]
         start = time.perf_counter()
         run.walk(planned, model, tokens, Path(folder), meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
         return {"total": time.perf_counter() - start} | meter.seconds
