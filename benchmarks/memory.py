@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.walk_cost import touch
-from sparsekit import checkpoint, plan, run
+from sparsekit import checkpoint, pipeline, plan, run
 from sparsekit.recipe import load_recipe
 from sparsekit.report import Meter
 from sparsekit.store import give_back
@@ -75,7 +75,7 @@ def walk(folder: Path, model_folder: Path, given: argparse.Namespace) -> dict[st
     thread.start()
     start = time.perf_counter()
     with Meter() as meter:
-        run.walk(planned, model, tokens, folder / "run", meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
+        pipeline.prune(planned, model, tokens, folder / "run", meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
     seconds = time.perf_counter() - start
     done.set()
     thread.join()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparsekit import checkpoint, data, plan, run
+from sparsekit import checkpoint, data, pipeline, plan, run
 from sparsekit.blocks import discover, first_inputs
 from sparsekit.recipe import load_recipe
 from sparsekit.report import Meter, hardware, versions
@@ -58,7 +58,7 @@ def walk(recipe: str, overrides: list[str], tokens: torch.Tensor, limit: int | N
         _cut(model, planned.blocks[0].name, limit)
         planned.blocks = planned.blocks[:limit]
         start = time.perf_counter()
-        run.walk(planned, model, tokens, Path(folder), meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
+        pipeline.prune(planned, model, tokens, Path(folder), meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
         return {"total": time.perf_counter() - start} | meter.seconds
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class Linear:
@@ -62,6 +63,8 @@ class Block:
     masks: name -> the weights (out, in) that were kept, once the block is pruned; zeros alone would not tell, since a
         kept weight may underflow in half precision
     records: name -> what was seen while it was pruned (error, seconds, zeros, warnings ...)
+    trained: parameters of the module, by their names inside it, that gradient steps have changed
+    notes: what a stage saw of the block as a whole (see the stage); JSON
     """
 
     def __init__(self, index: int, name: str, module: nn.Module):
@@ -73,6 +76,8 @@ class Block:
         self.skipped: dict[str, str] = {}
         self.masks: dict[str, Tensor] = {}
         self.records: dict[str, dict[str, Any]] = {}
+        self.trained: set[str] = set()
+        self.notes: dict[str, Any] = {}
         self.tuple_length = 0  # 0: the block returns a tensor; n: a tuple of n, hidden states first
         self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -89,9 +94,18 @@ class Block:
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
         """The block's output hidden states, on the block's device, for (sequences, length, hidden)."""
-        device = self.device
+        return self.with_parameters({}, hidden)
+
+    def with_parameters(
+        self, parameters: dict[str, Tensor], hidden: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The same with other tensors in place of the module's parameters (name inside it -> tensor), differentiable.
+
+        dtype: what the hidden states, and the arguments that are of floating point, are cast to before.
+        """
         args, kwargs = self.arguments[hidden.shape[0]]
-        out = self.module(hidden.to(device), *_to(args, device), **_to(kwargs, device))
+        hidden, args, kwargs = (_to(given, self.device, dtype) for given in (hidden, args, kwargs))
+        out = functional_call(self.module, parameters, (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def twin(self) -> "Block":
@@ -143,15 +157,16 @@ def _modules(module: nn.Module) -> list[nn.Module]:
     return [m for _, m in linears_of(module)]
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def _to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The tensors of a structure on a device, and those of floating point in `dtype` if it is given."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype if value.is_floating_point() else None)
     if hasattr(value, "_fields"):  # a namedtuple
-        return type(value)(*(_to(item, device) for item in value))
+        return type(value)(*(_to(item, device, dtype) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(_to(item, device) for item in value)
+        return type(value)(_to(item, device, dtype) for item in value)
     if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
+        return {key: _to(item, device, dtype) for key, item in value.items()}
     return value
 
 

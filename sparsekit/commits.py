@@ -17,17 +17,17 @@ from sparsekit.blocks import Block
 
 
 class Commits:
-    """The folder of committed blocks: NNNNN.safetensors with weights, masks (packed bits) and records."""
+    """The folder of committed blocks: NNNNN.safetensors with weights, masks (packed bits), records and notes.
+
+    Other parameters, such as norms and biases, are in it where the block says that they were trained.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def count(self) -> int:
-        """How many blocks from the first on are committed."""
-        count = 0
-        while self._file(count).is_file():
-            count += 1
-        return count
+    def done(self) -> set[int]:
+        """The indices of the committed blocks."""
+        return {int(file.stem) for file in self.folder.glob("[0-9]*.safetensors")}
 
     def commit(self, block: Block) -> None:
         """Write a finished block: aside, synced, then renamed into place.
@@ -39,18 +39,26 @@ class Commits:
         for name, linear in block.linears.items():
             tensors[f"{name}.weight"] = linear.stored(linear.weight).to("cpu")
             tensors[f"{name}.mask"] = pack(block.masks[name])
-        write_atomically(
-            self._file(block.index),
-            lambda aside: write_tensors(aside, tensors, {"records": json.dumps(block.records)}),
-        )
+        for inner in sorted(block.trained):
+            parameter = block.module.get_parameter(inner).detach()
+            tensors.setdefault(f"{block.name}.{inner}", parameter.to("cpu").contiguous())
+        said = {key: json.dumps(getattr(block, key)) for key in ("records", "notes")}
+        said["trained"] = json.dumps(sorted(block.trained))
+        write_atomically(self._file(block.index), lambda aside: write_tensors(aside, tensors, said))
 
+    @torch.no_grad()
     def restore(self, block: Block) -> None:
         """Put a committed block's weights and records back; its masks stay on disk."""
         with safe_open(self._file(block.index), framework="pt") as handle:
+            said = {key: json.loads(value) for key, value in handle.metadata().items()}
+            block.records, block.notes, block.trained = said["records"], said["notes"], set(said["trained"])
+            stored = {f"{name}.weight" for name in block.linears}
             for name, linear in block.linears.items():
-                stored = handle.get_tensor(f"{name}.weight")
-                linear.write(stored.t() if linear.transposed else stored)
-            block.records = json.loads(handle.metadata()["records"])
+                weight = handle.get_tensor(f"{name}.weight")
+                linear.write(weight.t() if linear.transposed else weight)
+            for inner in block.trained:
+                if (key := f"{block.name}.{inner}") not in stored:
+                    block.module.get_parameter(inner).copy_(handle.get_tensor(key))
 
     def masks(self, block: Block) -> dict[str, Tensor]:
         """A committed block's masks as packed bits, by the names of its linears."""
@@ -98,7 +106,7 @@ def make_readable(file: Path) -> None:
 def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
     """Let `write(path)` make a file aside, sync it, and rename it to `file`: never half of it is seen."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.part")
+    aside = file.with_name(f".{file.name}.{os.getpid()}.part")  # several processes may write into one folder
     try:
         write(aside)
         sync(aside)

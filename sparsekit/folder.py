@@ -33,7 +33,7 @@ def check(output: Path, resume: bool) -> None:
     if (output / REPORT).is_file():
         raise ValueError(f"{output} holds a finished run; give another output (--set output=...) or remove the folder")
     if (output / STATE).is_file():
-        done = Commits(output / "blocks").count()
+        done = len(Commits(output / "blocks").done())
         raise ValueError(
             f"{output} holds an unfinished run with {done} committed blocks; "
             "continue it with --resume, or give another output (--set output=...)"
@@ -66,8 +66,12 @@ def begin(output: Path, fingerprint: dict[str, Any]) -> bool:
 
 def fingerprint_of(planned: Plan, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the bits of the result."""
+    decisive = {key: value for key, value in planned.resolved.items() if key not in FREE}
+    if planned.recipe.error_correction == "block":  # each block is the same in whatever process it is pruned
+        free = ("devices", "num_nodes")
+        decisive["trainer"] = {key: value for key, value in decisive["trainer"].items() if key not in free}
     return {
-        "recipe": {key: value for key, value in planned.resolved.items() if key not in FREE},
+        "recipe": decisive,
         "data": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "model": checkpoint.Checkpoint(planned.folder).digest(),
         "threads": torch.get_num_threads(),
@@ -101,6 +105,11 @@ def once(file: Path, settings: dict[str, Any], measure: Callable[[], dict[str, A
     values = measure()
     write_json(file, {"settings": settings, "values": values})
     return values
+
+
+def commits(output: Path, segment: int) -> Commits:
+    """Where the blocks are committed that are finished with this number of `Plan.segments`."""
+    return Commits(output / "blocks" / str(segment) if segment else output / "blocks")
 
 
 def masks(output: Path, planned: Plan) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """What a recipe comes to on a given model, known before any weight is read: blocks, groups, patterns, estimates."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from functools import partial, wraps
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit import plugins
-from sparsekit.blocks import Block, discover
+from sparsekit.allocate.mixture import mixture
+from sparsekit.blocks import Block, adopt, discover
 from sparsekit.checkpoint import locate, skeleton
-from sparsekit.pattern import NM, Pattern, Unstructured, parse
-from sparsekit.recipe import Recipe, RecipeError, check_options, kind, resolved
+from sparsekit.dense import weights_and_norms
+from sparsekit.grid import Quantization
+from sparsekit.pattern import Pattern, Unstructured, parse
+from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, kind, resolved
 from sparsekit.report import Meter
-from sparsekit.solvers.chain import chain
 
 SAMPLE_LENGTH = 8  # tokens of the forward pass that looks for groups
 BATCH_TOKENS = 256  # tokens that go through a block at once, unless the recipe says otherwise: enough for full speed
@@ -30,7 +34,12 @@ class Plan:
     folder: Path  # of the source checkpoint
     model: nn.Module  # on the meta device
     blocks: list[Block]
-    patterns: dict[str, Pattern]
+    patterns: dict[str, Pattern]  # the same for all where `postponed`
+
+    @property
+    def postponed(self) -> bool:
+        """Whether the allocation rule looks at the dense model, so that `patterns` are not known without weights."""
+        return "dense" in plugins.asks(plugins.load("allocators", self.recipe.allocation.name))
 
     @property
     def batch(self) -> int:
@@ -61,13 +70,24 @@ class Plan:
         """What is inside the blocks but left as it is, and why."""
         return {name: why for block in self.blocks for name, why in block.skipped.items()}
 
-    def solver(self, meter: Meter) -> Callable[..., Tensor]:
-        """The chain of the recipe's solvers, each one's time counted to its own name."""
-        return chain(*(timed(stage.name, _configured(stage), meter) for stage in self.recipe.stages))
+    @property
+    def segments(self) -> list[list[Stage]]:
+        """The stages that run together: adjacent layer-wise solvers share one walk, any other stage runs alone."""
+        stages = enumerate(self.recipe.stages)
+        return [
+            [stage for _, stage in segment]
+            for _, segment in groupby(stages, lambda item: -1 if kind(item[1]) == "solver" else item[0])
+        ]
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the weights of the result are quantized; None if the last stage leaves them as they are."""
+        [(name, options)] = self.resolved["stages"][-1].items()
+        return _quantization(f"{kind(self.recipe.stages[-1])}s", name, options)
 
     def packages(self) -> tuple[str, ...]:
         """The distributions that the recipe's methods come from."""
-        entries = [plugins.find("solvers", stage.name) for stage in self.recipe.stages]
+        entries = [plugins.find(f"{kind(stage)}s", stage.name) for stage in self.recipe.stages]
         entries += [plugins.find("allocators", self.recipe.allocation.name)]
         entries += [plugins.find("sources", self.recipe.calibration.source)]
         return tuple(sorted({entry.distro.name for entry in entries if entry.distro is not None}))
@@ -81,44 +101,85 @@ def make(recipe: Recipe) -> Plan:
         ValueError: there is no such model, or it cannot take the pattern.
     """
     problems = check_options(recipe)
-    problems += [
-        f"stage {index + 1}, `{stage.name}`, has a training loop of its own; this version runs layer-wise solvers only"
-        for index, stage in enumerate(recipe.stages)
-        if kind(stage) == "stage"
-    ]
     devices = recipe.trainer.devices
-    if devices != 1 and not (isinstance(devices, list) and len(devices) == 1):
-        problems.append(f"`trainer.devices` is {devices}; this version walks on one device, give 1")
+    several = recipe.trainer.num_nodes > 1 or (
+        len(devices) > 1 if isinstance(devices, list) else devices not in (1, "auto")
+    )
+    problems += [
+        f"stage {index + 1}, `{stage.name}`, runs in one process: give 1 as trainer.devices and trainer.num_nodes"
+        for index, stage in enumerate(recipe.stages)
+        if several and kind(stage) == "stage"
+    ]
     if problems:
         raise RecipeError(problems)
     folder = locate(recipe.model.model_dump())
     model = skeleton(folder, trust_remote_code=recipe.model.trust_remote_code)
     model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
     blocks = discover(model, torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device="meta"))
-    return Plan(recipe, resolved(recipe), folder, model, blocks, allocate(recipe, blocks))
+    planned = Plan(recipe, resolved(recipe), folder, model, blocks, allocate(recipe, blocks))
+    if planned.quantization is not None:
+        for block in blocks:
+            for name, linear in block.linears.items():
+                planned.quantization.columns(linear.shape[1], name)
+    return planned
 
 
-def allocate(recipe: Recipe, blocks: list[Block]) -> dict[str, Pattern]:
+def allocate(
+    recipe: Recipe, blocks: list[Block], dense: Iterable[tuple[str, Tensor, Tensor]] | None = None
+) -> dict[str, Pattern]:
     """Every linear's pattern, by the recipe's allocation rule.
 
+    dense: name, weight (out, in) and norms of the inputs (in,) of every linear in the dense model, block after block;
+        a rule that asks for them gives the same pattern to all where they are not there yet.
+
     Raises:
-        ValueError: a pattern does not divide a layer's width, or the rule did not conserve the total.
+        ValueError: a pattern does not divide a layer's width, the rule refuses its options, or it did not conserve the
+            total.
     """
     pattern = parse(recipe.pattern)
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
     for name, linear in linears.items():
         pattern.check(linear.shape[1], name)
-    if isinstance(pattern, NM):
-        return dict.fromkeys(linears, pattern)
     rule = recipe.allocation
+    function = plugins.load("allocators", rule.name)
+    beside = {"groups": [block.groups for block in blocks], "dense": dense}
+    asked = {name: beside[name] for name in plugins.asks(function)}
+    if "dense" in asked and dense is None:
+        return dict.fromkeys(linears, pattern)
     counts = {name: linear.weight.numel() for name, linear in linears.items()}
-    given = plugins.load("allocators", rule.name)(counts, pattern.sparsity, **_underscored(rule.options))
+    given = function(counts, pattern.sparsity, **asked, **_underscored(rule.options))
     if given.keys() != counts.keys() or not all(0 <= value < 1 for value in given.values()):
         raise ValueError(f"allocation `{rule.name}` must give every linear a sparsity from 0 to below 1")
     total = sum(given[name] * counts[name] for name in counts) / sum(counts.values())
     if abs(total - pattern.sparsity) > 1e-6:
         raise ValueError(f"allocation `{rule.name}` gives {total:.4%} in total, {pattern} was asked")
-    return {name: Unstructured(value) for name, value in given.items()}
+    if isinstance(pattern, Unstructured):
+        return {name: Unstructured(given[name]) for name in counts}
+    mixed = mixture(given, counts, pattern, [list(block.linears) for block in blocks])
+    if len(set(given.values())) > 1 and set(mixed.values()) == {pattern}:
+        warnings.warn(
+            f"allocation `{rule.name}` gives sparsities from {min(given.values()):.1%} to {max(given.values()):.1%}, "
+            f"which all round to {pattern}: it changes nothing; widen it by its options, or take larger groups",
+            stacklevel=2,
+        )
+    return dict(mixed)
+
+
+def measure(planned: Plan, model: nn.Module, tokens: Tensor, folder: Path) -> dict[str, Pattern]:
+    """The patterns by a rule that looks at the dense model: one pass of `tokens` (sequences, length) through it.
+
+    folder: for activations beyond the recipe's budget.
+    """
+    dense = weights_and_norms(
+        model,
+        adopt(model, planned.blocks),
+        tokens,
+        batch=planned.batch,
+        budget=planned.recipe.memory.activations,
+        folder=folder,
+        device=planned.device,
+    )
+    return allocate(planned.recipe, planned.blocks, dense)
 
 
 def timed(name: str, solver: Callable[..., Tensor], meter: Meter) -> Callable[..., Tensor]:
@@ -132,8 +193,24 @@ def timed(name: str, solver: Callable[..., Tensor], meter: Meter) -> Callable[..
     return run
 
 
-def _configured(stage: Any) -> Callable[..., Tensor]:
-    return partial(plugins.load("solvers", stage.name), **_underscored(stage.options))
+def configured(group: str, stage: Stage) -> Callable[..., Any]:
+    """The function that a stage names, with its options filled in."""
+    return partial(plugins.load(group, stage.name), **_underscored(stage.options))
+
+
+def _quantization(group: str, name: str, options: Any) -> Quantization | None:
+    """What a method's options say: `bits` and the like, a mapping `quantize` of them, or those of its last solver."""
+    defaults = {option: p.default for option, p in plugins.options(plugins.load(group, name)).items()}
+    filled = defaults | (options or {})
+    settings = filled.get("quantize") or filled
+    if "bits" in settings:
+        keys = [field.name for field in fields(Quantization)]
+        return Quantization.of({key: settings[key] for key in keys if key in settings})
+    if "solver" not in filled:
+        return None
+    last = filled["solver"][-1] if isinstance(filled["solver"], list) else filled["solver"]
+    [(inner, given)] = last.items() if isinstance(last, dict) else [(last, {})]
+    return _quantization("solvers", inner, given)
 
 
 def _underscored(options: dict[str, Any]) -> dict[str, Any]:

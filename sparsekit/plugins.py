@@ -156,6 +156,12 @@ def start(function: Callable[..., Any]) -> Start:
     return "required" if init.default is init.empty else "optional"
 
 
+def asks(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What an allocator wants to be given beside counts and sparsity: its positional parameters `groups`, `dense`."""
+    parameters = inspect.signature(function).parameters.keys() - options(function).keys()
+    return tuple(name for name in ("groups", "dense") if name in parameters)
+
+
 def option_problems(function: Callable[..., Any], given: dict[str, Any], also: Iterable[str] = ()) -> dict[str, str]:
     """What is wrong with these options: option name -> sentence. Empty if nothing is.
 

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from sparsekit import recipe
 from sparsekit.blocks import Block
+from sparsekit.pattern import Pattern, Unstructured
 from sparsekit.plan import Plan
 from sparsekit.report import size
 
@@ -19,6 +20,7 @@ def show(planned: Plan, console: Console) -> None:
     table = Table(title=f"{planned.model.__class__.__name__}: {len(planned.blocks)} blocks", title_justify="left")
     for column in ("blocks", "group", "linear", "out x in", "pattern"):
         table.add_column(column)
+    later = f"set after a dense pass by {planned.recipe.allocation.name}" if planned.postponed else ""
     kinds: dict[Any, list[Block]] = {}
     for block in planned.blocks:
         shapes = tuple(
@@ -27,10 +29,11 @@ def show(planned: Plan, console: Console) -> None:
         )
         kinds.setdefault(shapes, []).append(block)
     for shapes, alike in kinds.items():
-        indices = f"{alike[0].index}-{alike[-1].index}" if len(alike) > 1 else str(alike[0].index)
+        indices = _ranges([block.index for block in alike])
         for number, group in enumerate(shapes):
             for name, (out, width), pattern in group:
-                table.add_row(indices, str(number + 1), name.lstrip("."), f"{out} x {width}", str(pattern))
+                said = later or _text(pattern)
+                table.add_row(indices, str(number + 1), name.lstrip("."), f"{out} x {width}", said)
     console.print(table)
     for name, why in planned.skipped.items():
         console.print(f"left as it is: {name} ({why})")
@@ -53,6 +56,7 @@ def estimates(plan: Plan) -> dict[str, str]:
     pruned = sum(linear.weight.numel() for block in plan.blocks for linear in block.linears.values())
     gram_work = 2 * tokens * sum(_width(block, names) ** 2 for block in plan.blocks for names in block.groups)
     passes = {"none": 1, "prefix": 2}.get(plan.recipe.error_correction) or 2 + len(plan.blocks[0].groups)
+    passes += plan.postponed
     return {
         "weights on disk and in memory": size(parameters * dtype.itemsize),
         "one block, in float32": size(largest * 4),
@@ -63,6 +67,21 @@ def estimates(plan: Plan) -> dict[str, str]:
         "Gram work": f"{gram_work / 1e12:.2f} TFLOP",
         "weights to prune": f"{pruned:,} of {parameters:,}",
     }
+
+
+def _ranges(indices: list[int]) -> str:
+    """Such as "0-4, 7"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _text(pattern: Pattern) -> str:
+    return f"{100 * pattern.sparsity:.6g}%" if isinstance(pattern, Unstructured) else str(pattern)
 
 
 def _width(block: Block, names: list[str]) -> int:

@@ -50,9 +50,11 @@ class WalkProgress(Callback):
                 memory=size(resident_memory()),
             )
 
-    def on_train_batch_end(self, trainer: Any, walk: Any, outputs: Any, block: Block, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, walk: Any, outputs: Any, block: Block | None, batch_idx: int) -> None:
         """One block is finished."""
-        self.done += 1
+        self.done = min(self.done + walk.stream.pace, len(self.blocks))
+        if block is None:
+            return
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done)
             return

@@ -91,6 +91,7 @@ def _order_problems(recipe: Recipe) -> list[str]:
     problems, earlier = [], ""
     for i, stage in enumerate(recipe.stages):
         if kind(stage) == "stage":
+            earlier = stage.name  # solvers after it start from what it leaves
             continue
         place = f"{recipe._tree.place(('stages', i))}: stage {i + 1}, `{stage.name}`"
         try:

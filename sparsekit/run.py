@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit import checkpoint, data, evaluate, folder, plan, preview, recipe, report
-from sparsekit.blocks import Block, adopt
+from sparsekit.blocks import Block
 from sparsekit.commits import (
     Commits,
     disk_errors,
@@ -24,9 +25,10 @@ from sparsekit.commits import (
     write_json,
     write_tensors,
 )
+from sparsekit.export import differences, export_packed
+from sparsekit.pattern import Pattern, parse
 from sparsekit.plan import Plan
 from sparsekit.recipe import Recipe
-from sparsekit.stream import BlockStream
 from sparsekit.verify import verify
 
 
@@ -37,22 +39,31 @@ def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console
         ValueError: the recipe, the model, the text or the output folder cannot be used; nothing was overwritten.
         OSError: the disk is full or a folder cannot be written; committed blocks are kept.
     """
+    from sparsekit import parallel
+
     console = console or Console()
     with quiet():
         output = Path(str(recipe_.output))
-        if not dry_run:
-            folder.check(output, resume)
-        planned = plan.make(recipe_)
+        leads = parallel.rank() == 0  # of several processes that run this recipe, the first writes and talks
         if dry_run:
-            preview.show(planned, console)
+            preview.show(plan.make(recipe_), console)
             return 0
+        if leads:
+            folder.check(output, resume)
+        else:
+            console = Console(quiet=True)
+            parallel.die_with_parent()
+        planned = plan.make(recipe_)
+        parallel.divide_threads(recipe_.trainer.devices)
         with report.Meter() as meter:
             with meter.stage("prepare"):
                 tokenizer = checkpoint.tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
                 tokens = _tokens(planned, tokenizer)
                 texts = _texts(planned, tokenizer)
                 fingerprint = folder.fingerprint_of(planned, tokens)
-                finished = folder.begin(output, fingerprint)
+                finished = folder.begin(output, fingerprint) if leads else (output / folder.REPORT).is_file()
+            if finished and not leads:
+                return 0
             if finished:
                 folder.clear(output, recipe_.keep)  # it may have been killed while it did so
                 verified = json.loads((output / folder.REPORT).read_text(encoding="utf-8"))["verified"] is True
@@ -62,7 +73,7 @@ def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console
             try:
                 return _fit(planned, tokenizer, tokens, texts, fingerprint, output, meter, console)
             except OSError as error:
-                done = Commits(output / "blocks").count()
+                done = len(Commits(output / "blocks").done())
                 raise OSError(
                     f"{error}. {done} of {len(planned.blocks)} blocks are committed in {output}; "
                     "make room or repair the folder, then run the same command with --resume"
@@ -79,6 +90,9 @@ def _fit(
     meter: report.Meter,
     console: Console,
 ) -> int:
+    from sparsekit import parallel
+    from sparsekit.pipeline import prune
+
     recipe_ = planned.recipe
     trust = recipe_.model.trust_remote_code
     settings = recipe_.evaluate.model_dump(exclude={"dense"})
@@ -87,26 +101,37 @@ def _fit(
     with meter.stage("load"):
         dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
         model, _ = checkpoint.load(planned.folder, dtype=dtype, trust_remote_code=trust)
-    if measured and recipe_.evaluate.dense:
+    if measured and recipe_.evaluate.dense and parallel.rank() == 0:
         with meter.stage("evaluate dense"):
             console.print("measuring the dense model")
             measure = partial(_measure, planned, model, tokenizer, settings, texts)
             evaluation["dense"] = folder.once(output / "blocks" / "dense.json", settings, measure)
             del measure
-    blocks = walk(planned, model, tokens, output, meter, console)
+    if planned.postponed:
+        with meter.stage("allocate"):
+            planned.patterns = _allocated(planned, model, tokens, output, console)
+    blocks = prune(planned, model, tokens, output, meter, console)
+    if parallel.rank():  # the first process does the rest
+        return 0
+    parallel.leave()
     records = {name: record for block in blocks for name, record in block.records.items()}
+    notes = {block.name: block.notes for block in blocks if block.notes}
+    trained = {f"{block.name}.{inner}" for block in blocks for inner in block.trained}
     with meter.stage("save"):
-        _save(model, tokenizer, blocks, planned.folder, output)
+        _save(planned, model, tokenizer, blocks, output)
     del model, blocks  # from here on only what is on disk counts
     with meter.stage("verify"):
         proof = verify(
             output / "model",
             against=planned.folder,
             masks=folder.masks(output, planned),
-            patterns={name: str(pattern) for name, pattern in planned.patterns.items()},
+            patterns={name: record["pattern"] for name, record in records.items()},
+            quantization=planned.quantization,
+            trained=trained,
             cast=dtype is not None,
             trust_remote_code=trust,
         )
+    packed = _pack(planned, output) if planned.quantization and not proof.failures else None
     if measured:
         with meter.stage("evaluate pruned"):
             console.print("measuring the pruned model, loaded from disk")
@@ -130,10 +155,12 @@ def _fit(
             "per_linear": per_linear,
         },
         "error": {name: record["error"] for name, record in records.items()},
+        "blocks": notes,
         "warnings": {name: record["warnings"] for name, record in records.items() if record["warnings"]},
         "skipped": planned.skipped,
         "evaluation": evaluation,
         "verified": proof.failures or True,
+        **({"packed": packed} if packed else {}),
         "fingerprint": fingerprint,
     }
     yaml = recipe.dump(planned.resolved)
@@ -146,66 +173,20 @@ def _fit(
     return 0 if not proof.failures else 1
 
 
-def walk(
-    planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: report.Meter, console: Console
-) -> list[Block]:
-    """Prune the model in memory block by block, committing each; returns the blocks with their masks and records."""
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.loggers import CSVLogger
-
-    from sparsekit.progress import WalkProgress
-    from sparsekit.walk import Commit, OneShot, Walk
-
-    recipe_ = planned.recipe
-    commits = Commits(output / "blocks")
-    blocks = adopt(model, planned.blocks)
-    if commits.count() == len(blocks):
-        for block in blocks:
-            commits.restore(block)
-        return blocks
-    source = checkpoint.Checkpoint(planned.folder)
-    prefix = str(model.base_model_prefix)
-    shutil.rmtree(output / "activations", ignore_errors=True)  # of a run that was killed
-
-    def dense_weight(linear: Any) -> Tensor:
-        return linear.stored(source.tensor(source.key(f"{linear.name}.weight", prefix)))
-
+def _pack(planned: Plan, output: Path) -> dict[str, Any]:
+    """Write model-packed/ where the layout allows it; its size, or why there is none."""
+    source, target = output / "model", output / "model-packed"
+    assert planned.quantization is not None
+    settings = dict.fromkeys(planned.patterns, planned.quantization)
     try:
-        with meter.stage("capture"):
-            stream = BlockStream.over(
-                model,
-                blocks,
-                tokens,
-                batch=planned.batch,
-                budget=recipe_.memory.activations,
-                folder=output / "activations",
-                error_correction=recipe_.error_correction,
-                dense_weight=dense_weight,
-                commits=commits,
-            )
-            trainer = Trainer(
-                accelerator=recipe_.trainer.accelerator,
-                devices=recipe_.trainer.devices,
-                max_epochs=1,
-                logger=CSVLogger(output, name="", version="", flush_logs_every_n_steps=1),
-                callbacks=[
-                    OneShot(planned.solver(meter), planned.patterns, recipe_.seed),
-                    Commit(commits),
-                    WalkProgress(console),
-                ],
-                enable_checkpointing=False,  # committed blocks are the checkpoint
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                log_every_n_steps=1,
-            )
-            try:
-                trainer.fit(Walk(stream), stream)
-            except SystemExit as stop:  # what Lightning makes of Ctrl-C
-                raise KeyboardInterrupt from stop
-            stream.close()
-    finally:
-        shutil.rmtree(output / "activations", ignore_errors=True)
-    return blocks
+        export_packed(source, target, settings, trust_remote_code=planned.recipe.model.trust_remote_code)
+    except ValueError as error:
+        return {"why_not": str(error)}
+    wrong = differences(target, source)
+    if wrong:
+        raise RuntimeError(f"the packed checkpoint is not the model: {'; '.join(wrong[:3])}")
+    sizes = {folder.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in (source, target)}
+    return {"bytes": sizes[target.name], "simulated_bytes": sizes[source.name]}
 
 
 def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -218,10 +199,34 @@ def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict
 
 def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str, Any], texts: Any) -> dict[str, Any]:
     """Measure a model on the accelerator that the recipe walks on; afterwards it is in CPU memory again."""
+    from sparsekit import parallel
+
     try:
-        return evaluate.evaluate(model.to(planned.device), tokenizer, settings, texts)
+        with parallel.alone():
+            return evaluate.evaluate(model.to(planned.device), tokenizer, settings, texts)
     finally:
         model.to("cpu")
+
+
+def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, console: Console) -> dict[str, Pattern]:
+    """The patterns by a rule that looks at the dense model; a resumed run, or another process, reads them."""
+    from sparsekit import parallel
+
+    file = output / "blocks" / "allocation.json"
+
+    def measure() -> dict[str, str]:
+        console.print(f"a pass through the dense model, for allocation by {planned.recipe.allocation.name}")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            patterns = plan.measure(planned, model, tokens, output / "activations")
+        for warning in said:
+            console.print(f"[yellow]warning[/]: {warning.message}", highlight=False)
+        return {name: str(pattern) for name, pattern in patterns.items()}
+
+    while parallel.rank() and not file.is_file():
+        time.sleep(0.1)  # for the first process
+    settings = {key: planned.resolved[key] for key in ("pattern", "allocation")}
+    return {name: parse(text) for name, text in folder.once(file, settings, measure).items()}
 
 
 def _tokens(planned: Plan, tokenizer: Any) -> Tensor:
@@ -237,7 +242,7 @@ def _texts(planned: Plan, tokenizer: Any) -> dict[str, Tensor]:
     return evaluate.texts(settings, tokenizer, planned.positions)
 
 
-def _save(model: Any, tokenizer: Any, blocks: list[Block], source: Path, output: Path) -> None:
+def _save(planned: Plan, model: Any, tokenizer: Any, blocks: list[Block], output: Path) -> None:
     """Write model/ aside and move it into place, with the masks beside it."""
     from transformers import GenerationConfig
 
@@ -248,15 +253,15 @@ def _save(model: Any, tokenizer: Any, blocks: list[Block], source: Path, output:
     with disk_errors(aside):
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", aside / "generation_config.json")
+    if (planned.folder / "generation_config.json").is_file():
+        shutil.copyfile(planned.folder / "generation_config.json", aside / "generation_config.json")
     for file in aside.iterdir():
         make_readable(file)
         sync(file)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     sync(output)
-    commits = Commits(output / "blocks")
+    commits = folder.commits(output, len(planned.segments) - 1)
     bits = {name: mask for block in blocks for name, mask in commits.masks(block).items()}
     write_atomically(output / "masks.safetensors", lambda file: write_tensors(file, bits))
 
@@ -274,8 +279,17 @@ def _close(result: dict[str, Any], output: Path, console: Console) -> None:
         for failure in result["verified"]:
             console.print(f"[bold red]verification failed[/]: {failure}", highlight=False)
         return
+    if "packed" in result:
+        console.print(_said_of(result["packed"], output / "model-packed"), highlight=False)
     console.print("\nLoad it:\n")
     console.print(report.loading(str(output / "model")), markup=False, highlight=False, soft_wrap=True)
+
+
+def _said_of(packed: dict[str, Any], where: Path) -> str:
+    if "why_not" in packed:
+        return f"not packed: {packed['why_not']}"
+    sizes = f"{report.size(packed['bytes'])} instead of {report.size(packed['simulated_bytes'])}"
+    return f"packed: {where}, {sizes}; it loads where compressed-tensors is installed"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
-    ValidationInfo,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -75,7 +74,7 @@ def _local_file(value: Any) -> Any:
     return value
 
 
-def _method(*groups: str) -> Callable[[Any], Stage]:
+def method(*groups: str) -> Callable[[Any], Stage]:
     """A validator: a bare name, or one name over its options, of a method in one of these groups."""
 
     def parse(value: Any) -> Stage:
@@ -108,16 +107,6 @@ def _find(name: str, groups: Sequence[str]) -> str:
 
 def _source(name: str) -> str:
     return _find(name, ["sources"])
-
-
-def _same_everywhere(allocation: Stage, info: ValidationInfo) -> Stage:
-    pattern = info.data.get("pattern", "")  # absent where it is wrong itself
-    if ":" in pattern and allocation.name != "uniform":
-        raise ValueError(
-            f"pattern {pattern} gives every linear the same sparsity, so allocation must be uniform, "
-            f"not `{allocation.name}`; or take a percentage as pattern"
-        )
-    return allocation
 
 
 class Section(BaseModel):
@@ -235,6 +224,7 @@ class TrainerOptions(Section):
     devices: Annotated[Any, AfterValidator(values.devices)] = Field(
         default=1, description='how many, a list of numbers, or "auto"'
     )
+    num_nodes: int = Field(default=1, gt=0, description="machines, each started by torchrun on a shared folder")
 
 
 SECTIONS: dict[tuple[str | int, ...], type[Section]] = {
@@ -264,10 +254,8 @@ class Recipe(Section):
     )
     calibration: Annotated[Calibration, BeforeValidator(_empty)] = Calibration()
     error_correction: Literal["prefix", "none", "block", "model"] = "prefix"
-    allocation: Annotated[Stage, BeforeValidator(_method("allocators")), AfterValidator(_same_everywhere)] = Stage(
-        "uniform"
-    )
-    stages: list[Annotated[Stage, BeforeValidator(_method("solvers", "stages"))]] = Field(
+    allocation: Annotated[Stage, BeforeValidator(method("allocators"))] = Stage("uniform")
+    stages: list[Annotated[Stage, BeforeValidator(method("solvers", "stages"))]] = Field(
         min_length=1, description="methods, in order"
     )
     memory: Annotated[Memory, BeforeValidator(_empty)] = Memory()

@@ -157,6 +157,13 @@ class Stats:
         """Rows of a weight to look at together, so that no other matrix of the weight's size is needed."""
         return max(1, PANEL // self.width)
 
+    def parts(self) -> list[Tensor]:
+        """The sums themselves, to be added up in place over processes that saw different tokens."""
+        self._cache.clear()
+        self._mirrored = False
+        drifts = [drift for drift in (self.drift_cross, self.drift_gram) if drift is not None]
+        return [self._gram, self.total, self.tokens, *drifts]
+
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute()` gave the first time for `key`: q, k and v share one factorization. `add` forgets all."""
         if key not in self._cache:

@@ -13,6 +13,7 @@ from sparsekit.blocks import Block, Linear, first_inputs
 from sparsekit.commits import Commits
 from sparsekit.statistics import Stats
 from sparsekit.store import ActivationStore, give_back
+from sparsekit.team import Team
 
 ERROR_CORRECTIONS = ("prefix", "none", "block", "model")
 
@@ -31,6 +32,8 @@ class BlockStream:
     dense_weight: gives a linear's dense weight (out, in), read from the source when its block is reached; None: the
         weight that is there
     commits: blocks that are committed there are restored instead of walked: resuming is starting further on
+    team: the processes that walk together. With `block` each takes other blocks; `rounds` are those of this process.
+        Else each has some of the inputs, sums run over all of them, and all are at the same block.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class BlockStream:
         error_correction: str = "prefix",
         dense_weight: Callable[[Linear], Tensor] | None = None,
         commits: Commits | None = None,
+        team: Team = Team(),  # noqa: B008 (frozen)
     ):
         if error_correction not in ERROR_CORRECTIONS:
             raise ValueError(f"error_correction is {error_correction!r}; it can be {', '.join(ERROR_CORRECTIONS)}")
@@ -49,7 +53,14 @@ class BlockStream:
             raise ValueError("dense_inputs belong to error_correction: model, and it needs them")
         self.blocks, self.inputs, self.dense_inputs = blocks, inputs, dense_inputs
         self.error_correction, self.dense_weight, self.commits = error_correction, dense_weight, commits
-        self.start = 0 if commits is None else commits.count()
+        done = set() if commits is None else commits.done()
+        remaining = [block for block in blocks if block.index not in done]
+        self.start = len(blocks) - len(remaining)
+        self.coupled = error_correction in ("block", "model")  # what a group is given depends on the groups before it
+        self.team, lanes = (Team(), team) if error_correction == "block" else (team, Team())
+        turns: list[Block | None] = list(remaining[lanes.rank :: lanes.size])
+        self.rounds = turns + [None] * (-(-len(remaining) // lanes.size) - len(turns))  # None: nothing left to do
+        self.pace = lanes.size  # blocks that are finished in a round
         self.device = torch.device("cpu")  # where blocks compute; the walk sets it
 
     @classmethod
@@ -63,18 +74,27 @@ class BlockStream:
         budget: int = 4 * 10**9,
         folder: str | Path | None = None,
         error_correction: str = "prefix",
+        team: Team = Team(),  # noqa: B008 (frozen)
         **options: Any,
     ) -> "BlockStream":
         """The stream that starts with a model's embedding of `tokens` (sequences, length).
 
         batch: sequences in a chunk. budget, folder: of the activations, see `ActivationStore`. The rest: see the class.
+        Raises ValueError for fewer sequences than processes that share them.
         """
+        if error_correction != "block":
+            if len(tokens) < team.size:
+                raise ValueError(
+                    f"{len(tokens)} sequences cannot be shared out to {team.size} processes; "
+                    "give more samples, fewer devices, or error_correction: block"
+                )
+            tokens = tokens[team.rank :: team.size]
         count = 2 if error_correction == "model" else 1
         stores = [ActivationStore(budget // count, folder) for _ in range(count)]
         for hidden in first_inputs(model, blocks, tokens, batch):
             for store in stores:
                 store.append(hidden)
-        return cls(blocks, *stores, error_correction=error_correction, **options)
+        return cls(blocks, *stores, error_correction=error_correction, team=team, **options)
 
     def close(self) -> None:
         """Forget the activations."""
@@ -83,15 +103,18 @@ class BlockStream:
                 store.close()
 
     def __len__(self) -> int:
-        return len(self.blocks) - self.start
+        return len(self.rounds)
 
-    def __iter__(self) -> Iterator[Block]:
-        for block in self.blocks[: self.start]:
-            self._replay(block.to(self.device))
-            block.to("cpu")
-        for block in self.blocks[self.start :]:
-            self._read(block)
-            yield block
+    def __iter__(self) -> Iterator[Block | None]:
+        turns = [block for block in self.rounds if block is not None]
+        for block in self.blocks[: turns[-1].index + 1 if turns else 0]:
+            if block in turns:
+                self._read(block)
+                yield block
+            else:
+                self._replay(block.to(self.device))
+                block.to("cpu")
+        yield from self.rounds[len(turns) :]
 
     @torch.no_grad()
     def statistics(self, block: Block) -> Iterator[tuple[list[str], Stats]]:
@@ -102,6 +125,8 @@ class BlockStream:
         """
         if self.error_correction in ("prefix", "none"):
             collected = self._collect(block)
+            for stats in collected:
+                self.team.sum(stats.parts())
             for names in block.groups:
                 give_back()
                 yield names, collected.pop(0)  # a Gram lives no longer than its group needs it
@@ -109,6 +134,7 @@ class BlockStream:
         twin = block.twin()
         for group, names in enumerate(block.groups):
             collected = [self._collect_pairs(block, twin, group)]
+            self.team.sum(collected[0].parts())
             give_back()
             yield names, collected.pop()
         if block is not self.blocks[-1]:
@@ -153,12 +179,12 @@ class BlockStream:
 
     @torch.no_grad()
     def _replay(self, block: Block) -> None:
-        """Do for the activations what the walk did when this block was pruned."""
-        assert self.commits is not None
+        """Do for the activations what the walk did when this block was pruned, or does in another process."""
         if self.error_correction != "prefix" and block is not self.blocks[-1]:
             self._read(block)
             _advance(block, self.dense_inputs or self.inputs)
-        self.commits.restore(block)
+        if self.commits is not None and block.index in self.commits.done():
+            self.commits.restore(block)
         self.advance(block)
 
 

@@ -1,5 +1,6 @@
 """Prove from disk that a checkpoint is what it should be. Works on anybody's checkpoint folder."""
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sparsekit.blocks import Linear, find
 from sparsekit.checkpoint import Checkpoint, missing, skeleton
+from sparsekit.grid import Quantization
 from sparsekit.pattern import NM, Unstructured, parse
 
 
@@ -33,6 +35,8 @@ def verify(
     *,
     masks: dict[str, Tensor] | None = None,
     patterns: dict[str, str] | None = None,
+    quantization: Quantization | None = None,
+    trained: Container[str] = (),
     cast: bool = False,
     trust_remote_code: bool = False,
 ) -> Verification:
@@ -43,6 +47,8 @@ def verify(
         less than one a row or a column, whatever the scope of the mask was).
     patterns: name of a linear -> its own pattern; linears that are not named count as not pruned.
     masks: name of a linear -> what was kept (out, in); a weight outside it must be zero.
+    quantization: every weight of the linears must lie on such a grid.
+    trained: names of other parameters that a stage says it changed, such as norms and biases.
     against: the source checkpoint; everything but the weights of the blocks' linears must equal it bit for bit, and
         the linears' shapes and dtypes must be the same.
     cast: compare with `against` after casting it to the checkpoint's dtype, for a run that changed the dtype.
@@ -67,10 +73,13 @@ def verify(
         if tensor.is_floating_point() and not _finite(tensor):
             result.failures.append(f"{key} contains NaN or Inf")
         if source is not None:
-            result.failures += _unchanged(key, tensor, source, prefix, weight=name is not None, cast=cast)
+            changed = name is not None or key in trained or f"{prefix}.{key}" in trained
+            result.failures += _unchanged(key, tensor, source, prefix, weight=changed, cast=cast)
         if name is not None:
             wanted = parse(patterns[name]) if patterns is not None else asked
             _linear(linears[name], tensor, wanted, (masks or {}).get(name), result)
+            if quantization is not None:
+                result.failures += _off_grid(linears[name], tensor, quantization)
     return result
 
 
@@ -127,6 +136,14 @@ def _unchanged(key: str, tensor: Tensor, source: Checkpoint, prefix: str, *, wei
     if dense.shape != tensor.shape or dense.dtype != tensor.dtype:
         return [f"{key} is {tensor.dtype} {tuple(tensor.shape)}, in {source.folder} {dense.dtype} {tuple(dense.shape)}"]
     return [] if weight or torch.equal(dense, tensor) else [f"{key} differs from {source.folder}"]
+
+
+def _off_grid(linear: Linear, stored: Tensor, quantization: Quantization) -> list[str]:
+    try:
+        quantization.recover(stored.t() if linear.transposed else stored, linear.name)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _linear(

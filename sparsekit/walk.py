@@ -2,6 +2,7 @@
 
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparsekit.pattern import NM, Pattern
 from sparsekit.statistics import Stats
 from sparsekit.store import give_back, tight
 from sparsekit.stream import BlockStream
+from sparsekit.team import Team
 
 
 class Walk(LightningModule):
@@ -37,18 +39,28 @@ class Walk(LightningModule):
         """Tell the stream where blocks compute."""
         self.stream.device = self.device
 
-    def training_step(self, block: Block, index: int) -> None:
+    def training_step(self, block: Block, index: int) -> Tensor:
         """Log what is known of the pruned block, compute what enters the next, take the block off the accelerator.
 
-        After a resume, what the interrupted run had logged of earlier blocks is logged again first.
+        After a resume, what the interrupted run had logged of earlier blocks is logged again first. The loss is a zero
+        that leads nowhere: with several processes Lightning refuses a step without one.
         """
-        for known in self.stream.blocks[self._logged : block.index + 1]:
-            log_block(self.trainer, known)
-        self._logged = block.index + 1
+        self.log_blocks(block.index + 1)
         give_back()
         self.stream.advance(block)
         block.to("cpu")
         give_back()
+        return torch.zeros((), device=self.device, requires_grad=True)
+
+    def on_train_end(self) -> None:
+        """Wait for the other processes: what they committed is complete then."""
+        self.trainer.strategy.barrier()
+
+    def log_blocks(self, stop: int) -> None:
+        """Log all blocks up to `stop` that are not logged yet and known to this process."""
+        for known in self.stream.blocks[self._logged : stop]:
+            log_block(self.trainer, known)
+        self._logged = stop
 
 
 def log_block(trainer: Trainer, block: Block) -> None:
@@ -67,12 +79,18 @@ class OneShot(Callback):
 
     solver: a Solver, or a chain of them
     patterns: linear's name -> Pattern
-    seed: of torch's random numbers, set anew with each block's index added, so that a solver that draws some gives the
-        same after a resume
+    continues: start from the weights that are there, which are the answer of the stages before, as the solver's `init`
+    seed: of torch's random numbers, set anew for each linear, so that a solver that draws some gives the same after a
+        resume and in whatever process it runs
+
+    Processes that walk together share out the linears whose statistics are known at the same time.
     """
 
-    def __init__(self, solver: Callable[..., Tensor], patterns: Mapping[str, Pattern], seed: int = 0):
-        self.solver, self.patterns, self.seed = solver, patterns, seed
+    def __init__(
+        self, solver: Callable[..., Tensor], patterns: Mapping[str, Pattern], seed: int = 0, continues: bool = False
+    ):
+        self.solver, self.patterns, self.seed, self.continues = solver, patterns, seed, continues
+        self.answers: dict[str, Tensor] = {}  # of linears that were solved together with others, before the block
 
     def on_train_batch_start(self, trainer: Trainer, walk: Walk, block: Block, batch_idx: int) -> None:  # type: ignore[override]
         """Solve group by group, keep masks and records in the block, and tell callbacks that have on_linear_end.
@@ -80,15 +98,24 @@ class OneShot(Callback):
         Raises:
             ValueError: weights or activations are not finite, or the solver broke its contract.
         """
-        torch.manual_seed(self.seed + block.index)
-        for names, stats in walk.stream.statistics(block):
+        stream, waiting = walk.stream, list(block.linears)
+        owners = stream.team.owners(_costs(block, waiting))
+        for names, stats in stream.statistics(block):
             stats.check(names[0])
+            if stream.coupled:
+                waiting, owners = names, stream.team.owners(_costs(block, names))
             for name in names:
+                if owners[name] != stream.team.rank:
+                    continue
                 with tight():
                     self._solve(block, name, stats)
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     if hasattr(callback, "on_linear_end"):
                         callback.on_linear_end(trainer, block, name)
+            if stream.coupled:
+                _exchange(stream.team, block, owners)
+        if not stream.coupled:
+            _exchange(stream.team, block, owners)
 
     @torch.no_grad()
     def _solve(self, block: Block, name: str, stats: Stats) -> None:
@@ -96,10 +123,14 @@ class OneShot(Callback):
         weight = linear.weight.float().contiguous()  # (out, in)
         if not weight.isfinite().all():
             raise ValueError(f"the weight of {name} contains NaN or Inf; repair the checkpoint before pruning it")
+        torch.manual_seed(self.seed + zlib.crc32(name.encode()))
         started = time.perf_counter()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            solved = self.solver(weight, stats, pattern)
+            if name in self.answers:
+                solved = self.answers[name]
+            else:
+                solved = self.solver(weight, stats, pattern, **({"init": weight} if self.continues else {}))
         seconds = time.perf_counter() - started
         mask = solved != 0
         zeros = solved.numel() - int(mask.count_nonzero())
@@ -115,6 +146,26 @@ class OneShot(Callback):
         }
         block.masks[name] = mask.cpu()
         linear.write_pruned(solved)
+
+
+def _costs(block: Block, names: list[str]) -> dict[str, float]:
+    """Multiply-adds of one product of each linear's weight and its Gram, which all solvers' time follows."""
+    return {name: block.linears[name].shape[0] * block.linears[name].shape[1] ** 2 for name in names}
+
+
+def _exchange(team: Team, block: Block, owners: Mapping[str, int]) -> None:
+    """Give every process what each linear's owner solved: the stored weight, the mask and the record."""
+    if team.size == 1:
+        return
+    for name, owner in owners.items():
+        parameter = block.linears[name].module.weight.detach()  # type: ignore[operator]
+        team.send(parameter.view(torch.uint8), owner)  # bit for bit, whatever the dtype
+        mine = owner == team.rank
+        mask = block.masks[name] if mine else torch.empty(block.linears[name].shape, dtype=torch.bool)
+        mask = mask.to(parameter.device, torch.uint8)
+        team.send(mask, owner)
+        block.masks[name] = mask.bool().cpu()
+        block.records[name] = team.tell(block.records[name] if mine else None, owner)
 
 
 def _too_sparse(weight: Tensor, zeros: int, pattern: Pattern) -> set[str]:
@@ -141,7 +192,12 @@ class Commit(Callback):
     def __init__(self, commits: Commits):
         self.commits = commits
 
-    def on_train_batch_end(self, trainer: Trainer, walk: Walk, outputs: Any, block: Block, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, walk: Walk, outputs: Any, block: Block | None, batch_idx: int
+    ) -> None:
         """Commit the block; its masks are on disk then and leave the memory."""
-        self.commits.commit(block)
+        if block is None:  # a process without a block in the last round
+            return
+        if walk.stream.team.rank == 0:
+            self.commits.commit(block)
         block.masks.clear()

@@ -35,11 +35,11 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "site" / "extra-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "entry_points.txt").write_text(
-        "[sparsekit.allocators]\nowl = extra_mod:owl\n[sparsekit.stages]\nlo-ra = extra_mod:lora\n"
+        "[sparsekit.allocators]\nstairs = extra_mod:stairs\n[sparsekit.stages]\nlo-ra = extra_mod:lora\n"
         "[sparsekit.solvers]\nlasso = extra_mod:lasso\nbroken = no_such_mod:f\n"
     )
     (tmp_path / "site" / "extra_mod.py").write_text(
-        "def owl(linears, sparsity, *, strength: float = 0.1): ...\n"
+        "def stairs(linears, sparsity, groups, dense, *, strength: float = 0.1): ...\n"
         "def lora(model, tokens, *, rank: int = 8): ...\n"
         "def lasso(weight, stats, pattern, init=None, *, pair: tuple = (1, 2), iterations: int = 20): ...\n"
     )
@@ -126,7 +126,7 @@ def test_yaml_is_1_2_in_the_file_and_on_the_command_line(write: Write, text: str
         (GOOD + "memory:\n  activations: 4 G\n", ['x.yaml:7: `memory.activations` is "4 G", must be']),
         (GOOD + "trainer: {strategy: ddp}\n", ["x.yaml:6: unknown key `trainer.strategy`, valid: accelerator, dev"]),
         (GOOD + "trainer: {devices: []}\n", ["x.yaml:6: `trainer.devices` is [], must be how many"]),
-        (GOOD + "allocation: owll\n", ["x.yaml:6: unknown allocator `owll`, valid: uniform"]),
+        (GOOD + "allocation: owll\n", ["x.yaml:6: unknown allocator `owll`, did you mean `owl`? (valid: dep"]),
         (GOOD + "evaluate: {tasks: [a,\n  1]}\n", ["x.yaml:7: `evaluate.tasks.1` is 1, must be a text"]),
         (GOOD + "evaluate: {tasks: [{nam: a}]}\n", ["unknown key `evaluate.tasks.0.nam`, did you mean `name`?"]),
         (GOOD + "evaluate: {tasks: [a.yaml]}\n", ["x.yaml:6: there is no file a.yaml"]),
@@ -271,9 +271,9 @@ def test_options(write: Write, plugin: None) -> None:
     assert found[1].startswith("x.yaml:6: stage 1, `sparsegpt`: unknown option `dampng`, did you mean `damping`?")
     assert found[2].startswith('x.yaml:7: stage 1, `sparsegpt`: option `block` is "x", must be a whole number')
     assert len(found) == 3
-    found = option_problems(write(GOOD), "stages=[{lo-ra: {rank: x}}]", "pattern=50%", "allocation.owl.strenth=1")
+    found = option_problems(write(GOOD), "stages=[{lo-ra: {rank: x}}]", "pattern=50%", "allocation.stairs.strenth=1")
     assert found == [
-        "--set allocation.owl.strenth=1: allocation `owl`: unknown option `strenth`, did you mean `strength`? "
+        "--set allocation.stairs.strenth=1: allocation `stairs`: unknown option `strenth`, did you mean `strength`? "
         "(valid: strength)",
         '--set stages=[{lo-ra: {rank: x}}]: stage 1, `lo-ra`: option `rank` is "x", must be a whole number',
     ]
@@ -312,12 +312,16 @@ def test_stage_or_solver(write: Write, plugin: None) -> None:
     assert load_recipe(write(GOOD), ["stages.1=lo_ra"]).stages[1].name == "lo-ra"
 
 
-def test_nm_goes_only_with_uniform(write: Write, plugin: None) -> None:
-    path = write(GOOD + "allocation:\n  owl: {strength: 0.2}\n")
-    assert problems(path)[0].startswith(
-        "x.yaml:6: pattern 2:4 gives every linear the same sparsity, so allocation must"
-    )
-    assert load_recipe(path, ["pattern=50%"]).allocation == Stage("owl", {"strength": 0.2})
+def test_every_pattern_goes_with_every_rule(write: Write, plugin: None) -> None:
+    path = write(GOOD + "allocation:\n  stairs: {strength: 0.2}\n")
+    for pattern in ("2:4", "50%"):
+        assert load_recipe(path, [f"pattern={pattern}"]).allocation == Stage("stairs", {"strength": 0.2})
+
+
+def test_what_a_rule_is_given_is_no_option(write: Write, plugin: None) -> None:
+    found = option_problems(write(GOOD), "allocation={stairs: {dense: 1, groups: 2}}")
+    said = "--set allocation={stairs: {dense: 1, groups: 2}}: allocation `stairs`: unknown option"
+    assert found == [f"{said} `{name}`, valid: strength" for name in ("dense", "groups")]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -325,7 +329,7 @@ def test_resolved_recipes_replay(path: Path, write: Write) -> None:
     first = resolved(load_recipe(path))
     assert resolved(load_recipe(write(dump(first)))) == first
     assert check_options(load_recipe(Path("x.yaml"))) == []
-    assert first["trainer"] == {"accelerator": "auto", "devices": 1}
+    assert first["trainer"] == {"accelerator": "auto", "devices": 1, "num_nodes": 1}
 
 
 def test_resolved_fills_in_options(write: Write, plugin: None) -> None:
@@ -347,7 +351,9 @@ def test_schema_knows_the_installed_names(plugin: None) -> None:
     names, full = whole["properties"]["stages"]["items"]["anyOf"]
     assert {"wanda", "refit", "lo-ra", "lasso"} <= set(names["enum"])
     assert set(full["properties"]["refit"]["properties"]) == {"damping", "iterations", "tolerance"}
-    assert whole["properties"]["allocation"]["anyOf"][0] == {"enum": ["owl", "uniform"]}
+    rules, full = whole["properties"]["allocation"]["anyOf"]
+    assert {"owl", "stairs", "uniform"} <= set(rules["enum"])
+    assert set(full["properties"]["owl"]["properties"]) == {"threshold", "spread"}
     assert "wikitext2" in whole["$defs"]["Calibration"]["properties"]["source"]["anyOf"][0]["enum"]
     assert whole["required"] == ["model", "pattern", "stages"]
     assert set(whole["properties"]) == set(Recipe.model_fields)

@@ -355,7 +355,6 @@ def test_a_broken_model_is_named(damage, said, tmp_path):
         ("stages=[sparsegpt, wanda]", "cannot start from the answer of `sparsegpt`"),
         ("stages=[refit]", "improves the answer of an earlier stage"),
         ("stages.0.sparsegpt.dampning=1", "damping"),
-        ("trainer.devices=2", "one device"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(setting, said, tmp_path):

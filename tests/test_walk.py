@@ -165,7 +165,7 @@ def test_resuming_from_committed_blocks_gives_the_same_bits(mode, stop_after, tm
     whole, first, second = build("GPT2"), build("GPT2"), build("GPT2")
     expected = prune(whole, sparsegpt, mode=mode)
     prune(first, sparsegpt, mode=mode, commits=Commits(tmp_path), stop_after=stop_after)
-    assert Commits(tmp_path).count() == stop_after
+    assert Commits(tmp_path).done() == set(range(stop_after))
     blocks = prune(second, sparsegpt, mode=mode, commits=Commits(tmp_path))
     assert same_bits(whole, second)
     for a, b in zip(expected, blocks, strict=True):

@@ -1,10 +1,13 @@
 """SparseGPT: optimal brain surgeon, one column at a time."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsekit.grid import Quantization
 from sparsekit.pattern import NM, Pattern
 from sparsekit.statistics import Stats
 
@@ -13,7 +16,15 @@ _LARGEST_DAMPING = 1e4
 
 
 @torch.no_grad()
-def sparsegpt(weight: Tensor, stats: Stats, pattern: Pattern, *, block: int = 128, damping: float = 0.01) -> Tensor:
+def sparsegpt(
+    weight: Tensor,
+    stats: Stats,
+    pattern: Pattern,
+    *,
+    block: int = 128,
+    damping: float = 0.01,
+    quantize: dict[str, Any] | None = None,
+) -> Tensor:
     """Prune column by column; after each, move the later columns of its row to make up for what was lost.
 
     With H = gram + damping * mean(diag(gram)) * I and U the upper Cholesky factor of its inverse (H^-1 = U'U), removing
@@ -26,16 +37,22 @@ def sparsegpt(weight: Tensor, stats: Stats, pattern: Pattern, *, block: int = 12
 
     block: columns whose mask is chosen together; rounded up to a multiple of the group for n:m.
     damping: in units of the mean diagonal. Raised tenfold, with a warning, until the Cholesky factor exists.
+    quantize: {bits, group, symmetric, clip} of sparsekit.grid.Quantization: the answer lies on the integer grid of the
+        dense weight. When its column comes, a kept weight goes to the nearest value q of the grid, which may be 0, and
+        w_j - q is made up for by later columns just as the w_j of pruned ones.
 
-    Source: Frantar & Alistarh 2023, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, alg. 1.
+    Source: Frantar & Alistarh 2023, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, alg. 1;
+    with quantize its section 3.5.
     Cost: O(in^3 + out in^2) and two more matrices of the Gram's size; the factor is shared by linears of one input.
-    Raises ValueError for a weight that is not finite or does not fit the statistics or the pattern.
+    Raises ValueError for a weight that is not finite or does not fit the statistics or the pattern, and for options
+    out of range.
     """
     stats.check_weight(weight)
     pattern.check(stats.width, "this layer")
     if block < 1 or not damping >= 0:
         raise ValueError(f"block must be at least 1 and damping at least 0, not {block} and {damping}")
-    upper, used = stats.cached(("sparsegpt", damping), lambda: _factor(stats.gram, damping))
+    nearest = None if quantize is None else Quantization.of(quantize).fit(weight).rounder()
+    upper, used = stats.cached(("sparsegpt", damping), lambda: factor(stats.gram, damping))
     if used != damping:
         warnings.warn(
             f"the Gram (width {stats.width}, {stats.count} tokens) has no Cholesky factor with damping {damping:g}; "
@@ -47,11 +64,11 @@ def sparsegpt(weight: Tensor, stats: Stats, pattern: Pattern, *, block: int = 12
         start = start + (start @ stats.drift_cross) @ upper.t() @ upper
     columns = start.t().clone(memory_format=torch.contiguous_format)  # (in, out): a column in one piece
     columns[stats.gram.diagonal() == 0] = 0
-    _prune(columns, upper, pattern, block)
+    _prune(columns, upper, pattern, block, nearest)
     return columns.t().contiguous().to(weight.dtype)
 
 
-def _factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+def factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """U with (gram + damping)^-1 = U'U and the damping that it took.
 
     Reversed in both directions, the Cholesky factor L of the Gram gives U = L^-1 reversed back: no explicit inverse.
@@ -72,8 +89,14 @@ def _factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     raise ValueError("the Gram is not positive semi-definite with any damping; are the inputs finite?")
 
 
-def _prune(columns: Tensor, upper: Tensor, pattern: Pattern, block: int) -> None:
-    """Prune `columns` (in, out) in place."""
+def _prune(
+    columns: Tensor,
+    upper: Tensor,
+    pattern: Pattern,
+    block: int,
+    nearest: Callable[[int, Tensor], Tensor] | None,
+) -> None:
+    """Prune `columns` (in, out) in place, and round what is kept by `nearest(j, column)`."""
     group = pattern.group if isinstance(pattern, NM) else 1
     block, strip = (-(-size // group) * group for size in (block, _STRIP))  # rounded up to whole groups
     width, pivot = len(columns), upper.diagonal().unsqueeze(1)  # (in, 1)
@@ -94,7 +117,12 @@ def _prune(columns: Tensor, upper: Tensor, pattern: Pattern, block: int) -> None
                 i = j - first
                 if group > 1 and j % group == 0:
                     choose(j, j + group, scale[i : i + group])
-                error = torch.mul(columns[j], scale[i], out=errors[i])
+                if nearest is None:
+                    error = torch.mul(columns[j], scale[i], out=errors[i])
+                else:
+                    rounded = nearest(j, columns[j]).masked_fill_(scale[i] != 0, 0)
+                    error = torch.sub(columns[j], rounded, out=errors[i]).div_(pivot[j])
+                    columns[j] = rounded
                 columns[j + 1 : right].addr_(upper[j, j + 1 : right], error, alpha=-1)
             done = errors[left - first : right - first]
             columns[right:last].addmm_(upper[left:right, right:last].t(), done, alpha=-1)

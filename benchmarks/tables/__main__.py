@@ -1,0 +1,144 @@
+"""Run a paper's table again, and print what it has beside what was measured.
+
+    python -m benchmarks.tables fistapruner --table 1 --model facebook/opt-125m [--rows Wanda] [--set key=value ...]
+
+Without --table: the tables that are there. Every row is a recipe (see rows.py); a row that is finished in --output is
+read from its report, an unfinished one is resumed. --set comes last, so it may change the text, its length or any
+option of a row. Exit status: 1 if a row failed or did not verify, 2 for a mistake in what was given.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.show import show
+from benchmarks.tables.rows import Row, choose, papers, rows, table, tables
+from sparsekit import checkpoint, evaluate, plan, run
+from sparsekit.commits import write_json
+from sparsekit.folder import REPORT
+
+
+def measured(row: Row, output: Path) -> dict[str, Any]:
+    """The row's report: {"evaluation": {"pruned": ...}, "verified": ...}, from disk or from a run made now.
+
+    Raises:
+        ValueError, OSError: as `sparsekit.run.fit` does.
+    """
+    folder = output / row.folder
+    report = folder / REPORT
+    if not report.is_file():
+        if row.dense:
+            write_json(report, _dense(row))
+        else:
+            recipe = row.recipe.model_copy(update={"output": str(folder)})
+            run.fit(recipe, resume=True, console=Console(stderr=True))
+        gc.collect()  # the model is gone before the next one is loaded
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def _dense(row: Row) -> dict[str, Any]:
+    """The model as it is."""
+    settings = row.recipe.evaluate.model_dump(exclude={"dense"})
+    spec = row.recipe.model
+    with run.quiet():
+        planned = plan.make(row.recipe)
+        dtype = None if spec.dtype == "auto" else spec.dtype
+        model, tokenizer = checkpoint.load(planned.folder, dtype=dtype, trust_remote_code=spec.trust_remote_code)
+        return {
+            "evaluation": {"pruned": evaluate.evaluate(model.to(planned.device), tokenizer, settings)},
+            "verified": True,
+        }
+
+
+def figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Perplexities, accuracies of tasks, and of several tasks their `mean`, by name."""
+    accuracies = {task: metrics["acc"] for task, metrics in evaluation["tasks"].items() if "acc" in metrics}
+    means = {"mean": mean(accuracies.values())} if len(accuracies) > 1 else {}
+    return evaluation["perplexity"] | accuracies | means
+
+
+def run_table(chosen: Sequence[Row], output: Path) -> tuple[list[dict[str, float]], list[str]]:
+    """Measured figures of every row, empty where it failed, and what failed."""
+    found: list[dict[str, float]] = []
+    failed: list[str] = []
+    for row in chosen:
+        print(f"== {row.label}", file=sys.stderr, flush=True)
+        try:
+            report = measured(row, output)
+        except (ValueError, OSError) as error:  # the other rows take hours: they shall not be lost
+            found.append({})
+            failed.append(f"{row.label}: {error}")
+            continue
+        found.append(figures(report["evaluation"]["pruned"]))
+        if report["verified"] is not True:
+            failed.append(f"{row.label} did not verify: {'; '.join(report['verified'])}")
+    return found, failed
+
+
+def cells(
+    chosen: Sequence[Row], found: Sequence[Mapping[str, float]], described: Mapping[str, Any]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows to print: the labels, then for each figure that was measured the paper's and ours."""
+    names = list(dict.fromkeys(name for each in found for name in each))
+    head = ["method", *([described["sweep"]["key"]] if "sweep" in described else []), "sparsity"]
+    if described.get("sweep", {}).get("key") == "pattern":
+        head.remove("sparsity")
+    form = f"{{:.{described.get('decimals', 2)}f}}".format
+    lines = []
+    for row, own in zip(chosen, found, strict=True):
+        label = {"method": row.method, "sparsity": "dense" if row.dense else row.pattern}
+        line = [label.get(column, row.swept) for column in head]
+        for name in names:
+            line += [form(of[name]) if name in of else "" for of in (row.paper, own)]
+        lines.append(line)
+    return [*head, *(column for name in names for column in (f"{name}, paper", name))], lines
+
+
+def _list(paper: str | None) -> int:
+    for name in [paper] if paper else papers():
+        for number, described in tables(name).items():
+            print(f"{name} --table {number}: {described['title']}")
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("benchmarks.tables", description=__doc__.partition("\n")[0])
+    parser.add_argument("paper", nargs="?", help=f"one of {', '.join(papers())}")
+    parser.add_argument("--table", help="its number; without it the tables are listed")
+    parser.add_argument("--model", help="hub name, folder or bundled model; default: the table's first")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="TEXT", help="only rows with such a text in the name")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for every row")
+    parser.add_argument("--output", type=Path, default=Path("runs/tables"), help="default runs/tables")
+    parser.add_argument("--markdown", action="store_true")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a table and print it."""
+    given = _arguments(argv)
+    try:
+        if given.paper is None or given.table is None:
+            return _list(given.paper)
+        described = table(given.paper, given.table)
+        chosen = choose(rows(given.paper, given.table, given.model, given.set), given.rows)
+    except ValueError as error:
+        print(f"benchmarks.tables: {error}", file=sys.stderr)
+        return 2
+    found, failed = run_table(chosen, given.output)
+    columns, lines = cells(chosen, found, described)
+    title = f"{given.paper}, table {given.table}: {described['title']}; here {chosen[0].recipe.model.path}"
+    show(columns, lines, title=title, markdown=given.markdown)
+    for sentence in failed:
+        print(f"failed: {sentence}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

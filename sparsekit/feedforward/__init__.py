@@ -1,0 +1,1 @@
+"""The mathematics of pruning a feed-forward part as a whole (SparseLLM)."""

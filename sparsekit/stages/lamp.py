@@ -1,0 +1,185 @@
+"""LAMP: each block learns to make up for the pruning of those before it, then it is pruned itself."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from sparsekit.blocks import Block
+from sparsekit.pattern import Pattern
+from sparsekit.reconstruct import reconstruct
+from sparsekit.statistics import Stats
+from sparsekit.store import ActivationStore, give_back
+from sparsekit.stream import BlockStream
+from sparsekit.walk import OneShot, Walk
+from sparsekit.work import Work
+
+RETRIES = 2
+
+
+def lamp(
+    work: Work,
+    *,
+    solver: Any = "sparsegpt",
+    after: bool = True,
+    epochs: int = 8,
+    learning_rate: float | None = None,
+    trainable: str = "all",
+    rank: int = 16,
+    batch: int = 1,
+    held_out: float = 0.125,
+    warmup: float = 0.1,
+    patience: int = 3,
+) -> tuple[Walk, BlockStream, list[Callback]]:
+    """Train each block to make up for the pruning of those before it, then prune it (LAMP, Algorithm 1).
+
+    Two streams go through the model: what the pruned blocks give, and what the dense ones give. A block that is still
+    dense is trained to turn the one into the other; then the solver prunes the trained weights, with `prefix`
+    statistics. What the paper leaves open, learning rate, steps and optimizer, is as in `reconstruct`.
+
+    solver: a solver's name, {name: options}, or a list of these, a chain
+    after: train every block once more after it was pruned, zeros kept, towards the same outputs. The paper does not; it
+        is the larger half of the gain, and what the last block has no next one for.
+    learning_rate: its peak; null: by the block's sparsity, see `rate_for`. A quarter of it is tried where it betters
+        nothing.
+    epochs, trainable (all, low-rank, norms-and-biases), rank, batch, held_out, warmup, patience: see `reconstruct`
+
+    Besides the linears it changes norms and biases. Memory beside a layer-wise walk: a second set of activations, and
+    for one block a float32 copy, gradients and AdamW's two moments. Raises ValueError for a solver that is not there,
+    and unless the recipe's error_correction is prefix.
+    """
+    if work.recipe.error_correction != "prefix":
+        raise ValueError(
+            f"error_correction is {work.recipe.error_correction!r}; lamp corrects errors between blocks itself and "
+            "needs prefix"
+        )
+    stream = work.stream(LampStream, error_correction="model")
+    train = Lamp(
+        OneShot(work.solver(solver), work.patterns, work.seed),
+        after=after,
+        learning_rate=learning_rate,
+        seed=work.seed,
+        timer=partial(work.meter.stage, "reconstruct"),
+        team=work.team,
+        epochs=epochs,
+        trainable=trainable,
+        rank=rank,
+        batch=batch,
+        held_out=held_out,
+        warmup=warmup,
+        patience=patience,
+    )
+    return Walk(stream), stream, [train]
+
+
+class LampStream(BlockStream):
+    """Carries what enters a block in the pruned model (`inputs`) and in the dense one (`dense_inputs`).
+
+    It is made and replayed like a stream of error_correction "model", but solvers see it as they see "prefix": inputs
+    from the pruned blocks before, targets from the block's own weights on the same inputs. Those are trained weights.
+    """
+
+    def __init__(self, *stores: Any, **options: Any):
+        super().__init__(*stores, **options)
+        self.coupled = False  # one pass gives the statistics of all groups
+
+    def targets(self, block: Block) -> ActivationStore:
+        """The dense model's outputs of a block that is still dense; from now on they are `dense_inputs`."""
+        assert self.dense_inputs is not None
+        for index, chunk in enumerate(self.dense_inputs):
+            self.dense_inputs[index] = block(chunk)
+        return self.dense_inputs
+
+    @torch.no_grad()
+    def statistics(self, block: Block) -> Iterator[tuple[list[str], Stats]]:
+        """Each group's linears and the one Stats they share, in call order."""
+        collected = self._collect(block)
+        for stats in collected:
+            self.team.sum(stats.parts())
+        for names in block.groups:
+            give_back()
+            yield names, collected.pop(0)
+
+
+class Lamp(Callback):
+    """Algorithm 1 of LAMP on a walk over a `LampStream`: in a block's turn it is trained, pruned and trained again.
+
+    Training comes first in a block's own turn, not last in the turn of the block before: the same computation, but a
+    committed block is a finished one.
+
+    prune: what prunes the block between the two, as a `OneShot` does
+    after: whether it is trained once more after it was pruned, zeros kept; the paper does not
+    learning_rate: its peak; None: `rate_for` the block. A training that bettered nothing is done again at a quarter of
+        it, and then of that.
+    seed: with the block's index added, of the order of the chunks
+    timer: opened around each training
+    options: of `reconstruct`
+
+    `block.notes["lamp"]` is the record of each training, "before" and "after" the pruning.
+    """
+
+    def __init__(
+        self,
+        prune: OneShot,
+        *,
+        after: bool = True,
+        learning_rate: float | None = None,
+        seed: int = 0,
+        timer: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        **options: Any,
+    ):
+        self.prune, self.after, self.learning_rate = prune, after, learning_rate
+        self.seed, self.timer, self.options = seed, timer, options
+
+    def on_train_batch_start(self, trainer: Trainer, walk: Walk, block: Block, batch_idx: int) -> None:  # type: ignore[override]
+        """Train, prune, train.
+
+        Raises:
+            ValueError: as `OneShot` and `reconstruct` do.
+        """
+        assert isinstance(walk.stream, LampStream)
+        targets = walk.stream.targets(block)
+        train = partial(self._train, block, walk.stream.inputs, targets)
+        said = {"before": train()} if block.index else {}  # nothing before the first block was pruned
+        self.prune.on_train_batch_start(trainer, walk, block, batch_idx)
+        if self.after:
+            said["after"] = train(masks=block.masks)
+        block.notes["lamp"] = said
+
+    def _train(
+        self, block: Block, inputs: ActivationStore, targets: ActivationStore, masks: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        rate = rate_for(block, self.prune.patterns) if self.learning_rate is None else self.learning_rate
+        with self.timer():
+            for attempt in range(1 + RETRIES):
+                record = reconstruct(
+                    block,
+                    inputs,
+                    targets,
+                    masks=masks,
+                    learning_rate=rate / 4**attempt,
+                    seed=self.seed + block.index,
+                    **self.options,
+                )
+                if record["best_epoch"] or not record["epochs"]:
+                    break
+        give_back()
+        return record
+
+
+def rate_for(block: Block, patterns: Mapping[str, Pattern]) -> float:
+    """The learning rate for a block: 0.0087 s^3 min(1, r / 0.06), by measurement (docs/methods.md).
+
+    s: the share of the block's weights that its patterns remove: 1.1e-3 at 50 %, 3e-3 at 70 %. r: the root mean square
+    of the weights that are there; those of wide models are small.
+    """
+    counts = {name: linear.weight.numel() for name, linear in block.linears.items()}
+    sparsity = sum(patterns[name].sparsity * count for name, count in counts.items()) / sum(counts.values())
+    energy = sum(float(linear.weight.float().square().sum()) for linear in block.linears.values())
+    there = sum(int(linear.weight.count_nonzero()) for linear in block.linears.values())
+    return 0.0087 * sparsity**3 * min(1.0, math.sqrt(energy / max(there, 1)) / 0.06)

@@ -1,0 +1,214 @@
+"""SparseLLM: the feed-forward part of each block is pruned as a whole, its attention linear by linear."""
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from sparsekit.blocks import Block
+from sparsekit.feedforward.joint import FeedForward, Found, prune_jointly
+from sparsekit.feedforward.minimisers import ACTIVATIONS
+from sparsekit.pattern import Unstructured
+from sparsekit.store import ActivationStore, tight
+from sparsekit.stream import BlockStream
+from sparsekit.walk import OneShot, Walk
+from sparsekit.work import Work
+
+
+def sparsellm(
+    work: Work,
+    *,
+    solver: Any = "sparsegpt",
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    relative: bool = True,
+    epochs: int = 4,
+    damping: float = 0.01,
+    settle: bool | None = None,
+    first_half_only: bool = False,
+) -> tuple[Walk, BlockStream, list[Callback]]:
+    """Prune each feed-forward part towards its dense output, not towards the dense outputs of its linears.
+
+    Alternating minimisation over sparse weights and auxiliary activations, see `feedforward.joint`. Every other linear
+    is pruned by the solver alone, and so is a feed-forward part that is none of the known kind, with a warning.
+
+    solver: a solver's name, {name: options}, or a list of these, a chain
+    alpha, beta, gamma: penalties on the outputs of gate and up, on the output of down, and on the hidden activations
+    relative: they are in units of the dense energies; false: as in the paper, where the repository has 0.1 each for OPT
+        and 5 each for LLaMA
+    epochs: of the alternation; 0 is the solver alone
+    damping: the ridge that stands for the paper's pseudo-inverse, in units of the Gram's mean diagonal
+    settle: down is pruned once more for what the sparse gate and up give it; false is the paper, null where there are
+        at least 4 calibration tokens for each input of down, as fewer would be overfitted
+    first_half_only: leave the second half of the blocks dense, as in the paper's tables
+
+    Source: Bai et al. 2024, SparseLLM: Towards Global Pruning of Pre-trained Language Models, Eq. 4 to 13.
+    Raises ValueError for penalties that are not positive and for an error correction other than prefix and none.
+    """
+    if not (min(alpha, beta, gamma) > 0 and epochs >= 0 and damping >= 0):
+        raise ValueError(
+            "alpha, beta and gamma must be above 0, epochs and damping at least 0, "
+            f"not {alpha}, {beta}, {gamma}, {epochs} and {damping}"
+        )
+    if work.recipe.error_correction not in ("prefix", "none"):
+        raise ValueError(
+            f"sparsellm cannot have error_correction {work.recipe.error_correction}: its target is the block's own "
+            "dense output on the same inputs; choose prefix or none"
+        )
+    share = work.recipe.memory.activations // 2  # the other half for what enters the blocks
+    stream = work.stream(budget=share)
+    joint = SparseLLM(
+        OneShot(work.solver(solver), work.patterns, work.seed),
+        len(work.blocks) // 2 if first_half_only else len(work.blocks),
+        budget=share,
+        folder=work.activations,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        relative=relative,
+        epochs=epochs,
+        damping=damping,
+        settle=settle,
+    )
+    return Walk(stream), stream, [joint]
+
+
+class SparseLLM(Callback):
+    """Prunes a block's feed-forward part jointly and everything else as `local` does.
+
+    blocks: how many from the first on are pruned; the others stay dense, and their records say so
+    budget, folder: of the activations of a feed-forward part, see `ActivationStore`
+    options: of `prune_jointly`
+
+    `block.notes["sparsellm"]`: the activation function found, the epoch that was kept, the relative errors of the
+    part's output and the objectives.
+    """
+
+    def __init__(
+        self, local: OneShot, blocks: int, *, budget: int = 10**9, folder: str | Path | None = None, **options: Any
+    ):
+        self.local, self.blocks, self.budget, self.folder, self.options = local, blocks, budget, folder, options
+
+    def on_train_batch_start(self, trainer: Trainer, walk: Walk, block: Block, batch_idx: int) -> None:  # type: ignore[override]
+        """Prune the block.
+
+        Raises:
+            ValueError: as `OneShot` does.
+        """
+        if block.index >= self.blocks:
+            _leave(block)
+            return
+        part, seconds = find_part(block, walk.stream.inputs[0]), 0.0
+        self.local.answers = {}
+        with warnings.catch_warnings(record=True) as caught, tight():
+            warnings.simplefilter("always")
+            if part is None:
+                warnings.warn(
+                    f"{block.name} has no feed-forward part that sparsellm knows; each linear was pruned by itself",
+                    stacklevel=2,
+                )
+            else:
+                started = time.perf_counter()
+                found = self._solve(walk.stream, block, *part)
+                seconds = time.perf_counter() - started
+                self.local.answers = {part[1][role]: weight for role, weight in found.weights.items()}
+                block.notes["sparsellm"] = {
+                    "activation": part[0],
+                    "epoch": found.epoch,
+                    "errors": found.errors,
+                    "objectives": found.objectives,
+                }
+        self.local.on_train_batch_start(trainer, walk, block, batch_idx)
+        for name in self.local.answers:
+            block.records[name]["seconds"] += seconds / len(self.local.answers)
+        last = block.records[block.groups[-1][-1]]
+        last["warnings"] = sorted({*last["warnings"], *(str(warning.message) for warning in caught)})
+
+    def _solve(self, stream: BlockStream, block: Block, activation: str, roles: Mapping[str, str]) -> Found:
+        linears = {role: block.linears[name] for role, name in roles.items()}
+        given: dict[str, Any] = {role: linear.weight.float().contiguous() for role, linear in linears.items()}
+        given |= {f"{role}_bias": _bias(linear.module) for role, linear in linears.items() if role != "down"}
+        torch.manual_seed(self.local.seed + block.index)
+        store = ActivationStore(self.budget, self.folder)
+        try:
+            return prune_jointly(
+                FeedForward(activation, **given),
+                _inputs(stream, block),
+                store,
+                self.local.solver,
+                {role: self.local.patterns[name] for role, name in roles.items()},
+                add_up=stream.team.sum,
+                **self.options,
+            )
+        finally:
+            store.close()
+
+
+@torch.no_grad()
+def find_part(block: Block, hidden: Tensor) -> tuple[str, dict[str, str]] | None:
+    """The activation function of a block's feed-forward part and its linears: gate, up (not always), down -> name.
+
+    The part is found by what it does: one or two linears of one input, then the block's last linear, which is given
+    phi(one) or phi(one) * other, for (sequences, length, hidden) that enter the block. None if no known function fits.
+    """
+    if len(block.groups) < 2 or len(block.groups[-1]) != 1 or len(block.groups[-2]) > 2:
+        return None
+    names, (down,), last = block.groups[-2], block.groups[-1], len(block.groups) - 1
+    seen: dict[int, Tensor] = {}
+    block.until(hidden, [last - 1, last], seen.__setitem__)
+    given = seen[last]
+    outputs = {name: block.linears[name].module(seen[last - 1]).float() for name in names}
+    if any(output.numel() != given.numel() for output in outputs.values()):
+        return None
+    target = given.float().flatten()
+    errors = {}
+    for gate in names:
+        up = [name for name in names if name != gate]
+        factor = outputs[up[0]] if up else 1.0
+        for activation, jet in ACTIVATIONS.items():
+            error = (jet(outputs[gate])[0] * factor).flatten() - target
+            errors[float(error.norm() / target.norm())] = (
+                activation,
+                {"gate": gate} | dict(zip(["up"], up, strict=False)),
+            )
+    least = min(errors)
+    if not least <= max(1e-4, torch.finfo(given.dtype).eps):
+        return None
+    activation, roles = errors[least]
+    return activation, roles | {"down": down}
+
+
+@torch.no_grad()
+def _inputs(stream: BlockStream, block: Block) -> Iterator[Tensor]:
+    """What enters the feed-forward part of a block that is still dense, chunk by chunk."""
+    group = len(block.groups) - 2
+    for chunk in stream.inputs:
+        seen: dict[int, Tensor] = {}
+        block.until(chunk, [group], seen.__setitem__)
+        yield seen[group]
+
+
+def _bias(module: Any) -> Tensor | float:
+    return 0.0 if module.bias is None else module.bias.detach().float()
+
+
+def _leave(block: Block) -> None:
+    """Masks and records of a block that stays dense."""
+    for name, linear in block.linears.items():
+        zeros, count = int((linear.weight == 0).sum()), linear.weight.numel()
+        block.masks[name] = torch.ones(linear.shape, dtype=torch.bool)
+        block.records[name] = {
+            "error": 0.0,
+            "seconds": 0.0,
+            "sparsity": zeros / count,
+            "zeros": zeros,
+            "parameters": count,
+            "pattern": str(Unstructured(0)),
+            "warnings": [],
+        }

@@ -1,0 +1,190 @@
+"""LAMP: what the two streams carry, what it is worth on trained models, and resuming."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import build
+from lightning.pytorch import Trainer
+
+from sparsekit import checkpoint, data, evaluate
+from sparsekit.blocks import discover
+from sparsekit.commits import Commits
+from sparsekit.pattern import parse
+from sparsekit.solvers.sparsegpt import sparsegpt
+from sparsekit.stages.lamp import Lamp, LampStream, lamp, rate_for
+from sparsekit.stream import BlockStream
+from sparsekit.walk import Commit, OneShot, Walk
+
+TOKENS = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
+
+
+def prune(
+    model, pattern="2:4", *, tokens=TOKENS, trained=True, commits=None, stop_after=None, solver=sparsegpt, **options
+):
+    """Walk over the model in memory with LAMP, or without; returns its blocks."""
+    blocks = discover(model, tokens[:1, :8])
+    patterns = {name: parse(pattern) for block in blocks for name in block.linears}
+    pruner = OneShot(solver, patterns)
+    kind = LampStream if trained else BlockStream
+    mode = "model" if trained else "prefix"
+    stream = kind.over(model, blocks, tokens, batch=2, error_correction=mode, commits=commits)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        max_steps=stop_after or -1,
+        logger=False,
+        callbacks=[Lamp(pruner, **options) if trained else pruner] + ([Commit(commits)] if commits else []),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Walk(stream), stream)
+    return blocks
+
+
+def same_bits(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+def hidden_states(model):
+    """What enters each block of a model, and what leaves the last, (sequences, length, hidden)."""
+    seen = []
+    layers = model.get_submodule("model.layers")
+    hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach())) for m in layers]
+    hooks.append(
+        layers[-1].register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    )
+    with torch.no_grad():
+        model(input_ids=TOKENS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_both_streams_are_those_of_whole_models(monkeypatch):
+    """What each training is given, against forward passes of the dense model and of the one pruned so far."""
+    model = build("Llama")
+    dense = copy.deepcopy(model)
+    expected = hidden_states(dense)
+    calls = []
+
+    def spy(block, inputs, targets, *, masks=None, **options):
+        calls.append((block.index, masks is not None, torch.cat(list(inputs)), torch.cat(list(targets))))
+        with torch.no_grad():  # a stand-in for training that can be told from none
+            block.module.input_layernorm.weight.mul_(1.1)
+        return {"best_epoch": 1}
+
+    monkeypatch.setattr("sparsekit.stages.lamp.reconstruct", spy)
+    weights = []
+
+    def solver(weight, stats, pattern):
+        weights.append(weight.clone())
+        return sparsegpt(weight, stats, pattern)
+
+    blocks = prune(model, solver=solver)
+    assert [call[:2] for call in calls] == [(0, True), (1, False), (1, True), (2, False), (2, True)]
+    sparse = hidden_states(model)  # blocks before the one in question are as the walk left them
+    for index, _, inputs, targets in calls:
+        torch.testing.assert_close(inputs, sparse[index], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(targets, expected[index + 1], rtol=1e-4, atol=1e-4)
+    names = [name for block in blocks for group in block.groups for name in group]
+    for name, weight in zip(names, weights, strict=True):  # the spy trains norms only: linears come dense to the solver
+        assert torch.equal(weight, dense.get_submodule(name).weight)
+
+
+def test_a_training_that_betters_nothing_is_done_again_at_a_lower_rate(monkeypatch):
+    rates = []
+
+    def spy(block, *_, learning_rate, **options):
+        rates.append(learning_rate)
+        return {"best_epoch": int(len(rates) == 2), "epochs": 3}
+
+    monkeypatch.setattr("sparsekit.stages.lamp.reconstruct", spy)
+    prune(build("Llama"), learning_rate=1.6e-3)
+    assert rates == pytest.approx([1.6e-3, 4e-4] + [1.6e-3, 4e-4, 1e-4] * 4)  # the first was better at its second try
+
+
+def test_the_learning_rate_follows_sparsity_and_the_size_of_weights():
+    block = discover(build("Llama"), TOKENS[:1, :8])[0]
+    rates = [rate_for(block, dict.fromkeys(block.linears, parse(p))) for p in ("50%", "70%", "2:4")]
+    assert rates[1] / rates[0] == pytest.approx(1.4**3) and rates[2] == rates[0]
+    assert rates[0] == pytest.approx(1.1e-3, rel=0.02)  # weights of 0.1 and more
+    for linear in block.linears.values():
+        linear.write(torch.full(linear.shape, 0.006))
+    assert rate_for(block, dict.fromkeys(block.linears, parse("50%"))) == pytest.approx(rates[0] / 10, rel=1e-3)
+
+
+def test_it_has_an_error_correction_of_its_own():
+    work = SimpleNamespace(recipe=SimpleNamespace(error_correction="block"))
+    with pytest.raises(ValueError, match=r"error_correction is 'block'; lamp .* needs prefix"):
+        lamp(work)
+
+
+def test_the_solver_prunes_the_trained_weight():
+    model = build("OPT")
+    dense = copy.deepcopy(model)
+    seen = {}
+
+    def solver(weight, stats, pattern):
+        seen[len(seen)] = (weight.clone(), stats)
+        return sparsegpt(weight, stats, pattern)
+
+    blocks = prune(model, solver=solver, after=False)
+    names = [name for block in blocks for group in block.groups for name in group]
+    for (weight, stats), name in zip(seen.values(), names, strict=True):
+        block = next(b for b in blocks if name in b.linears)
+        assert torch.equal(weight, dense.get_submodule(name).weight) == (block.index == 0)
+        pruned = block.linears[name].weight
+        assert block.records[name]["error"] == pytest.approx(stats.error(pruned, weight), rel=1e-4)
+        assert stats.drift_cross is None
+    assert "before" not in blocks[0].notes["lamp"] and blocks[1].notes["lamp"]["before"]["best_epoch"] > 0
+
+
+@pytest.mark.parametrize("family", ["OPT", "GPT2"])
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_resuming_from_committed_blocks_gives_the_same_bits(family, stop_after, tmp_path):
+    """Biases and norms too, which committed blocks must bring back, and the dense stream, which must not see them."""
+    whole, first, second = build(family), build(family), build(family)
+    expected = prune(whole)
+    prune(first, commits=Commits(tmp_path), stop_after=stop_after)
+    blocks = prune(second, commits=Commits(tmp_path))
+    assert same_bits(whole, second) and not same_bits(whole, build(family))
+    for a, b in zip(expected, blocks, strict=True):
+        assert a.trained == b.trained and any("bias" in name for name in a.trained)
+        assert [r["error"] for r in a.records.values()] == [r["error"] for r in b.records.values()]
+        assert a.notes["lamp"]["after"]["after"] == b.notes["lamp"]["after"]["after"]
+
+
+@pytest.mark.parametrize("trainable", ["all", "low-rank", "norms-and-biases"])
+def test_the_pattern_holds(trainable):
+    model = build("GPT2")
+    untouched = {name: p.clone() for name, p in model.named_parameters()}
+    blocks = prune(model, trainable=trainable)
+    for block in blocks:
+        for name, linear in block.linears.items():
+            assert parse("2:4").satisfied(linear.weight)
+            assert not linear.weight[~block.masks[name]].any()
+    trained = {f"{block.name}.{name}" for block in blocks for name in block.trained}
+    trained |= {f"{name}.weight" for block in blocks for name in block.linears}
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, untouched[n])} <= trained
+
+
+@pytest.mark.parametrize("pattern", ["50%", "70%"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_it_is_better_than_its_solver_alone(name, pattern, models):
+    """Perplexity on text of other topics; each part of it pays."""
+    found = []
+    for options in ({"trained": False}, {"after": False}, {}):
+        model, tokenizer = checkpoint.load(models / name)
+        settings = {"source": "python-docs", "samples": 24, "length": 128, "seed": 0}
+        tokens = data.calibration_tokens(settings, tokenizer, 256, 768)
+        prune(model, pattern, tokens=tokens, epochs=3, **options)
+        texts = evaluate.texts(
+            {"perplexity": [{"source": "python-docs", "windows": 60}], "length": 128}, tokenizer, 256
+        )
+        found.append(evaluate.perplexity(model, *texts.values(), batch=16))
+    alone, paper, both = found
+    assert both < paper < alone, found

@@ -1,0 +1,186 @@
+"""SparseLLM as a stage: parts are found by what they do, and it is worth it on trained models."""
+
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import build
+from lightning.pytorch import Trainer
+
+from sparsekit import checkpoint, data, evaluate
+from sparsekit.blocks import discover
+from sparsekit.commits import Commits
+from sparsekit.pattern import parse
+from sparsekit.solvers.sparsegpt import sparsegpt
+from sparsekit.solvers.wanda import wanda
+from sparsekit.stages.sparsellm import find_part, sparsellm
+from sparsekit.stream import BlockStream
+from sparsekit.walk import Commit, OneShot, Walk
+
+TOKENS = torch.randint(1, 96, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+class Work(SimpleNamespace):
+    """As much of a Work as a stage uses."""
+
+    def __init__(self, model, tokens, pattern, mode="prefix", commits=None, folder=None):
+        blocks = discover(model, tokens[:1, :8])
+        patterns = {name: parse(pattern) for block in blocks for name in block.linears}
+        memory = SimpleNamespace(activations=10**9)
+        recipe = SimpleNamespace(error_correction=mode, memory=memory)
+        super().__init__(model=model, blocks=blocks, tokens=tokens, patterns=patterns, recipe=recipe)
+        self.seed, self.commits, self.activations = 0, commits, folder
+
+    def stream(self, **options):
+        settings = {"batch": 2, "error_correction": self.recipe.error_correction, "commits": self.commits}
+        return BlockStream.over(self.model, self.blocks, self.tokens, **(settings | options))
+
+    def solver(self, given):
+        return {"sparsegpt": sparsegpt, "wanda": wanda}[given]
+
+
+def fit(walk, stream, callbacks, stop_after=None):
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        max_steps=stop_after or -1,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(walk, stream)
+    return stream.blocks
+
+
+def joint(model, tokens=TOKENS, pattern="2:4", mode="prefix", commits=None, stop_after=None, **options):
+    walk, stream, callbacks = sparsellm(Work(model, tokens, pattern, mode, commits), **options)
+    return fit(walk, stream, callbacks + ([Commit(commits)] if commits else []), stop_after)
+
+
+def local(model, tokens=TOKENS, pattern="2:4", solver=sparsegpt):
+    work = Work(model, tokens, pattern)
+    stream = work.stream()
+    return fit(Walk(stream), stream, [OneShot(solver, work.patterns)])
+
+
+def first_block(family, dtype=torch.float32, settings=None):
+    model = build(family, settings=settings).to(dtype)
+    blocks = discover(model, TOKENS[:1, :8])
+    return blocks[0], BlockStream.over(model, blocks, TOKENS, batch=2).inputs[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "activation", "roles"),
+    [
+        ("Llama", "silu", ["gate_proj", "up_proj", "down_proj"]),
+        ("Qwen3", "silu", ["gate_proj", "up_proj", "down_proj"]),
+        ("Gemma", "gelu_tanh", ["gate_proj", "up_proj", "down_proj"]),
+        ("OPT", "relu", ["fc1", "fc2"]),
+        ("GPT2", "gelu_tanh", ["c_fc", "c_proj"]),
+        ("GPTNeoX", "gelu", ["dense_h_to_4h", "dense_4h_to_h"]),
+    ],
+)
+def test_parts_are_found_by_what_they_do(family, activation, roles, dtype):
+    block, hidden = first_block(family, dtype)
+    found, names = find_part(block, hidden)
+    assert [name.rsplit(".", 1)[1] for name in names.values()] == roles
+    assert found == activation or (dtype == torch.bfloat16 and {found, activation} == {"gelu", "gelu_tanh"})
+
+
+@pytest.mark.parametrize("family", ["Phi", "Mixtral"])
+def test_other_blocks_are_left_to_the_solver_with_a_warning(family):
+    assert find_part(*first_block(family)) is None
+    model = build(family)
+    alone = copy.deepcopy(model)
+    blocks = joint(model)
+    local(alone)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), alone.state_dict().values(), strict=True))
+    said = [warning for record in blocks[0].records.values() for warning in record["warnings"]]
+    assert any("has no feed-forward part that sparsellm knows" in warning for warning in said)
+
+
+def test_what_a_block_remembers():
+    model = build("Llama")
+    blocks = joint(model, epochs=2)
+    for block in blocks:
+        assert block.records.keys() == block.masks.keys() == block.linears.keys()
+        seen = block.notes["sparsellm"]
+        assert seen["activation"] == "silu" and len(seen["errors"]) == 3 and len(seen["objectives"]) == 6
+        assert seen["errors"][seen["epoch"]] == min(seen["errors"])
+        for name, linear in block.linears.items():
+            assert parse("2:4").satisfied(linear.weight)
+            assert torch.equal(linear.weight != 0, block.masks[name])
+            assert block.records[name]["zeros"] == int((linear.weight == 0).sum())
+            assert block.records[name]["seconds"] > 0 and block.records[name]["pattern"] == "2:4"
+
+
+def test_without_epochs_it_is_the_solver_alone():
+    model = build("OPT")
+    alone = copy.deepcopy(model)
+    joint(model, epochs=0, settle=False, solver="wanda")
+    local(alone, solver=wanda)
+    for one, two in zip(model.state_dict().values(), alone.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_first_half_only_leaves_the_rest_dense():
+    model = build("GPT2")
+    dense = copy.deepcopy(model)
+    blocks = joint(model, first_half_only=True)
+    names = dict(dense.named_modules())
+    assert len(blocks) == 3
+    for block in blocks[1:]:
+        for name, linear in block.linears.items():
+            assert torch.equal(linear.module.weight, names[name].weight)
+            assert (
+                block.records[name]["pattern"] == "0%" and block.records[name]["error"] == 0 and block.masks[name].all()
+            )
+    assert all(record["pattern"] == "2:4" for record in blocks[0].records.values())
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
+    model = build("Llama")
+    whole = copy.deepcopy(model)
+    joint(whole, epochs=1)
+    commits = Commits(tmp_path)
+    joint(copy.deepcopy(model), commits=commits, stop_after=1, epochs=1)
+    assert commits.done() == {0}
+    blocks = joint(model, commits=commits, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert blocks[0].notes["sparsellm"]["activation"] == "silu"
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0}, {"beta": -1}, {"gamma": 0.0}, {"epochs": -1}, {"damping": -0.1}])
+def test_wrong_options_are_refused(options):
+    with pytest.raises(ValueError, match=r"must be above 0.*at least 0, not"):
+        sparsellm(Work(build("Llama"), TOKENS, "2:4"), **options)
+
+
+def test_other_error_corrections_are_refused():
+    with pytest.raises(ValueError, match="choose prefix or none"):
+        sparsellm(Work(build("Llama"), TOKENS, "2:4", "block"))
+    joint(build("Llama"), mode="none", epochs=1)
+
+
+@pytest.mark.parametrize("pattern", ["70%", "80%", "1:4"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_it_beats_the_solver_alone_on_text_it_has_not_seen(models, name, pattern):
+    folder = models / name
+    tokenizer = checkpoint.tokenizer(folder)
+    tokens = data.sample(data.python_docs("calibration"), tokenizer, samples=8, length=128, seed=0)
+    held_out = data.windows(data.python_docs("test"), tokenizer, 128)[:24]
+    figures = []
+    for prune in (local, partial(joint, epochs=2)):
+        model, _ = checkpoint.load(folder)
+        blocks = prune(model, tokens, pattern)
+        figures.append(evaluate.perplexity(model, held_out, batch=8))
+    for block in blocks:
+        errors = block.notes["sparsellm"]["errors"]
+        assert min(errors) <= errors[0]
+    assert figures[1] < 0.95 * figures[0]
