@@ -17,7 +17,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from sparsekit import plugins, yamltree
 from sparsekit.data import FORMATS
-from sparsekit.sections import Calibration, Recipe, Stage, TextSet, expand, sentence
+from sparsekit.sections import Calibration, Recipe, Stage, TextSet, expand, method, sentence
 from sparsekit.yamltree import Keys
 
 __all__ = ["Recipe", "RecipeError", "Stage", "check_options", "dump", "kind", "load_recipe", "resolved", "schema"]
@@ -84,16 +84,43 @@ def check_options(recipe: Recipe) -> list[str]:
         given = stage.options | {k: v for k, v in fields.items() if k in plugins.options(function)}
         for name, problem in plugins.option_problems(function, given, also=fields).items():
             problems.append(f"{recipe._tree.place((*keys, name))}: {where}: {problem}")
-    return problems + _order_problems(recipe)
+    places = [f"{recipe._tree.place(('stages', i))}: stage {i + 1}, `{s.name}`" for i, s in enumerate(recipe.stages)]
+    for place, stage in zip(places, recipe.stages, strict=True):
+        if kind(stage) == "stage" and "solver" in stage.options:
+            problems += _solver_problems(stage.options["solver"], place)
+    return problems + _order_problems(recipe.stages, places)
 
 
-def _order_problems(recipe: Recipe) -> list[str]:
+def solvers(given: Any) -> list[Stage]:
+    """What a stage's option `solver` names: a name, {name: options}, or a list of these. ValueError if it cannot be."""
+    find = method("solvers")
+    return [find(each) for each in (given if isinstance(given, list | tuple) and given else [given])]
+
+
+def _solver_problems(given: Any, place: str) -> list[str]:
+    try:
+        stages = solvers(given)
+        functions = [plugins.load("solvers", stage.name) for stage in stages]
+    except ValueError as error:
+        return [f"{place}, option `solver`: {error}"]
+    problems = [
+        f"{place}, solver `{stage.name}`: {problem}"
+        for stage, function in zip(stages, functions, strict=True)
+        for problem in plugins.option_problems(function, stage.options).values()
+    ]
+    return problems + _order_problems(stages, [f"{place}, solver `{stage.name}`" for stage in stages])
+
+
+def _order_problems(stages: Sequence[Stage], places: Sequence[str]) -> list[str]:
     problems, earlier = [], ""
-    for i, stage in enumerate(recipe.stages):
+    for stage, place in zip(stages, places, strict=True):
         if kind(stage) == "stage":
+            if earlier:
+                problems.append(
+                    f"{place}, starts from the dense model, so `{earlier}` before it would be lost: remove it"
+                )
             earlier = stage.name  # solvers after it start from what it leaves
             continue
-        place = f"{recipe._tree.place(('stages', i))}: stage {i + 1}, `{stage.name}`"
         try:
             start = plugins.start(plugins.load("solvers", stage.name))
         except ValueError:

@@ -12,9 +12,9 @@ from sparsekit.blocks import Block, Linear
 from sparsekit.commits import Commits
 from sparsekit.pattern import Pattern
 from sparsekit.plan import Plan, configured, timed
-from sparsekit.recipe import Recipe
+from sparsekit.recipe import Recipe, solvers
 from sparsekit.report import Meter
-from sparsekit.sections import Stage, method
+from sparsekit.sections import Stage
 from sparsekit.solvers.chain import chain
 from sparsekit.stream import BlockStream
 from sparsekit.team import Team
@@ -79,8 +79,7 @@ class Work:
 
         Raises ValueError for unknown names, or a chain whose links do not fit.
         """
-        stages = [method("solvers")(each) for each in (given if isinstance(given, list | tuple) else [given])]
-        return chain(*(timed(stage.name, configured("solvers", stage), self.meter) for stage in stages))
+        return chain(*(timed(stage.name, configured("solvers", stage), self.meter) for stage in solvers(given)))
 
     def _source(self) -> Callable[[Linear], Tensor]:
         source = checkpoint.Checkpoint(self.planned.folder)

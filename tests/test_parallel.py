@@ -75,7 +75,7 @@ def test_blocks_in_two_processes_are_bit_for_bit_those_of_one(tmp_path, model, a
 
 @pytest.mark.parametrize("mode", ["prefix", "model"])
 def test_sums_over_two_processes_are_those_of_one_up_to_rounding(mode, tmp_path):
-    """On a trained model and with a solver without a stop rule: a tie, or one iteration more, makes rounding visible."""
+    """On a trained model, with a solver without a stop rule: ties and one iteration more make rounding visible."""
     for devices in (1, 2):
         done = fit(recipe(tmp_path, TINY, mode, devices), "--set", "stages=[sparsegpt]")
         assert done.returncode == 0, done.stderr
