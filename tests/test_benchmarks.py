@@ -56,20 +56,23 @@ def test_a_row_has_a_figure_for_every_model(name: str, number: str) -> None:
     for row in described["rows"]:
         assert len(row["paper"]) == len(described["models"]), row["method"]
         for entry in row["paper"]:
+            if entry is None:
+                continue
             figures = entry if isinstance(entry, list) else [entry]
             if isinstance(entry, dict):
                 assert entry.keys() <= set(described["sweep"]["values"]), row["method"]
                 figures = list(entry.values())
             else:
                 assert len(figures) == len(described["figures"]), row["method"]
-            assert all(isinstance(figure, float) for figure in figures), row["method"]
+            assert all(isinstance(figure, float | int | None) for figure in figures), row["method"]
 
 
-def test_the_means_a_paper_prints_are_those_of_its_tasks() -> None:
-    described = paper.table("fistapruner", "5")
-    for row in described["rows"]:
+@pytest.mark.parametrize(("name", "number"), [("fistapruner", "5"), ("lamp", "3"), ("lamp", "8")])
+def test_the_means_a_paper_prints_are_those_of_its_tasks(name: str, number: str) -> None:
+    for row in paper.table(name, number)["rows"]:
         *tasks, mean = row["paper"][0]
-        assert sum(tasks) / len(tasks) == pytest.approx(mean, abs=2e-4), row["method"]
+        if (number, row["method"], mean) != ("3", "LAMP", 0.5696):  # printed so
+            assert sum(tasks) / len(tasks) == pytest.approx(mean, abs=2e-4), row["method"]
 
 
 def test_figures_belong_to_the_model_they_were_printed_for() -> None:
@@ -81,6 +84,9 @@ def test_figures_belong_to_the_model_they_were_printed_for() -> None:
     swept = {row.label: row.paper for row in paper.rows("fistapruner", "figure-3a")}
     assert swept["FISTAPruner 20%"] == {"wikitext2": 27.36}
     assert swept["Wanda 20%"] == {}
+    lost = {row.label: row.paper for row in paper.rows("sparsellm", "1", "facebook/opt-66b")}
+    assert lost["Wanda 70%"] == {}
+    assert lost["SparseLLM 70%"] == {"ptb": 13.66, "c4": 11.37}
 
 
 def test_equal_runs_share_a_folder_and_others_do_not() -> None:
@@ -174,6 +180,19 @@ def test_accuracies_have_a_mean() -> None:
     tasks = {"a": {"acc": 0.5, "acc_stderr": 0.1, "n": 4}, "b": {"acc": 0.7, "acc_norm": 0.9}}
     found = runner.figures({"perplexity": {"w": 3.0}, "tasks": tasks})
     assert found == {"w": 3.0, "a": 0.5, "b": 0.7, "mean": pytest.approx(0.6)}
+
+
+def test_objectives_are_those_after_each_epoch_of_a_pruned_block() -> None:
+    blocks = {f"layers.{i}": {"sparsellm": {"objectives": [3 + i, 2 + i, 1 + i, 0.3, 0.2, 0.1]}} for i in range(3)}
+    assert runner.objectives(blocks, 1) == {"epoch 1": 2, "epoch 2": 0.1}
+    assert runner.objectives(blocks | {"layers.3": {}}, 3) == {"epoch 1": 3, "epoch 2": 0.1}
+    assert runner.objectives({}, 3) == {}
+
+
+def test_what_prunes_half_of_the_blocks_prunes_half_in_every_row() -> None:
+    for number in paper.tables("sparsellm"):
+        for row in paper.rows("sparsellm", number):
+            assert row.dense or row.recipe.stages[0].options["first_half_only"] is True
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,15 @@ def test_solvers_after_a_stage_start_from_what_it_leaves(tmp_path):
         assert not two[f"{name}.weight"][one[f"{name}.weight"] == 0].any()  # the zeros are kept
 
 
+def test_lamp_can_end_each_block_on_a_grid(tmp_path):
+    quantize = "quantize: {bits: 4, group: 32}"
+    joint = run(tmp_path, f"stages=[{{lamp: {{epochs: 2, {quantize}}}}}]", name="joint")
+    alone = run(tmp_path, f"stages=[{{sparsegpt: {{{quantize}}}}}]", name="alone")
+    assert "bytes" in joint["packed"] and perplexity(joint) < perplexity(alone)
+    done = fit(recipe(tmp_path, "not"), "--set", f"stages=[{{lamp: {{solver: {{sparsegpt: {{{quantize}}}}}}}}}]")
+    assert done.returncode == 2 and "give `quantize` to lamp" in done.stderr
+
+
 def test_a_quantized_run_is_packed_and_proved(tmp_path):
     report = run(tmp_path, "stages=[sparsegpt, {quantize: {bits: 4, group: 32}}]")
     assert report["packed"]["bytes"] < 0.6 * report["packed"]["simulated_bytes"]

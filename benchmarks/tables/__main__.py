@@ -64,8 +64,17 @@ def figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return evaluation["perplexity"] | accuracies | means
 
 
-def run_table(chosen: Sequence[Row], output: Path) -> tuple[list[dict[str, float]], list[str]]:
-    """Measured figures of every row, empty where it failed, and what failed."""
+def objectives(blocks: Mapping[str, Any], index: int) -> dict[str, float]:
+    """SparseLLM's objective after each epoch, in the block of this index or else in the last that was pruned."""
+    notes = [block["sparsellm"]["objectives"] for block in blocks.values() if "sparsellm" in block]
+    values = (notes[index : index + 1] or notes[-1:] or [[]])[0]
+    return {f"epoch {epoch}": value for epoch, value in enumerate(values[2::3], 1)}  # p, z and s are updated in each
+
+
+def run_table(
+    chosen: Sequence[Row], output: Path, objective: int | None = None
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Measured figures of every row, empty where it failed, and what failed. objective: see `objectives`."""
     found: list[dict[str, float]] = []
     failed: list[str] = []
     for row in chosen:
@@ -76,7 +85,8 @@ def run_table(chosen: Sequence[Row], output: Path) -> tuple[list[dict[str, float
             found.append({})
             failed.append(f"{row.label}: {error}")
             continue
-        found.append(figures(report["evaluation"]["pruned"]))
+        curve = {} if objective is None else objectives(report["blocks"], objective)
+        found.append(figures(report["evaluation"]["pruned"]) | curve)
         if report["verified"] is not True:
             failed.append(f"{row.label} did not verify: {'; '.join(report['verified'])}")
     return found, failed
@@ -131,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"benchmarks.tables: {error}", file=sys.stderr)
         return 2
-    found, failed = run_table(chosen, given.output)
+    found, failed = run_table(chosen, given.output, described.get("objective"))
     columns, lines = cells(chosen, found, described)
     title = f"{given.paper}, table {given.table}: {described['title']}; here {chosen[0].recipe.model.path}"
     show(columns, lines, title=title, markdown=given.markdown)

@@ -112,4 +112,5 @@ def _swept(sweep: Mapping[str, Any] | None, row: Mapping[str, Any], known: Any) 
 def _figures(names: Sequence[str], entry: Any) -> dict[str, float]:
     if entry is None:
         return {}
-    return dict(zip(names, entry if isinstance(entry, list) else [entry], strict=True))
+    figures = zip(names, entry if isinstance(entry, list) else [entry], strict=True)
+    return {name: figure for name, figure in figures if figure is not None}

@@ -103,7 +103,7 @@ def prune_jointly(
     two Grams of the hidden activations, and the minimisers of s, one or two microseconds an entry for smooth functions.
     """
     stats, dense_hidden, energy = _begin(part, inputs, store, add_up)
-    settle = stats.count >= _ENOUGH * len(part.gate) if settle is None else settle
+    settle = epochs > 0 and (stats.count >= _ENOUGH * len(part.gate) if settle is None else settle)
     scale = energy if relative else dict.fromkeys(energy, 1.0)
     price = {key: value / (scale[key] or 1.0) for key, value in zip(_TERMS, (alpha, alpha, gamma, beta), strict=True)}
     dense = part.weights

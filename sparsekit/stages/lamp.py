@@ -27,6 +27,7 @@ def lamp(
     *,
     solver: Any = "sparsegpt",
     after: bool = True,
+    quantize: dict[str, Any] | None = None,
     epochs: int = 8,
     learning_rate: float | None = None,
     trainable: str = "all",
@@ -45,6 +46,8 @@ def lamp(
     solver: a solver's name, {name: options}, or a list of these, a chain
     after: train every block once more after it was pruned, zeros kept, towards the same outputs. The paper does not; it
         is the larger half of the gain, and what the last block has no next one for.
+    quantize: {bits, group, symmetric ...}, the options of the solver `quantize`, which has the last word in a block's
+        turn: later blocks make up for rounding as they do for pruning.
     learning_rate: its peak; null: by the block's sparsity, see `rate_for`. A quarter of it is tried where it betters
         nothing.
     epochs, trainable (all, low-rank, norms-and-biases), rank, batch, held_out, warmup, patience: see `reconstruct`
@@ -58,10 +61,19 @@ def lamp(
             f"error_correction is {work.recipe.error_correction!r}; lamp corrects errors between blocks itself and "
             "needs prefix"
         )
+    if after and quantize is None and work.planned.quantization is not None:
+        raise ValueError(
+            "lamp trains a block again after its solver has quantized it, which moves weights off the grid; "
+            "give `quantize` to lamp and not to its solver, or after: false"
+        )
+    grid = None
+    if quantize is not None:
+        grid = OneShot(work.solver({"quantize": quantize}), work.patterns, work.seed, continues=True)
     stream = work.stream(LampStream, error_correction="model")
     train = Lamp(
         OneShot(work.solver(solver), work.patterns, work.seed),
         after=after,
+        quantize=grid,
         learning_rate=learning_rate,
         seed=work.seed,
         timer=partial(work.meter.stage, "reconstruct"),
@@ -114,6 +126,7 @@ class Lamp(Callback):
 
     prune: what prunes the block between the two, as a `OneShot` does
     after: whether it is trained once more after it was pruned, zeros kept; the paper does not
+    quantize: what puts it on a grid at the end, zeros kept
     learning_rate: its peak; None: `rate_for` the block. A training that bettered nothing is done again at a quarter of
         it, and then of that.
     seed: with the block's index added, of the order of the chunks
@@ -128,12 +141,13 @@ class Lamp(Callback):
         prune: OneShot,
         *,
         after: bool = True,
+        quantize: OneShot | None = None,
         learning_rate: float | None = None,
         seed: int = 0,
         timer: Callable[[], AbstractContextManager[Any]] = nullcontext,
         **options: Any,
     ):
-        self.prune, self.after, self.learning_rate = prune, after, learning_rate
+        self.prune, self.after, self.quantize, self.learning_rate = prune, after, quantize, learning_rate
         self.seed, self.timer, self.options = seed, timer, options
 
     def on_train_batch_start(self, trainer: Trainer, walk: Walk, block: Block, batch_idx: int) -> None:  # type: ignore[override]
@@ -149,6 +163,8 @@ class Lamp(Callback):
         self.prune.on_train_batch_start(trainer, walk, block, batch_idx)
         if self.after:
             said["after"] = train(masks=block.masks)
+        if self.quantize:
+            self.quantize.on_train_batch_start(trainer, walk, block, batch_idx)
         block.notes["lamp"] = said
 
     def _train(
