@@ -83,7 +83,7 @@ class Plan:
     def quantization(self) -> Quantization | None:
         """How the weights of the result are quantized; None if the last stage leaves them as they are."""
         [(name, options)] = self.resolved["stages"][-1].items()
-        return _quantization(f"{kind(self.recipe.stages[-1])}s", name, options)
+        return quantization_of(f"{kind(self.recipe.stages[-1])}s", name, options)
 
     def packages(self) -> tuple[str, ...]:
         """The distributions that the recipe's methods come from."""
@@ -198,7 +198,7 @@ def configured(group: str, stage: Stage) -> Callable[..., Any]:
     return partial(plugins.load(group, stage.name), **_underscored(stage.options))
 
 
-def _quantization(group: str, name: str, options: Any) -> Quantization | None:
+def quantization_of(group: str, name: str, options: Any) -> Quantization | None:
     """What a method's options say: `bits` and the like, a mapping `quantize` of them, or those of its last solver."""
     defaults = {option: p.default for option, p in plugins.options(plugins.load(group, name)).items()}
     filled = defaults | (options or {})
@@ -210,7 +210,7 @@ def _quantization(group: str, name: str, options: Any) -> Quantization | None:
         return None
     last = filled["solver"][-1] if isinstance(filled["solver"], list) else filled["solver"]
     [(inner, given)] = last.items() if isinstance(last, dict) else [(last, {})]
-    return _quantization("solvers", inner, given)
+    return quantization_of("solvers", inner, given)
 
 
 def _underscored(options: dict[str, Any]) -> dict[str, Any]:

@@ -115,10 +115,8 @@ def _order_problems(stages: Sequence[Stage], places: Sequence[str]) -> list[str]
     problems, earlier = [], ""
     for stage, place in zip(stages, places, strict=True):
         if kind(stage) == "stage":
-            if earlier:
-                problems.append(
-                    f"{place}, starts from the dense model, so `{earlier}` before it would be lost: remove it"
-                )
+            if earlier and "solver" in _options_of(stage):
+                problems.append(f"{place}, prunes the dense model, so `{earlier}` before it would be lost: remove it")
             earlier = stage.name  # solvers after it start from what it leaves
             continue
         try:
@@ -134,6 +132,13 @@ def _order_problems(stages: Sequence[Stage], places: Sequence[str]) -> list[str]
             problems.append(f"{place}, only improves the answer of an earlier stage: put one, such as wanda, before it")
         earlier = stage.name
     return problems
+
+
+def _options_of(stage: Stage) -> Iterable[str]:
+    try:
+        return plugins.options(plugins.load("stages", stage.name))
+    except ValueError:
+        return ()  # that it cannot be imported is reported already
 
 
 def _methods(recipe: Recipe) -> Iterable[tuple[Keys, str, str, Stage, dict[str, Any]]]:

@@ -40,6 +40,7 @@ def reconstruct(
     rank: int = 16,
     weight_decay: float = 0.0,
     patience: int = 3,
+    per_token: bool = True,
     seed: int = 0,
     team: Team = Team(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
@@ -55,6 +56,9 @@ def reconstruct(
     held_out: share of the chunks, evenly spread, that are not trained on and choose the best epoch: the block never
         ends worse on them than it began, in its own dtype. 0: the training chunks choose.
     patience: epochs without a better state after which it ends. rank: of low-rank. seed: of the order of the chunks.
+    per_token: each token's error is relative to the energy of its own target, as what comes next normalises token by
+        token. The plain mean (false) looks at little but the first token of each sequence, whose activations are
+        hundreds of times larger in many models.
     team: processes that have the same block and other chunks. Gradients and errors are sums over all of them, each
         takes as many chunks as the one that has the fewest, and all end with the same block.
 
@@ -63,7 +67,7 @@ def reconstruct(
     trained; the best state is the block itself. It marks what it changed in `block.trained`.
 
     Returns:
-        before, after: squared error over the targets' mean square, on the held-out chunks
+        before, after: squared error over the target's mean square (by token, or of all), on the held-out chunks
         epochs, best_epoch (0: as it began), learning_rate, seconds
         held_out, train: the same error after each epoch, and its mean while training in it; None where not finite
 
@@ -80,7 +84,7 @@ def reconstruct(
         raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
     if max(held_out, warmup) >= 1:
         raise ValueError(f"held_out is {held_out}, warmup {warmup}; they are shares, from 0 to below 1")
-    task = _Task(block, inputs, targets, team)
+    task = _Task(block, inputs, targets, team, per_token)
     scale = task.mean_square()
     training, testing = _split(min(task.counts()), held_out)
     generator = torch.Generator().manual_seed(seed)
@@ -156,6 +160,7 @@ class _Task:
     inputs: Chunks
     targets: Chunks
     team: Team
+    per_token: bool
 
     def pairs(self, order: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """The chunks in an order of one's own; the next pair is read while the caller works on this one."""
@@ -181,6 +186,14 @@ class _Task:
         own = [len(self.inputs) * (rank == self.team.rank) for rank in range(self.team.size)]
         return [int(count) for count in self.sum(*own)]
 
+    def weighed(self, difference: Tensor, y: Tensor) -> Tensor:
+        """Squares, each over the mean square of its token's target where errors are relative by token."""
+        squares = difference.square()
+        if not self.per_token:
+            return squares
+        energy = y.to(difference).square().mean(-1, keepdim=True)
+        return squares * torch.where(energy > 0, 1 / energy, 0)
+
     def mean_square(self) -> float:
         """Of the targets; raises ValueError for chunks that do not fit together."""
         if len(self.inputs) != len(self.targets):
@@ -193,7 +206,7 @@ class _Task:
                 raise ValueError(f"chunk {index}: inputs {tuple(x.shape)}, targets {tuple(y.shape)}; make them equal")
             if not (x.isfinite().all() and y.isfinite().all()):
                 raise ValueError(f"chunk {index} contains NaN or Inf, so a block cannot be trained on it")
-            energy, elements = energy + float(y.double().square().sum()), elements + y.numel()
+            energy, elements = energy + float(self.weighed(y.double(), y).sum()), elements + y.numel()
         energy, elements = self.sum(energy, elements)
         return energy / max(elements, 1) or 1.0
 
@@ -201,7 +214,8 @@ class _Task:
         """The squared error (a sum) of the block with these parameters on one chunk, in float32 or wider."""
         out = self.block.with_parameters(parameters, x, dtype)
         wide = torch.promote_types(out.dtype, torch.float32)
-        return (out.to(wide) - y.to(out.device, wide)).square().sum()
+        y = y.to(out.device, wide)
+        return self.weighed(out.to(wide) - y, y).sum()
 
     @torch.no_grad()
     def error(self, parameters: dict[str, Tensor], order: list[int]) -> float:

@@ -21,7 +21,7 @@ TINY = Path(__file__).parent / "models" / "tiny-llama"
 RECIPE = """\
 model: {model}
 pattern: "2:4"
-calibration: {{source: text, path: {text}, samples: 6, length: 32}}
+calibration: {{source: python-docs, samples: 16, length: 32}}
 error_correction: {mode}
 stages: [sparsegpt, refit]
 trainer: {{accelerator: cpu, devices: {devices}}}
@@ -40,7 +40,7 @@ def model(tmp_path_factory) -> Path:
 
 def recipe(folder: Path, model: Path, mode: str, devices: int) -> Path:
     file = folder / f"{mode}{devices}.yaml"
-    file.write_text(RECIPE.format(model=model, text=__file__, mode=mode, devices=devices, output=folder / file.stem))
+    file.write_text(RECIPE.format(model=model, mode=mode, devices=devices, output=folder / file.stem))
     return file
 
 
@@ -75,7 +75,7 @@ def test_blocks_in_two_processes_are_bit_for_bit_those_of_one(tmp_path, model, a
 
 @pytest.mark.parametrize("mode", ["prefix", "model"])
 def test_sums_over_two_processes_are_those_of_one_up_to_rounding(mode, tmp_path):
-    """On a trained model, with a solver without a stop rule: ties and one iteration more make rounding visible."""
+    """On a trained model, with tokens enough and a solver without a stop rule: little is on the edge of a decision."""
     for devices in (1, 2):
         done = fit(recipe(tmp_path, TINY, mode, devices), "--set", "stages=[sparsegpt]")
         assert done.returncode == 0, done.stderr

@@ -31,9 +31,10 @@ def pruned_block(family="Llama", dtype=torch.float32):
     return block, inputs, targets, masks
 
 
-def error(block, inputs, targets, indices):
-    pairs = [(block(inputs[i]).float(), targets[i].float()) for i in indices]
-    return sum(float((a - b).square().sum()) for a, b in pairs)
+def error(block, inputs, targets, indices, per_token=True):
+    pairs = [(block(inputs[i]).double(), targets[i].double()) for i in indices]
+    squares = [(a - b).square() / (b.square().mean(-1, keepdim=True) if per_token else 1) for a, b in pairs]
+    return sum(float(square.sum()) for square in squares)
 
 
 def state(block):
@@ -41,17 +42,16 @@ def state(block):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("trainable", TRAINABLE)
-def test_zeros_stay_and_the_error_falls(trainable, dtype):
+@pytest.mark.parametrize(("trainable", "per_token"), [*((each, True) for each in TRAINABLE), ("all", False)])
+def test_zeros_stay_and_the_error_falls(trainable, per_token, dtype):
     block, inputs, targets, masks = pruned_block(dtype=dtype)
-    before, start = error(block, inputs, targets, [5]), state(block)
-    record = reconstruct(
-        block, inputs, targets, masks=masks, trainable=trainable, learning_rate=3e-3, weight_decay=0.1, rank=4
-    )
+    before, start = error(block, inputs, targets, [5], per_token), state(block)
+    options = {"trainable": trainable, "learning_rate": 3e-3, "weight_decay": 0.1, "rank": 4, "per_token": per_token}
+    record = reconstruct(block, inputs, targets, masks=masks, **options)
     for name, linear in block.linears.items():
         assert not linear.weight[~masks[name]].view(torch.int8).any()  # no bit set: not even a sign
         assert linear.weight.dtype == dtype
-    after = error(block, inputs, targets, [5])  # the last of six chunks is the one held out
+    after = error(block, inputs, targets, [5], per_token)  # the last of six chunks is the one held out
     assert after < before * (0.99 if trainable == "all" else 1)
     assert record["after"] / record["before"] == pytest.approx(after / before, rel=1e-4)
     changed = {name for name, p in state(block).items() if not torch.equal(p, start[name])}
@@ -90,7 +90,7 @@ def test_the_dense_block_cannot_be_bettered():
 
 @pytest.mark.parametrize("trainable", ["all", "low-rank"])
 def test_a_linear_block_reaches_least_squares_on_its_support(trainable):
-    """A block that is one linear without bias: every row is a regression on its kept inputs."""
+    """A block that is one linear without bias: every row is a regression on its kept inputs, tokens weighed."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Sequential(nn.Linear(12, 12, bias=False)).double()
     mask = torch.rand(12, 12, generator=generator) < 0.6
@@ -113,12 +113,13 @@ def test_a_linear_block_reaches_least_squares_on_its_support(trainable):
         patience=400,
     )
     x, y = inputs.view(-1, 12), targets.view(-1, 12)
+    weights = y.square().mean(1, keepdim=True).rsqrt()  # (tokens, 1)
     best = torch.zeros_like(y)
     for row in range(12):
         support = mask[row]
-        solution = torch.linalg.lstsq(x[:, support], y[:, row, None]).solution
+        solution = torch.linalg.lstsq(weights * x[:, support], weights * y[:, row, None]).solution
         best[:, row : row + 1] = x[:, support] @ solution
-    optimum = float((best - y).square().sum() / y.square().sum())
+    optimum = float((weights * (best - y)).square().mean())
     assert optimum * (1 - 1e-9) <= record["after"] <= optimum * (1 + 1e-6)
     assert record["after"] < 0.9 * record["before"]
 

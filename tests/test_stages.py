@@ -116,7 +116,7 @@ def test_half_of_the_blocks_may_stay_dense(tmp_path):
         ("stages=[{lamp: {solver: [sparsegpt, wanda]}}]", "cannot start from the answer of `sparsegpt`"),
         ("stages=[{lamp: {solver: {sparsegpt: {dampning: 1}}}}]", "damping"),
         ("stages=[{lamp: {solver: refit}}]", "improves the answer of an earlier stage"),
-        ("stages=[wanda, lamp]", "starts from the dense model"),
+        ("stages=[wanda, lamp]", "prunes the dense model"),
         ("stages=[lamp, sparsegpt]", "cannot start from the answer of `lamp`"),
         ("stages=[sparsegpt, {quantize: {bits: 4, group: 48}}]", "groups of 48 do not divide"),
     ],

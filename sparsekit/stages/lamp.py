@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sparsekit.blocks import Block
 from sparsekit.pattern import Pattern
+from sparsekit.plan import quantization_of
+from sparsekit.recipe import solvers
 from sparsekit.reconstruct import reconstruct
 from sparsekit.statistics import Stats
 from sparsekit.store import ActivationStore, give_back
@@ -36,6 +38,7 @@ def lamp(
     held_out: float = 0.125,
     warmup: float = 0.1,
     patience: int = 3,
+    per_token: bool = True,
 ) -> tuple[Walk, BlockStream, list[Callback]]:
     """Train each block to make up for the pruning of those before it, then prune it (LAMP, Algorithm 1).
 
@@ -50,18 +53,20 @@ def lamp(
         turn: later blocks make up for rounding as they do for pruning.
     learning_rate: its peak; null: by the block's sparsity, see `rate_for`. A quarter of it is tried where it betters
         nothing.
-    epochs, trainable (all, low-rank, norms-and-biases), rank, batch, held_out, warmup, patience: see `reconstruct`
+    epochs, trainable (all, low-rank, norms-and-biases), rank, batch, held_out, warmup, patience, per_token: see
+        `reconstruct`
 
     Besides the linears it changes norms and biases. Memory beside a layer-wise walk: a second set of activations, and
     for one block a float32 copy, gradients and AdamW's two moments. Raises ValueError for a solver that is not there,
-    and unless the recipe's error_correction is prefix.
+    and unless the recipe's error_correction is prefix, or if a solver's answer on a grid would be trained again.
     """
     if work.recipe.error_correction != "prefix":
         raise ValueError(
             f"error_correction is {work.recipe.error_correction!r}; lamp corrects errors between blocks itself and "
             "needs prefix"
         )
-    if after and quantize is None and work.planned.quantization is not None:
+    last = solvers(solver)[-1]
+    if after and quantization_of("solvers", last.name, last.options) is not None:
         raise ValueError(
             "lamp trains a block again after its solver has quantized it, which moves weights off the grid; "
             "give `quantize` to lamp and not to its solver, or after: false"
@@ -85,6 +90,7 @@ def lamp(
         held_out=held_out,
         warmup=warmup,
         patience=patience,
+        per_token=per_token,
     )
     return Walk(stream), stream, [train]
 
