@@ -45,7 +45,8 @@ class Walk(LightningModule):
         After a resume, what the interrupted run had logged of earlier blocks is logged again first. The loss is a zero
         that leads nowhere: with several processes Lightning refuses a step without one.
         """
-        self.log_blocks(block.index + 1)
+        if self.stream.pace == 1:  # else other processes have blocks in between
+            self.log_blocks(block.index + 1)
         give_back()
         self.stream.advance(block)
         block.to("cpu")
@@ -53,8 +54,12 @@ class Walk(LightningModule):
         return torch.zeros((), device=self.device, requires_grad=True)
 
     def on_train_end(self) -> None:
-        """Wait for the other processes: what they committed is complete then."""
+        """Wait for the other processes: what they committed is complete then, and is logged in order."""
         self.trainer.strategy.barrier()
+        if self.stream.pace > 1 and self.stream.commits is not None and self.trainer.is_global_zero:
+            for block in self.stream.blocks:
+                self.stream.commits.restore(block)
+            self.log_blocks(len(self.stream.blocks))
 
     def log_blocks(self, stop: int) -> None:
         """Log all blocks up to `stop` that are not logged yet and known to this process."""
