@@ -123,7 +123,7 @@ class BlockStream:
         The caller writes a group's new weights before it asks for the next group: with `block` and `model` they change
         what the next group is given.
         """
-        if self.error_correction in ("prefix", "none"):
+        if not self.coupled:
             collected = self._collect(block)
             for stats in collected:
                 self.team.sum(stats.parts())

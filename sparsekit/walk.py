@@ -103,12 +103,12 @@ class OneShot(Callback):
         Raises:
             ValueError: weights or activations are not finite, or the solver broke its contract.
         """
-        stream, waiting = walk.stream, list(block.linears)
-        owners = stream.team.owners(_costs(block, waiting))
+        stream = walk.stream
+        owners = stream.team.owners(_costs(block, list(block.linears)))
         for names, stats in stream.statistics(block):
             stats.check(names[0])
             if stream.coupled:
-                waiting, owners = names, stream.team.owners(_costs(block, names))
+                owners = stream.team.owners(_costs(block, names))
             for name in names:
                 if owners[name] != stream.team.rank:
                     continue

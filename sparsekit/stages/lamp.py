@@ -1,12 +1,11 @@
 """LAMP: each block learns to make up for the pruning of those before it, then it is pruned itself."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from sparsekit.pattern import Pattern
 from sparsekit.plan import quantization_of
 from sparsekit.recipe import solvers
 from sparsekit.reconstruct import reconstruct
-from sparsekit.statistics import Stats
 from sparsekit.store import ActivationStore, give_back
 from sparsekit.stream import BlockStream
 from sparsekit.walk import OneShot, Walk
@@ -112,16 +110,6 @@ class LampStream(BlockStream):
         for index, chunk in enumerate(self.dense_inputs):
             self.dense_inputs[index] = block(chunk)
         return self.dense_inputs
-
-    @torch.no_grad()
-    def statistics(self, block: Block) -> Iterator[tuple[list[str], Stats]]:
-        """Each group's linears and the one Stats they share, in call order."""
-        collected = self._collect(block)
-        for stats in collected:
-            self.team.sum(stats.parts())
-        for names in block.groups:
-            give_back()
-            yield names, collected.pop(0)
 
 
 class Lamp(Callback):
