@@ -76,14 +76,8 @@ def reconstruct(
             weights outside their mask that are not zero.
     """
     started = time.perf_counter()
-    if trainable not in TRAINABLE:
-        raise ValueError(f"trainable is {trainable!r}; it can be {', '.join(TRAINABLE)}")
-    _check_least(0, epochs=epochs, weight_decay=weight_decay, held_out=held_out, warmup=warmup)
-    _check_least(1, batch=batch, rank=rank, patience=patience)
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
-    if max(held_out, warmup) >= 1:
-        raise ValueError(f"held_out is {held_out}, warmup {warmup}; they are shares, from 0 to below 1")
+    check(trainable, learning_rate, held_out, warmup, epochs=epochs, batch=batch, rank=rank, patience=patience)
+    _check_least(0, weight_decay=weight_decay)
     task = _Task(block, inputs, targets, team, per_token)
     scale = task.mean_square()
     training, testing = _split(min(task.counts()), held_out)
@@ -130,6 +124,18 @@ def reconstruct(
         "held_out": [error / scale if math.isfinite(error) else None for error in test],
         "train": [error / scale if math.isfinite(error) else None for error in train],
     }
+
+
+def check(trainable: str, learning_rate: float, held_out: float, warmup: float, *, epochs: int, **counts: int) -> None:
+    """Raise ValueError for options of `reconstruct` that are out of range. counts: batch, rank, patience."""
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable is {trainable!r}; it can be {', '.join(TRAINABLE)}")
+    _check_least(0, epochs=epochs, held_out=held_out, warmup=warmup)
+    _check_least(1, **counts)
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
+    if max(held_out, warmup) >= 1:
+        raise ValueError(f"held_out is {held_out}, warmup {warmup}; they are shares, from 0 to below 1")
 
 
 def _check_least(least: int, **options: float) -> None:

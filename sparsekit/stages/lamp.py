@@ -13,7 +13,7 @@ from sparsekit.blocks import Block
 from sparsekit.pattern import Pattern
 from sparsekit.plan import quantization_of
 from sparsekit.recipe import solvers
-from sparsekit.reconstruct import reconstruct
+from sparsekit.reconstruct import check, reconstruct
 from sparsekit.store import ActivationStore, give_back
 from sparsekit.stream import BlockStream
 from sparsekit.walk import OneShot, Walk
@@ -63,6 +63,8 @@ def lamp(
             f"error_correction is {work.recipe.error_correction!r}; lamp corrects errors between blocks itself and "
             "needs prefix"
         )
+    peak = 1.0 if learning_rate is None else learning_rate  # the rule's is in range
+    check(trainable, peak, held_out, warmup, epochs=epochs, batch=batch, rank=rank, patience=patience)
     last = solvers(solver)[-1]
     if after and quantization_of("solvers", last.name, last.options) is not None:
         raise ValueError(
