@@ -21,7 +21,8 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.walk_cost import touch
-from sparsekit import checkpoint, pipeline, plan, run
+from sparsekit import checkpoint, pipeline, plan
+from sparsekit.quiet import quiet
 from sparsekit.recipe import load_recipe
 from sparsekit.report import Meter
 from sparsekit.store import give_back
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--solver", default="sparsegpt")
     parser.add_argument("--budget", default="20MB")
     given = parser.parse_args()
-    with run.quiet(), tempfile.TemporaryDirectory() as name:
+    with quiet(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "small").mkdir()
         small = argparse.Namespace(**vars(given) | {"samples": 2})

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparsekit import checkpoint, data, pipeline, plan, run
+from sparsekit import checkpoint, data, pipeline, plan
 from sparsekit.blocks import discover, first_inputs
+from sparsekit.quiet import quiet
 from sparsekit.recipe import load_recipe
 from sparsekit.report import Meter, hardware, versions
 
@@ -51,7 +52,7 @@ def bare_work(model: Any, tokens: torch.Tensor, batch: int, limit: int | None) -
 
 def walk(recipe: str, overrides: list[str], tokens: torch.Tensor, limit: int | None) -> dict[str, float]:
     """Seconds of a whole walk, and of its parts."""
-    with tempfile.TemporaryDirectory() as folder, run.quiet(), Meter() as meter:
+    with tempfile.TemporaryDirectory() as folder, quiet(), Meter() as meter:
         planned = plan.make(load_recipe(recipe, [*overrides, f"output={folder}"]))
         model, _ = checkpoint.load(planned.folder)
         touch(model)
@@ -85,7 +86,7 @@ def main() -> None:
     given = parser.parse_args()
     overrides = [f"model={given.model}", f"pattern={given.pattern}"]
     overrides += [f"calibration.samples={given.samples}", f"calibration.length={given.length}"]
-    with run.quiet():
+    with quiet():
         planned = plan.make(load_recipe(given.recipe, overrides))
         model, tokenizer = checkpoint.load(planned.folder)
         touch(model)

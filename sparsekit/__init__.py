@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sparsekit.solvers.chain import chain as chain
     from sparsekit.statistics import Stats as Stats
     from sparsekit.store import ActivationStore as ActivationStore
+    from sparsekit.structure.storage import load as load
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOME = {
     "Unstructured": "pattern",
     "chain": "solvers.chain",
     "discover": "blocks",
+    "load": "structure.storage",
     "parse": "pattern",
 }
 __all__ = ["__version__", *sorted(_HOME)]

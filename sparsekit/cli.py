@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return MISTAKE
     try:
-        return {"fit": fit, "eval": evaluate, "verify": verify, "methods": methods, "schema": schema}[given.command](
-            given
-        )
+        return COMMANDS[given.command](given)
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         print(f"sparsekit: {error}", file=sys.stderr)
         return MISTAKE
@@ -98,6 +96,61 @@ def verify(given: argparse.Namespace) -> int:
     return FAILED if found.failures else 0
 
 
+def compare(given: argparse.Namespace) -> int:
+    """`sparsekit compare`: finished runs in one table, or the reason why they do not compare."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from sparsekit import commits, leaderboard
+
+    board = leaderboard.leaderboard(given.runs, by=given.by)
+    if given.json:
+        commits.write_json(Path(given.json), board)
+    if given.markdown:
+        print(leaderboard.markdown(board))
+    else:
+        leaderboard.show(board, Console())
+    return 0
+
+
+def bench(given: argparse.Namespace) -> int:
+    """`sparsekit bench`: size, memory and speed of a model, beside the one it was made from."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from sparsekit import bench, commits, page
+
+    if given.save:
+        page.require(Path(given.path))
+    texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
+    console = Console(highlight=False, markup=False)
+    result = bench.bench(
+        bench.models_of(given.path, given.against),
+        **{key: getattr(given, key) for key in ("prompt", "new", "repeat")},
+        batches=given.batch,
+        evaluation={"perplexity": texts, "length": given.length} if texts else None,
+        say=lambda line: console.print(line, style="dim"),
+    )
+    console.print(bench.table(result))
+    if given.json:
+        commits.write_json(Path(given.json), result)
+    if given.save:
+        console.print(f"kept in {page.add(Path(given.path), {'speed': result})}")
+    return 0
+
+
+def report(given: argparse.Namespace) -> int:
+    """`sparsekit report`: write the page of a finished run again."""
+    from pathlib import Path
+
+    from sparsekit import page
+
+    print(page.write(Path(given.run)))
+    return 0
+
+
 def methods(given: argparse.Namespace) -> int:
     """`sparsekit methods`: everything installed, read from source text so that nothing is imported."""
     from rich.console import Console
@@ -157,6 +210,18 @@ def schema(given: argparse.Namespace) -> int:
     return 0
 
 
+COMMANDS = {
+    "fit": fit,
+    "eval": evaluate,
+    "verify": verify,
+    "compare": compare,
+    "bench": bench,
+    "report": report,
+    "methods": methods,
+    "schema": schema,
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sparsekit", description="Make large transformers sparse.")
     parser.add_argument("--version", action="version", version=f"sparsekit {__version__}")
@@ -174,12 +239,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("eval", help="measure any checkpoint")
     add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
-    add.add_argument(
-        "--perplexity", nargs="+", action="extend", default=[], metavar="SOURCE", help="a source or a file"
-    )
+    _add_texts(add)
     add.add_argument("--task", nargs="+", action="extend", default=[], metavar="TASK", help="a task of lm-eval")
-    add.add_argument("--length", type=_positive, default=2048, metavar="N", help="tokens of a window (default 2048)")
-    add.add_argument("--windows", type=_positive, metavar="N", help="only the first N windows of each text")
     add.add_argument("--against", metavar="PATH", help="measure this model too; for a run's result, its source is")
 
     add = commands.add_parser("verify", help="prove from disk that a checkpoint is sparse and sound")
@@ -187,11 +248,41 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--pattern", metavar="PATTERN", help='such as "2:4" or "50%%"')
     add.add_argument("--against", metavar="SOURCE", help="the model it was made from: all else must be unchanged")
 
+    add = commands.add_parser("compare", help="finished runs in one table, best first")
+    add.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, measured like the others")
+    add.add_argument("--by", metavar="COLUMN", help="sort by this column (default: the first perplexity)")
+    add.add_argument("--json", metavar="FILE", help="write the figures here too")
+    add.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+
+    add = commands.add_parser("bench", help="parameters, size, memory and speed of a model, beside its source")
+    add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
+    add.add_argument("--against", metavar="PATH", help="measure this model in turn; for a run's result, its source is")
+    add.add_argument(
+        "--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="batch sizes (default 1 8)"
+    )
+    add.add_argument("--prompt", type=_positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
+    add.add_argument("--new", type=_positive, default=32, metavar="N", help="tokens generated (default 32)")
+    add.add_argument("--repeat", type=_positive, default=5, metavar="N", help="turns of each model (default 5)")
+    _add_texts(add)
+    add.add_argument("--json", metavar="FILE", help="write the figures here too")
+    add.add_argument("--save", action="store_true", help="keep the figures in the run's report.json and report.html")
+
+    add = commands.add_parser("report", help="write report.html of a finished run again")
+    add.add_argument("run", metavar="RUN", help="folder of a finished run")
+
     add = commands.add_parser("methods", help="list what is installed, or explain one of it")
     add.add_argument("name", nargs="?", metavar="NAME", help="a solver, allocator, stage or source")
 
     commands.add_parser("schema", help="print the JSON Schema of recipes, for your editor")
     return parser
+
+
+def _add_texts(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--perplexity", nargs="+", action="extend", default=[], metavar="SOURCE", help="a source or a file"
+    )
+    add.add_argument("--length", type=_positive, default=2048, metavar="N", help="tokens of a window (default 2048)")
+    add.add_argument("--windows", type=_positive, metavar="N", help="only the first N windows of each text")
 
 
 def _positive(text: str) -> int:

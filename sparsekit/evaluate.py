@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,21 +21,21 @@ SEED = 1234  # of the few-shot examples; lm-eval's own default
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: Tensor, *, batch: int = 1, device: torch.device | str | None = None) -> float:
-    """exp of the mean over sequences of the mean cross-entropy of each sequence's length - 1 predictions.
+def losses(model: Any, tokens: Tensor, *, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
+    """Each sequence's mean cross-entropy (n,), float64, in nats, over its length - 1 predictions.
 
     tokens: (n, length) int64, as `data.windows` gives them. batch: sequences per forward pass.
     device: where to run, the model is moved there; None for where the model is.
     The loss is taken in fp32, one sequence at a time, so that only one sequence's logits are ever held in fp32.
     """
-    from torchmetrics import MeanMetric
+    from torchmetrics import CatMetric
 
     # Not torchmetrics.text.Perplexity: it takes the logarithm of a softmax, and one probability that underflows to 0
-    # makes the perplexity of a bad model infinite. And a NaN must not be left out, as MeanMetric would by itself.
+    # makes the perplexity of a bad model infinite. And a NaN must not be left out, as CatMetric would by itself.
     if device is not None:
         model.to(device)
     device = device or next(model.parameters()).device
-    mean = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
+    seen = CatMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
     training = model.training
     model.eval()
     try:
@@ -42,16 +43,24 @@ def perplexity(model: Any, tokens: Tensor, *, batch: int = 1, device: torch.devi
             chunk = chunk.to(device)
             logits = model(input_ids=chunk, use_cache=False).logits  # (batch, length, vocabulary)
             for each, sequence in zip(logits, chunk, strict=True):
-                mean.update(cross_entropy(each[:-1].float(), sequence[1:]))
+                seen.update(cross_entropy(each[:-1].float(), sequence[1:]).double())
     finally:
         model.train(training)
-    return float(mean.compute().exp())
+    return seen.compute().double().flatten().cpu()
+
+
+def perplexity(model: Any, tokens: Tensor, **options: Any) -> float:
+    """exp of the mean over sequences (n, length) of `losses`. options: as there."""
+    return float(losses(model, tokens, **options).mean().exp())
 
 
 def evaluate(
     model: Any, tokenizer: Any, settings: Mapping[str, Any], found: Mapping[str, Tensor] | None = None
 ) -> dict[str, dict]:
-    """{"perplexity": {name: value}, "context": {name: {"length", "windows"}}, "tasks": {task: {metric: value}}}.
+    """What a model is worth, by name of the text or task.
+
+    {"perplexity": {name: value}, "perplexity_stderr": {name: value}, "tasks": {task: {metric: value}},
+    "context": {name: {"length", "windows", "digest"}}}; a digest is of the tokens, there is no error with one window.
 
     settings:
       perplexity: a list of source names, paths to local files, or {source, name, length, windows, options...}.
@@ -63,9 +72,23 @@ def evaluate(
     batch = settings.get("batch") or 1
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     found = texts(settings, tokenizer, positions) if found is None else found
+    seen = {name: losses(model, tokens, batch=batch) for name, tokens in found.items()}
     return {
-        "perplexity": {name: perplexity(model, tokens, batch=batch) for name, tokens in found.items()},
-        "context": {name: {"length": tokens.shape[1], "windows": len(tokens)} for name, tokens in found.items()},
+        "perplexity": {name: float(each.mean().exp()) for name, each in seen.items()},
+        # of the mean loss, carried over to its exponential (delta method); windows are not independent, so it is rough
+        "perplexity_stderr": {
+            name: float(each.mean().exp() * each.std() / len(each) ** 0.5)
+            for name, each in seen.items()
+            if len(each) > 1
+        },
+        "context": {
+            name: {
+                "length": tokens.shape[1],
+                "windows": len(tokens),
+                "digest": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            }
+            for name, tokens in found.items()
+        },
         "tasks": tasks(model, tokenizer, settings["tasks"], limit=settings.get("limit"), batch=batch)
         if settings.get("tasks")
         else {},

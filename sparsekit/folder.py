@@ -17,7 +17,7 @@ from sparsekit.plan import Plan
 STATE = "run.json"  # the fingerprint of a run that has begun
 REPORT = "report.json"  # written last: its presence means that the run is finished
 # keys of a recipe that do not change the weights, so that a resumed run may change them
-FREE = ("output", "memory", "evaluate", "keep")
+FREE = ("output", "memory", "evaluate", "keep", "loggers")
 
 
 def check(output: Path, resume: bool) -> None:

@@ -1,76 +1,156 @@
-"""The stages of a recipe, one after another, on the model in memory; every finished block is on disk."""
+"""The stages of a recipe, one after another, on the model in memory; whatever is finished is on disk."""
 
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit import folder, parallel
 from sparsekit.blocks import Block, adopt
+from sparsekit.commits import Commits, write_json
+from sparsekit.loggers import loggers
 from sparsekit.plan import Plan, configured
 from sparsekit.progress import WalkProgress
-from sparsekit.recipe import Stage, kind
+from sparsekit.recipe import Stage, kind, structural
 from sparsekit.report import Meter
+from sparsekit.structure.removal import Removal
+from sparsekit.structure.units import Units
 from sparsekit.team import Team
 from sparsekit.walk import Commit, OneShot, Walk
 from sparsekit.work import Work
 
+NOTES = "notes.json"
+LAST = "last.ckpt"  # in a stage's `checkpoints`: it goes on from there
 
-def prune(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: Meter, console: Console) -> list[Block]:
-    """Run the recipe's stages; returns the model's blocks with their records. Their masks are in the last commits.
+
+@dataclass
+class Outcome:
+    """What the stages left: the model's blocks with their records, what was cut out of it, and what stages noted.
+
+    cuts: the units of the model before each structural stage, and what it decided
+    masks: where the masks of the last stage are that pruned weights; None if none did
+    """
+
+    blocks: list[Block]
+    cuts: list[tuple[Units, Removal]] = field(default_factory=list)
+    masks: Commits | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def prune(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: Meter, console: Console) -> Outcome:
+    """Run the recipe's stages on the model, in place.
 
     With several processes (`trainer.devices`) all of them call this, and all but the first have only what they
     themselves pruned at the end.
     """
-    blocks = adopt(model, planned.blocks)
+    outcome = Outcome(adopt(model, planned.blocks))
     for index, stages in enumerate(planned.segments):
         commits = folder.commits(output, index)
-        if len(commits.done()) < len(blocks):
-            _fit(stages, Work(planned, model, blocks, tokens, output, commits, meter, first=index == 0), console)
+        work = Work(
+            planned,
+            model,
+            outcome.blocks,
+            tokens,
+            output,
+            commits,
+            meter,
+            first=outcome.masks is None,
+            source=index == 0,
+            before=outcome.masks,
+            console=console,
+        )
+        if structural(stages[0]):
+            _remove(outcome, stages, work, console)
+            continue
+        if len(commits.done()) < len(outcome.blocks):
+            _fit(stages, work, console)
         if parallel.rank() == 0:
-            for block in blocks:
+            for block in outcome.blocks:
                 commits.restore(block)
-    return blocks
+            if (commits.folder / NOTES).is_file():
+                outcome.notes |= json.loads((commits.folder / NOTES).read_text(encoding="utf-8"))
+        outcome.masks = commits
+    return outcome
+
+
+def _remove(outcome: Outcome, stages: list[Stage], work: Work, console: Console) -> None:
+    if Removal.read(work.commits.folder) is None:
+        _fit(stages, work, console)
+    removal = Removal.read(work.commits.folder)
+    assert removal is not None
+    outcome.cuts.append((removal.apply(work.model, work.blocks), removal))
+    outcome.notes[stages[0].name] = removal.notes
+    work.planned.refit(work.model)
+    outcome.blocks = work.planned.blocks
 
 
 def _fit(stages: list[Stage], work: Work, console: Console) -> None:
-    options = work.recipe.trainer.model_dump()
-    several = Trainer(**options, logger=False, enable_checkpointing=False).world_size > 1
-    trainer = Trainer(
-        **options,
-        strategy=parallel.Together() if several else "auto",
-        max_epochs=1,
-        logger=CSVLogger(work.output, name="", version="", flush_logs_every_n_steps=1),
-        enable_checkpointing=False,  # committed blocks are the checkpoint
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    work.team = Team(trainer.global_rank, trainer.world_size)
     shutil.rmtree(work.activations, ignore_errors=True)  # of a run that was killed
     loop = kind(stages[0]) == "stage"
+    given = work.recipe.trainer.model_dump()
+    group = Trainer(**given, logger=False, enable_checkpointing=False)
+    given["strategy"] = parallel.Together() if group.world_size > 1 else "auto"
+    work.team = Team(group.global_rank, group.world_size)
     try:
         with work.meter.stage(stages[0].name if loop else "capture"):
-            walk, stream, own = configured("stages", stages[0])(work) if loop else one_shot(work, stages)
-            trainer.callbacks += [  # type: ignore[attr-defined]
-                *own,
-                Commit(work.commits),
-                WalkProgress(console),
-            ]
-            try:
-                trainer.fit(walk, stream)
-            except SystemExit as stop:  # what Lightning makes of Ctrl-C
-                raise KeyboardInterrupt from stop
-            stream.close()
+            module, data, own = configured("stages", stages[0])(work) if loop else one_shot(work, stages)
+            walk = isinstance(module, Walk)
+            trainer = Trainer(
+                **{"max_epochs": 1} | given | getattr(module, "trainer_options", {}),
+                logger=loggers(work.recipe.loggers, work.output, work.commits, stages[0].name),
+                callbacks=[*own, Commit(work.commits), WalkProgress(console)] if walk else own,
+                enable_checkpointing=False,  # committed blocks are the checkpoint; other stages write their own
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                log_every_n_steps=1,
+            )
+            last = work.checkpoints / LAST
+            with _interrupts():
+                if walk or not last.is_file():
+                    trainer.fit(module, data)
+                else:
+                    trainer.fit(module, data, ckpt_path=last, weights_only=True)
+            if walk:
+                data.close()
+            elif not structural(stages[0]):
+                _commit(work)
     finally:
         shutil.rmtree(work.activations, ignore_errors=True)
 
 
-def one_shot(work: Work, stages: list[Stage]) -> tuple[Walk, Any, list[Any]]:
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    try:
+        yield
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from stop
+
+
+def _commit(work: Work) -> None:
+    """Commit all blocks of a stage that trains the model as a whole; the masks are those of the stages before."""
+    if work.team.rank:
+        return
+    if work.notes:
+        write_json(work.commits.folder / NOTES, work.notes)
+    masks = work.masks()
+    for block in work.blocks:
+        block.to("cpu")
+        for name, linear in block.linears.items():
+            block.masks[name] = masks[name] if name in masks else torch.ones(linear.shape, dtype=torch.bool)
+        work.commits.commit(block)
+        block.masks.clear()
+    shutil.rmtree(work.checkpoints, ignore_errors=True)
+
+
+def one_shot(work: Work, stages: list[Stage]) -> tuple[LightningModule, Any, list[Any]]:
     """Layer-wise solvers as what Trainer.fit takes: a walk, its stream, and the callback that solves."""
     stream = work.stream()
     solve = OneShot(work.solver(stages), work.patterns, work.seed, continues=not work.first)

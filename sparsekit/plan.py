@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from sparsekit import plugins
 from sparsekit.allocate.mixture import mixture
 from sparsekit.blocks import Block, adopt, discover
-from sparsekit.checkpoint import locate, skeleton
+from sparsekit.checkpoint import locate
 from sparsekit.dense import weights_and_norms
 from sparsekit.grid import Quantization
+from sparsekit.loggers import problems as missing
 from sparsekit.pattern import Pattern, Unstructured, parse
-from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, kind, resolved
+from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, kind, resolved, structural
 from sparsekit.report import Meter
+from sparsekit.structure.storage import skeleton
 
 SAMPLE_LENGTH = 8  # tokens of the forward pass that looks for groups
 BATCH_TOKENS = 256  # tokens that go through a block at once, unless the recipe says otherwise: enough for full speed
@@ -34,12 +36,13 @@ class Plan:
     folder: Path  # of the source checkpoint
     model: nn.Module  # on the meta device
     blocks: list[Block]
-    patterns: dict[str, Pattern]  # the same for all where `postponed`
+    patterns: dict[str, Pattern]  # the same for all where `postponed`; none without a pattern
 
     @property
     def postponed(self) -> bool:
         """Whether the allocation rule looks at the dense model, so that `patterns` are not known without weights."""
-        return "dense" in plugins.asks(plugins.load("allocators", self.recipe.allocation.name))
+        rule = plugins.load("allocators", self.recipe.allocation.name)
+        return bool(self.patterns) and "dense" in plugins.asks(rule)
 
     @property
     def batch(self) -> int:
@@ -85,6 +88,11 @@ class Plan:
         [(name, options)] = self.resolved["stages"][-1].items()
         return quantization_of(f"{kind(self.recipe.stages[-1])}s", name, options)
 
+    def refit(self, model: nn.Module) -> None:
+        """Follow a model out of which structures were cut: its blocks, and the patterns of its linears."""
+        self.blocks = discover(model, sample(str(next(model.parameters()).device)))
+        self.patterns = allocate(self.recipe, self.blocks)
+
     def packages(self) -> tuple[str, ...]:
         """The distributions that the recipe's methods come from."""
         entries = [plugins.find(f"{kind(stage)}s", stage.name) for stage in self.recipe.stages]
@@ -108,20 +116,26 @@ def make(recipe: Recipe) -> Plan:
     problems += [
         f"stage {index + 1}, `{stage.name}`, runs in one process: give 1 as trainer.devices and trainer.num_nodes"
         for index, stage in enumerate(recipe.stages)
-        if several and kind(stage) == "stage"
+        if several and kind(stage) == "stage" and not structural(stage)
     ]
+    problems += missing(recipe.loggers)
     if problems:
         raise RecipeError(problems)
     folder = locate(recipe.model.model_dump())
     model = skeleton(folder, trust_remote_code=recipe.model.trust_remote_code)
     model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
-    blocks = discover(model, torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device="meta"))
+    blocks = discover(model, sample("meta"))
     planned = Plan(recipe, resolved(recipe), folder, model, blocks, allocate(recipe, blocks))
     if planned.quantization is not None:
         for block in blocks:
             for name, linear in block.linears.items():
                 planned.quantization.columns(linear.shape[1], name)
     return planned
+
+
+def sample(device: str) -> Tensor:
+    """Tokens (1, few) for the forward pass that looks for groups."""
+    return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=device)
 
 
 def allocate(
@@ -136,6 +150,8 @@ def allocate(
         ValueError: a pattern does not divide a layer's width, the rule refuses its options, or it did not conserve the
             total.
     """
+    if recipe.pattern is None:
+        return {}
     pattern = parse(recipe.pattern)
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
     for name, linear in linears.items():

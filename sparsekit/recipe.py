@@ -21,6 +21,7 @@ from sparsekit.sections import Calibration, Recipe, Stage, TextSet, expand, meth
 from sparsekit.yamltree import Keys
 
 __all__ = ["Recipe", "RecipeError", "Stage", "check_options", "dump", "kind", "load_recipe", "resolved", "schema"]
+__all__ += ["structural"]
 
 
 class RecipeError(ValueError):
@@ -55,12 +56,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(tree.problems + [sentence(each, tree) for each in error.errors()]) from None
     if tree.problems:
         raise RecipeError(tree.problems)
+    solvers_ = [stage.name for stage in recipe.stages if kind(stage) == "solver"]
+    if recipe.pattern is None and solvers_:
+        raise RecipeError([_without_pattern(tree, solvers_[0])])
     stages = [replace(s, line=_line(tree.place(("stages", i)))) for i, s in enumerate(recipe.stages)]
     allocation = replace(recipe.allocation, line=_line(tree.place(("allocation",))))
     output = recipe.output or f"runs/{Path(path).stem}"
     recipe = recipe.model_copy(update={"stages": stages, "allocation": allocation, "output": output})
     recipe._tree = tree
     return recipe
+
+
+def _without_pattern(tree: yamltree.Tree, name: str) -> str:
+    return f'{tree.place(())}: missing key `pattern`, which `{name}` prunes to: give one such as "50%" or "2:4"'
 
 
 def kind(stage: Stage) -> Literal["solver", "stage"]:
@@ -84,6 +92,9 @@ def check_options(recipe: Recipe) -> list[str]:
         given = stage.options | {k: v for k, v in fields.items() if k in plugins.options(function)}
         for name, problem in plugins.option_problems(function, given, also=fields).items():
             problems.append(f"{recipe._tree.place((*keys, name))}: {where}: {problem}")
+    needy = [s.name for s in recipe.stages if kind(s) == "stage" and "solver" in _options_of(s)]
+    if recipe.pattern is None and needy:
+        problems.append(_without_pattern(recipe._tree, needy[0]))
     places = [f"{recipe._tree.place(('stages', i))}: stage {i + 1}, `{s.name}`" for i, s in enumerate(recipe.stages)]
     for place, stage in zip(places, recipe.stages, strict=True):
         if kind(stage) == "stage" and "solver" in stage.options:
@@ -117,7 +128,10 @@ def _order_problems(stages: Sequence[Stage], places: Sequence[str]) -> list[str]
         if kind(stage) == "stage":
             if earlier and "solver" in _options_of(stage):
                 problems.append(f"{place}, prunes the dense model, so `{earlier}` before it would be lost: remove it")
-            earlier = stage.name  # solvers after it start from what it leaves
+            if earlier and structural(stage):
+                problems.append(f"{place}, removes structures, which must come before `{earlier}`: move it there")
+            if not structural(stage):
+                earlier = stage.name  # solvers after it start from what it leaves
             continue
         try:
             start = plugins.start(plugins.load("solvers", stage.name))
@@ -132,6 +146,11 @@ def _order_problems(stages: Sequence[Stage], places: Sequence[str]) -> list[str]
             problems.append(f"{place}, only improves the answer of an earlier stage: put one, such as wanda, before it")
         earlier = stage.name
     return problems
+
+
+def structural(stage: Stage) -> bool:
+    """Whether a stage removes structures: it has an option `remove`."""
+    return kind(stage) == "stage" and "remove" in _options_of(stage)
 
 
 def _options_of(stage: Stage) -> Iterable[str]:

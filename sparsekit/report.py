@@ -129,49 +129,61 @@ def quality(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def loading(folder: str) -> str:
-    """The three lines that load a result; sparsekit is not among them."""
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
-    )
+def aim(report: dict[str, Any]) -> str:
+    """What was done to the model, for titles: "pruned to 2:4", "30.0% of its blocks removed"."""
+    said = [f"pruned to {report['recipe']['pattern']}"] if report["sparsity"]["per_linear"] else []
+    if "structure" in report:
+        said.insert(0, f"{sum(report['structure']['removed']):.1%} of its blocks removed")
+    return " and ".join(said) or "trained"
 
 
-def model_card(report: dict[str, Any], recipe: str, folder: str) -> str:
+def model_card(report: dict[str, Any], recipe: str, loading: str) -> str:
     """README.md of the pruned model: what was done to it, what it is worth, how to load it."""
     rows = quality(report)
-    lines = [f"# {report['model']['name']}, pruned to {report['recipe']['pattern']}", ""]
-    lines += [
-        f"{report['sparsity']['total']:.2%} of the weights in the linears of its blocks are zero "
-        f"({report['sparsity']['zeros']:,} of {report['sparsity']['parameters']:,}). "
-        "Embeddings, norms, biases and the head are the source model's.",
-        "",
-        "The file has the size of the dense one and ordinary kernels run it at the dense model's speed: zeros pay only "
-        "where the hardware or the runtime uses them.",
-        "",
-    ]
+    lines = [f"# {report['model']['name']}, {aim(report)}", ""]
+    if "structure" in report:
+        lines += [_structure(report["structure"]), ""]
+    if report["sparsity"]["per_linear"]:
+        lines += [
+            f"{report['sparsity']['total']:.2%} of the weights in the linears of its blocks are zero "
+            f"({report['sparsity']['zeros']:,} of {report['sparsity']['parameters']:,}). "
+            "Embeddings, the head and whatever no stage trains are the source model's.",
+            "",
+            "Zeros change neither the file's size nor the speed of ordinary kernels: they pay only where the hardware "
+            "or the runtime uses them.",
+            "",
+        ]
     if rows:
         lines += ["| quality | dense | pruned |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows), ""]
     verified = report["verified"]
     lines += ["Checked from disk: " + ("everything holds." if verified is True else "; ".join(verified)), ""]
-    lines += ["## Load it", "", "```python", loading(folder), "```", "", "## Recipe", "", "```yaml", recipe.strip()]
+    lines += ["## Load it", "", "```python", loading, "```", "", "## Recipe", "", "```yaml", recipe.strip()]
     lines += ["```", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items())]
     return "\n".join(lines) + "\n"
+
+
+def _structure(structure: dict[str, Any]) -> str:
+    before, after = structure["parameters"]["dense"], structure["parameters"]["pruned"]
+    kept = len(structure["layers"])
+    return f"{after:,} of {before:,} parameters are left ({after / before:.1%}), in {kept} layers."
 
 
 def closing_table(report: dict[str, Any], folder: str) -> Any:
     """The rich table that ends a run."""
     from rich.table import Table
 
-    table = Table(title=f"{report['model']['name']} pruned to {report['recipe']['pattern']}", title_justify="left")
+    table = Table(title=f"{report['model']['name']}, {aim(report)}", title_justify="left")
     for column, justify in (("", "left"), ("dense", "right"), ("pruned", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in quality(report):
         table.add_row(*row)
     verified = report["verified"] is True
     proof = "proved from disk" if verified else "[bold red]NOT as asked[/]"
-    table.add_row(f"sparsity of the pruned linears, {proof}", "", f"{report['sparsity']['total']:.2%}")
+    if "structure" in report:
+        parameters = report["structure"]["parameters"]
+        table.add_row(f"parameters, {proof}", f"{parameters['dense']:,}", f"{parameters['pruned']:,}")
+    if report["sparsity"]["per_linear"]:
+        table.add_row(f"sparsity of the pruned linears, {proof}", "", f"{report['sparsity']['total']:.2%}")
     table.add_row("seconds, all stages", "", f"{sum(stage['seconds'] for stage in report['stages']):.0f}")
     peak = max(stage["peak_memory_bytes"] for stage in report["stages"])
     table.add_row("peak memory of the process", "", size(peak))

@@ -1,12 +1,8 @@
 """`sparsekit fit`: from a checked recipe to a model on disk that is verified, measured and reported."""
 
-import contextlib
 import json
-import logging
-import shutil
 import time
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +10,14 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from sparsekit import checkpoint, data, evaluate, folder, plan, preview, recipe, report
-from sparsekit.blocks import Block
-from sparsekit.commits import (
-    Commits,
-    disk_errors,
-    make_readable,
-    sync,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
-from sparsekit.export import differences, export_packed
+from sparsekit import checkpoint, data, evaluate, folder, page, plan, preview, recipe, report, result
+from sparsekit.commits import Commits, write_atomically, write_json
 from sparsekit.pattern import Pattern, parse
 from sparsekit.plan import Plan
+from sparsekit.quiet import quiet
 from sparsekit.recipe import Recipe
-from sparsekit.verify import verify
+from sparsekit.samples import PROMPTS, samples
+from sparsekit.structure import storage
 
 
 def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None) -> int:
@@ -66,6 +54,7 @@ def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console
                 return 0
             if finished:
                 folder.clear(output, recipe_.keep)  # it may have been killed while it did so
+                page.write(output)
                 verified = json.loads((output / folder.REPORT).read_text(encoding="utf-8"))["verified"] is True
                 said = "nothing to do" if verified else "but its result is not as asked"
                 console.print(f"{output} is finished, {said}. Look at {output / folder.REPORT}")
@@ -95,12 +84,12 @@ def _fit(
 
     recipe_ = planned.recipe
     trust = recipe_.model.trust_remote_code
-    settings = recipe_.evaluate.model_dump(exclude={"dense"})
+    settings = recipe_.evaluate.model_dump(exclude={"dense", "samples"})
     measured = bool(settings["perplexity"] or settings["tasks"])
     evaluation: dict[str, Any] = {}
     with meter.stage("load"):
         dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
-        model, _ = checkpoint.load(planned.folder, dtype=dtype, trust_remote_code=trust)
+        model, _ = storage.load(planned.folder, dtype=dtype, trust_remote_code=trust)
     if measured and recipe_.evaluate.dense and parallel.rank() == 0:
         with meter.stage("evaluate dense"):
             console.print("measuring the dense model")
@@ -110,89 +99,52 @@ def _fit(
     if planned.postponed:
         with meter.stage("allocate"):
             planned.patterns = _allocated(planned, model, tokens, output, console)
-    blocks = prune(planned, model, tokens, output, meter, console)
+    outcome = prune(planned, model, tokens, output, meter, console)
     if parallel.rank():  # the first process does the rest
         return 0
     parallel.leave()
-    records = {name: record for block in blocks for name, record in block.records.items()}
-    notes = {block.name: block.notes for block in blocks if block.notes}
-    trained = {f"{block.name}.{inner}" for block in blocks for inner in block.trained}
     with meter.stage("save"):
-        _save(planned, model, tokenizer, blocks, output)
-    del model, blocks  # from here on only what is on disk counts
+        shape = result.save(planned, model, tokenizer, outcome, output)
+    found, changed, cuts = result.facts(planned, outcome, shape), result.changed(outcome), outcome.cuts
+    del model, outcome  # from here on only what is on disk counts
     with meter.stage("verify"):
-        proof = verify(
-            output / "model",
-            against=planned.folder,
-            masks=folder.masks(output, planned),
-            patterns={name: record["pattern"] for name, record in records.items()},
-            quantization=planned.quantization,
-            trained=trained,
-            cast=dtype is not None,
-            trust_remote_code=trust,
-        )
-    packed = _pack(planned, output) if planned.quantization and not proof.failures else {}
-    if "bytes" in packed:
-        proof.failures += differences(output / "model-packed", output / "model")
+        patterns = {name: each["pattern"] for name, each in found["sparsity"]["per_linear"].items()}
+        failures = result.prove(planned, output, cuts, patterns, changed)
+    if planned.quantization and not failures:
+        found["packed"], failures = result.pack(planned, output)
     if measured:
         with meter.stage("evaluate pruned"):
             console.print("measuring the pruned model, loaded from disk")
-            pruned, _ = checkpoint.load(output / "model", trust_remote_code=trust)
+            pruned, _ = storage.load(output / "model", trust_remote_code=trust)
             evaluation["pruned"] = _measure(planned, pruned, tokenizer, settings, texts)
-    zeros, parameters = (sum(record[key] for record in records.values()) for key in ("zeros", "parameters"))
-    per_linear = {
-        name: {key: record[key] for key in ("sparsity", "pattern", "zeros", "parameters")}
-        for name, record in records.items()
-    }
-    result = {
+    complete = {
         "model": {"name": recipe_.model.path, "class": planned.model.__class__.__name__, "dtype": str(dtype or "auto")},
         "recipe": planned.resolved,
         "versions": report.versions(planned.packages()),
         "hardware": report.hardware(),
         "stages": meter.stages(),
-        "sparsity": {
-            "total": zeros / parameters,
-            "zeros": zeros,
-            "parameters": parameters,
-            "per_linear": per_linear,
-        },
-        "error": {name: record["error"] for name, record in records.items()},
-        "blocks": notes,
-        "warnings": {name: record["warnings"] for name, record in records.items() if record["warnings"]},
-        "skipped": planned.skipped,
+        **found,
         "evaluation": evaluation,
-        "verified": proof.failures or True,
-        **({"packed": packed} if packed else {}),
+        "samples": _side_by_side(evaluation),
+        "verified": failures or True,
         "fingerprint": fingerprint,
     }
     yaml = recipe.dump(planned.resolved)
     write_atomically(output / "recipe.yaml", lambda aside: aside.write_text(yaml, encoding="utf-8"))
-    card = report.model_card(result, yaml, str(output / "model"))
+    card = report.model_card(complete, yaml, storage.loading(output / "model"))
     write_atomically(output / "model" / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
-    write_json(output / folder.REPORT, result)
+    write_json(output / folder.REPORT, complete)
+    page.write(output)
     folder.clear(output, recipe_.keep)
-    _close(result, output, console)
-    return 0 if not proof.failures else 1
-
-
-def _pack(planned: Plan, output: Path) -> dict[str, Any]:
-    """Write model-packed/ where the layout allows it; its size, or why there is none."""
-    source, target = output / "model", output / "model-packed"
-    assert planned.quantization is not None
-    settings = dict.fromkeys(planned.patterns, planned.quantization)
-    try:
-        export_packed(source, target, settings, trust_remote_code=planned.recipe.model.trust_remote_code)
-    except ValueError as error:
-        return {"why_not": str(error)}
-    sizes = {folder.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in (source, target)}
-    return {"bytes": sizes[target.name], "simulated_bytes": sizes[source.name]}
+    _close(complete, output, console)
+    return 0 if not failures else 1
 
 
 def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Measure any model that a recipe's `model` could name: what `evaluate.evaluate` gives."""
     trust = isinstance(model, dict) and bool(model.get("trust_remote_code"))
     with quiet():
-        loaded, tokenizer = checkpoint.load(checkpoint.locate(model), trust_remote_code=trust)
+        loaded, tokenizer = storage.load(checkpoint.locate(model), trust_remote_code=trust)
         return evaluate.evaluate(loaded, tokenizer, settings)
 
 
@@ -202,9 +154,22 @@ def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str
 
     try:
         with parallel.alone():
-            return evaluate.evaluate(model.to(planned.device), tokenizer, settings, texts)
+            found: dict[str, Any] = evaluate.evaluate(model.to(planned.device), tokenizer, settings, texts)
+            if planned.recipe.evaluate.samples:
+                found["samples"] = samples(model, tokenizer)
+            return found
     finally:
         model.to("cpu")
+
+
+def _side_by_side(evaluation: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """What the dense and the pruned model say to the same prompts; taken out of their measurements."""
+    said = {name: texts for name, found in evaluation.items() if (texts := found.pop("samples", []))}
+    return [
+        {"prompt": prompt} | {name: texts[index] for name, texts in said.items()}
+        for index, prompt in enumerate(PROMPTS)
+        if said
+    ]
 
 
 def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, console: Console) -> dict[str, Pattern]:
@@ -236,52 +201,28 @@ def _tokens(planned: Plan, tokenizer: Any) -> Tensor:
 
 def _texts(planned: Plan, tokenizer: Any) -> dict[str, Tensor]:
     """The windows of every perplexity set, read before the model is, so that a mistake costs no time."""
-    settings = planned.recipe.evaluate.model_dump(exclude={"dense"})
+    settings = planned.recipe.evaluate.model_dump(exclude={"dense", "samples"})
     evaluate.check(settings)
     return evaluate.texts(settings, tokenizer, planned.positions)
 
 
-def _save(planned: Plan, model: Any, tokenizer: Any, blocks: list[Block], output: Path) -> None:
-    """Write model/ aside and move it into place, with the masks beside it."""
-    from transformers import GenerationConfig
-
-    aside, target = output / ".model.part", output / "model"
-    shutil.rmtree(aside, ignore_errors=True)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config = GenerationConfig()  # the source's own file is copied, even if it is not valid
-    with disk_errors(aside):
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-    if (planned.folder / "generation_config.json").is_file():
-        shutil.copyfile(planned.folder / "generation_config.json", aside / "generation_config.json")
-    for file in aside.iterdir():
-        make_readable(file)
-        sync(file)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    sync(output)
-    commits = folder.commits(output, len(planned.segments) - 1)
-    bits = {name: mask for block in blocks for name, mask in commits.masks(block).items()}
-    write_atomically(output / "masks.safetensors", lambda file: write_tensors(file, bits))
-
-
-def _close(result: dict[str, Any], output: Path, console: Console) -> None:
+def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
     console.print()
-    console.print(report.closing_table(result, str(output)))
-    said = {sentence for sentences in result["warnings"].values() for sentence in sentences}
+    console.print(report.closing_table(complete, str(output)))
+    said = {sentence for sentences in complete["warnings"].values() for sentence in sentences}
     for sentence in sorted(said):
-        count = sum(sentence in sentences for sentences in result["warnings"].values())
+        count = sum(sentence in sentences for sentences in complete["warnings"].values())
         console.print(f"[yellow]warning[/] ({count} linears): {sentence}", highlight=False)
-    for name, why in result["skipped"].items():
+    for name, why in complete["skipped"].items():
         console.print(f"left as it is: {name} ({why})", highlight=False)
-    if result["verified"] is not True:
-        for failure in result["verified"]:
+    if complete["verified"] is not True:
+        for failure in complete["verified"]:
             console.print(f"[bold red]verification failed[/]: {failure}", highlight=False)
         return
-    if "packed" in result:
-        console.print(_said_of(result["packed"], output / "model-packed"), highlight=False)
+    if "packed" in complete:
+        console.print(_said_of(complete["packed"], output / "model-packed"), highlight=False)
     console.print("\nLoad it:\n")
-    console.print(report.loading(str(output / "model")), markup=False, highlight=False, soft_wrap=True)
+    console.print(storage.loading(output / "model"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _said_of(packed: dict[str, Any], where: Path) -> str:
@@ -289,24 +230,3 @@ def _said_of(packed: dict[str, Any], where: Path) -> str:
         return f"not packed: {packed['why_not']}"
     sizes = f"{report.size(packed['bytes'])} instead of {report.size(packed['simulated_bytes'])}"
     return f"packed: {where}, {sizes}; it loads where compressed-tensors is installed"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' notices (tips, bars, devices found) off the user's terminal."""
-    import transformers.utils.logging as transformers_logging
-
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\..*")
-            warnings.filterwarnings("ignore", message=".*configure_optimizers.*")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

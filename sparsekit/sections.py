@@ -205,6 +205,7 @@ class Evaluate(Section):
     limit: int | None = Field(default=None, gt=0, description="documents of each task; null: all")
     batch: int = Field(default=1, gt=0, description="sequences at a time")
     dense: bool = Field(default=True, description="measure the model before pruning too")
+    samples: bool = Field(default=True, description="have the models go on with a few prompts, to be read side by side")
 
 
 class Memory(Section):
@@ -249,8 +250,8 @@ class Recipe(Section):
         Model,
         BeforeValidator(lambda value: expand(("model",), value), json_schema_input_type=str | Model),
     ]
-    pattern: Annotated[str, BeforeValidator(values.pattern, json_schema_input_type=str | float)] = Field(
-        description='"50%" removed, or "2:4": keep 2 of 4'
+    pattern: Annotated[str | None, BeforeValidator(values.pattern, json_schema_input_type=str | float)] = Field(
+        default=None, description='"50%" removed, or "2:4": keep 2 of 4; stages that remove structures need none'
     )
     calibration: Annotated[Calibration, BeforeValidator(_empty)] = Calibration()
     error_correction: Literal["prefix", "none", "block", "model"] = "prefix"
@@ -259,6 +260,9 @@ class Recipe(Section):
         min_length=1, description="methods, in order"
     )
     memory: Annotated[Memory, BeforeValidator(_empty)] = Memory()
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = Field(
+        default=["csv"], description="where the curves of a run go; csv: metrics.csv"
+    )
     trainer: Annotated[TrainerOptions, BeforeValidator(_empty)] = TrainerOptions()
     evaluate: Annotated[Evaluate, BeforeValidator(_empty)] = Evaluate()
     output: str | None = Field(

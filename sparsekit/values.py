@@ -11,6 +11,8 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 
 def pattern(value: Any) -> Any:
     """What `sparsekit.pattern.parse` reads, told apart here without torch."""
+    if value is None:
+        return None
     text = str(value).strip()
     if type(value) in (str, int, float):
         percent, nm = re.fullmatch(r"(\d+\.?\d*)\s*%", text), re.fullmatch(r"(\d+)\s*:\s*(\d+)", text)

@@ -1,6 +1,6 @@
 """Prove from disk that a checkpoint is what it should be. Works on anybody's checkpoint folder."""
 
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from sparsekit.blocks import Linear, find
-from sparsekit.checkpoint import Checkpoint, missing, skeleton
+from sparsekit.checkpoint import Checkpoint, missing
 from sparsekit.grid import Quantization
 from sparsekit.pattern import NM, Unstructured, parse
+from sparsekit.structure.proof import prove
+from sparsekit.structure.shape import Shape
+from sparsekit.structure.storage import skeleton
 
 
 @dataclass
@@ -36,7 +39,7 @@ def verify(
     masks: dict[str, Tensor] | None = None,
     patterns: dict[str, str] | None = None,
     quantization: Quantization | None = None,
-    trained: Container[str] = (),
+    trained: Collection[str] = (),
     cast: bool = False,
     trust_remote_code: bool = False,
 ) -> Verification:
@@ -51,6 +54,7 @@ def verify(
     trained: names of other parameters that a stage says it changed, such as norms and biases.
     against: the source checkpoint; everything but the weights of the blocks' linears must equal it bit for bit, and
         the linears' shapes and dtypes must be the same.
+    A checkpoint that structures were cut out of is compared row by row and column by column (`structure.proof`).
     cast: compare with `against` after casting it to the checkpoint's dtype, for a run that changed the dtype.
 
     Raises:
@@ -66,13 +70,19 @@ def verify(
         linears = {name: linear for name, linear in linears.items() if name in patterns}
     result = Verification()
     weights = {f"{name}.weight": name for name in linears}
-    result.failures += _structure(model, checkpoint, prefix, trust_remote_code)
+    cut = Shape.read(checkpoint.folder) is not None
+    result.failures += _structure(model, checkpoint, prefix, trust_remote_code, cut)
+    if cut and source is not None:
+        names = {f"{name}.weight" for name in patterns or ()} | set(trained)
+        result.failures += prove(
+            checkpoint.folder, source.folder, changed=names, cast=cast, trust_remote_code=trust_remote_code
+        )
     for key in checkpoint:
         name = weights.get(key) or weights.get(f"{prefix}.{key}")
         tensor = checkpoint.tensor(key)
         if tensor.is_floating_point() and not _finite(tensor):
             result.failures.append(f"{key} contains NaN or Inf")
-        if source is not None:
+        if source is not None and not cut:
             changed = name is not None or key in trained or f"{prefix}.{key}" in trained
             result.failures += _unchanged(key, tensor, source, prefix, weight=changed, cast=cast)
         if name is not None:
@@ -88,7 +98,7 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
-def _structure(model: Any, checkpoint: Checkpoint, prefix: str, trust_remote_code: bool) -> list[str]:
+def _structure(model: Any, checkpoint: Checkpoint, prefix: str, trust_remote_code: bool, cut: bool) -> list[str]:
     """Missing tensors (transformers would fill them with random numbers), wrong shapes, untied copies."""
     failures, absent = [], []
     state = model.state_dict()
@@ -111,7 +121,7 @@ def _structure(model: Any, checkpoint: Checkpoint, prefix: str, trust_remote_cod
         ):
             failures.append(f"{name} and {partner} are tied in the config but differ on disk")
     if absent:  # some families are stored under other names (experts one by one): only loading tells
-        lost = missing(checkpoint.folder, trust_remote_code)
+        lost = absent if cut else missing(checkpoint.folder, trust_remote_code)
         failures += [f"{name} is missing: loading would fill it with random numbers" for name in absent if name in lost]
     for copy, kept in tied.items():
         if not any(stored_key(checkpoint, name, prefix) for name in (copy, kept)):

@@ -2,21 +2,27 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit import checkpoint
 from sparsekit.blocks import Block, Linear
-from sparsekit.commits import Commits
+from sparsekit.commits import Commits, unpack
 from sparsekit.pattern import Pattern
 from sparsekit.plan import Plan, configured, timed
 from sparsekit.recipe import Recipe, solvers
+from sparsekit.remove import Remove
 from sparsekit.report import Meter
 from sparsekit.sections import Stage
 from sparsekit.solvers.chain import chain
 from sparsekit.stream import BlockStream
+from sparsekit.structure.choose import choose, share
+from sparsekit.structure.units import Units, find
 from sparsekit.team import Team
 
 
@@ -28,7 +34,10 @@ class Work:
     tokens: the calibration tokens (sequences, length)
     output: the run's folder
     commits: of this stage
-    first: no stage came before, so dense weights are the source checkpoint's; else they are what is in the model
+    first: no stage has pruned weights, so there is nothing to start from
+    source: dense weights are the source checkpoint's; else they are what is in the model
+    before: commits of the stage that pruned weights before this one
+    notes: a stage's name -> what it saw; JSON, for the report
     """
 
     planned: Plan
@@ -39,7 +48,11 @@ class Work:
     commits: Commits
     meter: Meter
     first: bool = True
+    source: bool = True
+    before: Commits | None = None
     team: Team = field(default_factory=Team)
+    notes: dict[str, Any] = field(default_factory=dict)
+    console: Console = field(default_factory=Console)
 
     @property
     def recipe(self) -> Recipe:
@@ -68,7 +81,7 @@ class Work:
             "budget": self.recipe.memory.activations,
             "folder": self.activations,
             "error_correction": self.recipe.error_correction,
-            "dense_weight": self._source() if self.first else None,
+            "dense_weight": self._source() if self.source else None,
             "commits": self.commits,
             "team": self.team,
         }
@@ -80,6 +93,55 @@ class Work:
         Raises ValueError for unknown names, or a chain whose links do not fit.
         """
         return chain(*(timed(stage.name, configured("solvers", stage), self.meter) for stage in solvers(given)))
+
+    def masks(self) -> dict[str, Tensor]:
+        """A linear's name -> the weights (out, in) that the stages before kept; empty where they pruned none."""
+        if self.before is None:
+            return {}
+        return {
+            name: unpack(bits, block.linears[name].shape)
+            for block in self.blocks
+            for name, bits in self.before.masks(block).items()
+        }
+
+    def tokenizer(self) -> Any:
+        """The source checkpoint's."""
+        return checkpoint.tokenizer(self.planned.folder, trust_remote_code=self.recipe.model.trust_remote_code)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this stage keeps Lightning's checkpoints while it trains."""
+        return self.commits.folder / "checkpoints"
+
+    def removal(
+        self,
+        remove: str | float,
+        kinds: Sequence[str],
+        *,
+        compensate: bool = False,
+        bias: bool = False,
+        damping: float = 0.01,
+        **options: Any,
+    ) -> tuple[Units, Remove]:
+        """The units of these kinds, and the callback that ends a structural stage (see `Remove`).
+
+        remove: a share such as "30%". options: shape, budgets and least of `choose`. Raises ValueError for what is out
+        of range, and for units that this model does not have.
+        """
+        units = find(self.model, self.blocks, kinds)
+        choose(units, torch.zeros(len(units)), share(remove), **options)  # so that it is said now, not at the end
+        streams = partial(self.stream, dense_weight=None) if compensate and "layers" not in kinds else None
+        ending = Remove(
+            units,
+            self.commits,
+            remove=share(remove),
+            stream=streams,
+            bias=bias,
+            damping=damping,
+            leads=self.team.rank == 0,
+            **options,
+        )
+        return units, ending
 
     def _source(self) -> Callable[[Linear], Tensor]:
         source = checkpoint.Checkpoint(self.planned.folder)

@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sparsekit").rglob("*.py"))
 FLOORS = [
     "__init__ pattern statistics grid store plugins data evaluate report yamltree values",
-    "solvers allocate structure blocks checkpoint commits dense stream team reconstruct feedforward testing",
-    "walk progress parallel",
-    "stages sections recipe plan preview folder work pipeline run verify export",
+    "solvers allocate structure blocks checkpoint commits dense stream team reconstruct feedforward testing quiet",
+    "walk progress parallel remove loggers policy recover",
+    "stages sections recipe plan preview folder work pipeline run verify export result "
+    "compare leaderboard bench timing samples page",
     "cli __main__",
 ]
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "torchmetrics", "peft"}

@@ -195,4 +195,4 @@ def test_methods_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
-    assert json.loads(capsys.readouterr().out)["required"] == ["model", "pattern", "stages"]
+    assert json.loads(capsys.readouterr().out)["required"] == ["model", "stages"]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from sparsekit import data
-from sparsekit.evaluate import check, evaluate, perplexity, tasks
+from sparsekit.evaluate import check, evaluate, losses, perplexity, tasks
 
 torch.set_num_threads(1)
 
@@ -118,11 +118,16 @@ def test_sets_by_name_path_and_mapping(models, tmp_path):
     plain = {"source": str(path), "separator": None, "name": "plain"}
     found = evaluate(model, tokenizer, {"perplexity": [str(path), own, plain], "length": 64, "batch": 2})
     assert list(found["perplexity"]) == ["page.txt", "short", "plain"]
-    assert found["context"]["short"] == {"length": 32, "windows": 3}
+    context = found["context"]
+    assert (context["short"]["length"], context["short"]["windows"]) == (32, 3)
     tokens = data.windows(data.python_docs("test"), tokenizer, 32, 3)
     assert found["perplexity"]["short"] == pytest.approx(perplexity(model, tokens), rel=1e-5)
     ids = tokenizer(path.read_text())["input_ids"]
-    assert found["context"]["plain"] == {"length": 64, "windows": len(ids) // 64}
+    assert (context["plain"]["length"], context["plain"]["windows"]) == (64, len(ids) // 64)
+    assert len({each["digest"] for each in context.values()}) == 3
+    each = losses(model, tokens, batch=2)
+    error = float(each.mean().exp() * each.std() / 3**0.5)
+    assert found["perplexity_stderr"]["short"] == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{}, {"length": 257}, {"perplexity": [{"source": "python-docs", "length": 300}]}])

@@ -78,7 +78,8 @@ def finished(tmp_path_factory) -> Path:
 
 def test_what_a_run_leaves(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"model", "masks.safetensors", "metrics.csv", "recipe.yaml", "report.json", "run.json"}
+    kept = {"model", "masks.safetensors", "metrics.csv", "recipe.yaml", "report.html", "report.json", "run.json"}
+    assert names == kept
     report = json.loads((finished / "report.json").read_text())
     assert report["verified"] is True and report["sparsity"]["total"] == pytest.approx(0.5, abs=1e-4)
     names = {"prepare", "load", "evaluate dense", "capture", "sparsegpt", "save", "verify", "evaluate pruned"}

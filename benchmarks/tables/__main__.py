@@ -23,6 +23,7 @@ from benchmarks.tables.rows import Row, choose, papers, rows, table, tables
 from sparsekit import checkpoint, evaluate, plan, run
 from sparsekit.commits import write_json
 from sparsekit.folder import REPORT
+from sparsekit.quiet import quiet
 
 
 def measured(row: Row, output: Path) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _dense(row: Row) -> dict[str, Any]:
     """The model as it is."""
     settings = row.recipe.evaluate.model_dump(exclude={"dense"})
     spec = row.recipe.model
-    with run.quiet():
+    with quiet():
         planned = plan.make(row.recipe)
         dtype = None if spec.dtype == "auto" else spec.dtype
         model, tokenizer = checkpoint.load(planned.folder, dtype=dtype, trust_remote_code=spec.trust_remote_code)

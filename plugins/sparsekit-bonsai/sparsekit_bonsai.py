@@ -1,0 +1,186 @@
+"""Bonsai: which units matter, by a regression on the losses of many random sub-models, as a sparsekit plugin."""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from sparsekit.remove import Once
+from sparsekit.stages.layer_perplexity import loss
+from sparsekit.stages.wanda_sp import sizes
+from sparsekit.structure.choose import share
+from sparsekit.structure.masking import masking
+from sparsekit.structure.moments import moments
+from sparsekit.structure.units import Units
+from sparsekit.work import Work
+from torch import Tensor
+
+RIDGES = [10.0**power for power in range(-3, 4)]
+FOLDS = 5
+
+
+def bonsai(
+    work: Work,
+    *,
+    remove: str | float,
+    step: str | float = "5%",
+    masks: int = 200,
+    samples: int = 32,
+    compensate: bool = False,
+    bias: bool = False,
+    damping: float = 0.01,
+) -> tuple[LightningModule, Any, list[Callback]]:
+    """Remove the KV groups and MLP channels that a linear model of the loss says matter least, a few in each round.
+
+    In a round the units whose weights and activations are smallest, of twice as many parameters as are to go, are
+    dropped at random, half of them at a time, and then the other half; those of smaller activations are dropped
+    together more often. A ridge regression of the losses on the masks gives each unit's worth.
+
+    remove: share of the blocks' parameters, such as "30%"; all units of all blocks compete
+    step: share that goes in a round
+    masks: sub-models that are measured in a round, an even number
+    samples: sequences of the calibration text that they are measured on, others in every round
+    compensate: make up for what is removed by least squares; bias: also by biases (loads then only where the family
+        has them); damping: of that
+
+    Source: Dery et al. 2024, Everybody Prune Now: Structured Pruning of LLMs with only Forward Passes,
+    arXiv:2402.05406.
+    Cost: remove / step * masks forward passes of `samples` sequences: minutes for a model of a million parameters,
+    hours for one of a hundred million. Raises ValueError for options out of range.
+    """
+    if masks < 2 * FOLDS or masks % 2 or samples < 1:
+        raise ValueError(
+            f"masks is {masks} and samples {samples}; masks must be even and at least {2 * FOLDS}, samples at least 1"
+        )
+    units, ending = work.removal(
+        remove, ["heads", "channels"], budgets="joint", compensate=compensate, bias=bias, damping=damping
+    )
+    measure = partial(scores, work, units, remove, step=share(step), masks=masks, samples=samples)
+    return Once(measure), Once.data(), [ending]
+
+
+@torch.no_grad()
+def scores(
+    work: Work,
+    units: Units,
+    remove: str | float,
+    device: torch.device,
+    *,
+    step: float = 0.05,
+    masks: int = 200,
+    samples: int = 32,
+) -> Tensor:
+    """The scores (units,) of heads and channels; higher is better.
+
+    Those that go are numbered from below in the order in which they went; the rest have how large they are within their
+    part.
+    """
+    draw = torch.Generator().manual_seed(work.seed)
+    kept = torch.ones(len(units), dtype=torch.bool)
+    order: list[int] = []
+    goal, gone = math.ceil(share(remove) * units.total - 1e-6), 0  # as in `choose`
+    with masking(work.blocks, units) as mask:
+        while gone < goal:
+            mask(kept)
+            prior = _prior(work, units, kept, device)
+            among = _candidates(units, kept, prior, min(step * units.total, goal - gone))
+            text = work.tokens[torch.randperm(len(work.tokens), generator=draw)[:samples]]
+            losses, dropped = [], _drops(units, among, prior, masks, draw)  # dropped: (masks, candidates)
+            for each in dropped:
+                one = kept.clone()
+                one[among[each]] = False
+                mask(one)
+                losses.append(loss(replace(work, tokens=text), device))
+            worth = fit(dropped.double(), torch.tensor(losses, dtype=torch.float64))
+            target = min(gone + step * units.total, goal)
+            for index in among[worth.argsort(stable=True)].tolist():
+                if gone >= target:
+                    break
+                order.append(index)
+                kept[index] = False
+                gone += int(units.parameters[index])
+    work.model.to("cpu")
+    found = prior.clone()
+    found[order] = torch.arange(-len(order), 0).float()
+    return found
+
+
+def fit(dropped: Tensor, losses: Tensor) -> Tensor:
+    """How much each unit adds to the loss when it is dropped (candidates,): ridge regression, ridge by 5-fold trial.
+
+    dropped: 1 where a mask drops a unit (masks, candidates); the second half are the complements of the first, and go
+    into the same fold
+    """
+    fold = torch.arange(len(losses)) % (len(losses) // 2) % FOLDS
+    trials = []
+    for ridge in RIDGES:
+        wrong = 0.0
+        for left_out in range(FOLDS):
+            seen = fold != left_out
+            worth, level = _ridge(dropped[seen], losses[seen], ridge)
+            wrong += float((dropped[~seen] @ worth + level - losses[~seen]).square().sum())
+        trials.append(wrong)
+    return _ridge(dropped, losses, RIDGES[trials.index(min(trials))])[0]
+
+
+def _ridge(dropped: Tensor, losses: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Slopes (candidates,) and level of the best linear model; solved over masks, which are fewer than units."""
+    centre, level = dropped.mean(0), losses.mean()
+    x = dropped - centre
+    gram = x @ x.t()
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-12))
+    slopes = x.t() @ torch.linalg.solve(gram, losses - level)
+    return slopes, level - centre @ slopes
+
+
+def _prior(work: Work, units: Units, kept: Tensor, device: torch.device) -> Tensor:
+    """How large each unit is (units,) in the model as it is masked now, by Wanda-sp's measure, over its part's mean."""
+    found = torch.zeros(len(units))
+    stream = work.stream(error_correction="prefix", commits=None, dense_weight=None)
+    stream.device = device
+    for block in stream:
+        block.to(device)
+        parts = {number: part for number, part in enumerate(units.parts) if part.block == block.index}
+        names = [str(part.output) for part in parts.values()]
+        seen = moments(block, stream.inputs, names, advance=True, team=work.team)
+        for number, part in parts.items():
+            mine = units.part == number
+            size = sizes(block.linears[str(part.output)], part, seen[str(part.output)])
+            found[mine] = size / size[kept[mine]].mean().clamp(min=torch.finfo(size.dtype).tiny)
+        block.to("cpu")
+    stream.close()
+    return found
+
+
+def _candidates(units: Units, kept: Tensor, prior: Tensor, parameters: float) -> Tensor:
+    """The units that may go in this round (candidates,): of each kind the smallest, twice as many as are to go.
+
+    The largest unit of a part always stays, and it is never less than two of a kind, so that there is a choice.
+    """
+    free = kept.clone()
+    for number in range(len(units.parts)):
+        mine = (kept & (units.part == number)).nonzero().flatten()
+        free[mine[prior[mine].argmax()]] = False
+    found, share_of_left = [], 2 * parameters / float(units.parameters[free].sum())
+    for kind in units.kinds:
+        left = (free & units.of(kind)).nonzero().flatten()
+        count = max(2, math.ceil(share_of_left * len(left)))
+        found.append(left[prior[left].argsort(stable=True)][:count])
+    return torch.cat(found)
+
+
+def _drops(units: Units, among: Tensor, prior: Tensor, masks: int, draw: torch.Generator) -> Tensor:
+    """Which candidates each mask drops (masks, candidates): half of each kind at random, then the complements."""
+    first = torch.zeros(masks // 2, len(among), dtype=torch.bool)
+    for kind in units.kinds:
+        mine = units.of(kind)[among].nonzero().flatten()
+        if not len(mine):
+            continue
+        urge = prior[among[mine]].max() - prior[among[mine]]
+        urge = urge + urge.mean().clamp(min=1e-6)  # the largest candidate goes at times too
+        for row in first:
+            half = torch.multinomial(urge, max(1, len(mine) // 2), generator=draw)
+            row[mine[half]] = True
+    return torch.cat([first, ~first])

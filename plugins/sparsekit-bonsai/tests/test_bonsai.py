@@ -1,0 +1,118 @@
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import entrypoints
+import pytest
+import torch
+import transformers
+from sparsekit import checkpoint, data, evaluate
+from sparsekit.blocks import discover
+from sparsekit.report import Meter
+from sparsekit.structure.choose import choose
+from sparsekit.structure.masking import masking
+from sparsekit.structure.units import find
+from sparsekit.work import Work
+
+from sparsekit_bonsai import _prior, bonsai, fit, scores
+
+TINY = Path(__file__).parents[3] / "tests" / "models" / "tiny-llama"
+CPU = torch.device("cpu")
+TEXT = torch.randint(2, 64, (16, 8), generator=torch.Generator().manual_seed(0))
+
+
+def worked(model, tokens):
+    recipe = SimpleNamespace(error_correction="prefix", memory=SimpleNamespace(activations=10**9), seed=0)
+    planned = SimpleNamespace(recipe=recipe, batch=8)
+    return Work(planned, model, discover(model, tokens[:1, :8]), tokens, Path(), None, Meter(), source=False)
+
+
+def toy():
+    """A random model."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=64,
+        max_position_embeddings=32,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(20)
+    return model
+
+
+def test_installed_under_its_name():
+    assert entrypoints.get_group_named("sparsekit.stages")["bonsai"].load() is bonsai
+
+
+def test_the_regression_finds_a_linear_truth():
+    draw = torch.Generator().manual_seed(0)
+    first = torch.rand(100, 20, generator=draw) < 0.5
+    dropped = torch.cat([first, ~first]).double()
+    truth = torch.randn(20, generator=draw, dtype=torch.float64)
+    losses = dropped @ truth + 3 + 0.01 * torch.randn(200, generator=draw, dtype=torch.float64)
+    found = fit(dropped, losses)
+    # all masks of a pair drop the same number together, so only differences from the mean are known
+    torch.testing.assert_close(found, truth, rtol=0, atol=0.02)
+    noisy = fit(dropped[:, :1].expand(-1, 20).contiguous(), torch.randn(200, generator=draw, dtype=torch.float64))
+    assert noisy.abs().max() < 0.05  # nothing to find: the ridge grows
+
+
+def test_it_finds_the_units_that_matter(monkeypatch):
+    """Where the loss is a sum over the units that are dropped, and noise: a third matters, whatever their size."""
+    model = toy()
+    work = worked(model, TEXT)
+    units = find(model, work.blocks)
+    matters = torch.arange(len(units)) % 3 == 1
+    draw = torch.Generator().manual_seed(0)
+    seen = []
+
+    @contextmanager
+    def masking(blocks, units):
+        yield seen.append
+
+    def loss(work, device):
+        assert len(work.tokens) == 4
+        return 3 + float((matters & ~seen[-1]).sum()) + 0.1 * float(torch.randn((), generator=draw))
+
+    monkeypatch.setattr("sparsekit_bonsai.masking", masking)
+    monkeypatch.setattr("sparsekit_bonsai.loss", loss)
+    found = scores(work, units, "30%", CPU, step=0.1, masks=60, samples=4)
+    gone = found < 0
+    assert torch.equal(choose(units, found, 0.3, budgets="joint"), ~gone)  # what went is what the budget takes
+    assert gone.sum() > 8 and (gone & matters).sum() <= 0.1 * gone.sum()
+    sizes = _prior(work, units, torch.ones(len(units), dtype=torch.bool), CPU)
+    smallest = ~choose(units, sizes, 0.3, budgets="joint")
+    assert (smallest & matters).sum() >= 0.2 * smallest.sum()  # their size does not tell
+    assert len(seen) % 61 == 0 and all((~each).sum() <= len(units) // 2 for each in seen)
+
+
+def test_it_beats_random_units_on_a_trained_model():
+    model, tokenizer = checkpoint.load(TINY)
+    settings = {"source": "python-docs", "samples": 32, "length": 64, "seed": 0}
+    work = worked(model, data.calibration_tokens(settings, tokenizer, 256, 768))
+    units = find(model, work.blocks)
+    found = scores(work, units, "20%", CPU, step=0.1, masks=30, samples=8)
+    tests = evaluate.texts({"perplexity": [{"source": "python-docs", "windows": 32}], "length": 128}, tokenizer, 256)
+    [text] = tests.values()
+
+    def perplexity(scores):
+        with masking(work.blocks, units) as mask:
+            mask(choose(units, scores, 0.2, budgets="joint"))
+            return evaluate.perplexity(model, text, batch=8)
+
+    draw = torch.Generator().manual_seed(0)
+    random = [perplexity(torch.rand(len(units), generator=draw)) for _ in range(5)]
+    assert perplexity(found) < 0.9 * sum(random) / 5
+
+
+def test_mistakes():
+    for options in ({"masks": 7}, {"masks": 4}, {"samples": 0}):
+        with pytest.raises(ValueError, match="masks must be even and at least 10, samples at least 1"):
+            bonsai(worked(toy(), TEXT), remove="30%", **options)

@@ -1,0 +1,182 @@
+"""`sparsekit compare`: the figures of finished runs in one table, best first."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsekit import plugins, report
+from sparsekit.compare import Run, check, figures, read
+
+LOWER = ("size", "packed", "seconds", "memory")  # of the columns that are no quality, these are better when low
+AROUND = ("prepare", "load", "save", "verify")  # stages that are no part of what pruning costs
+KIND = {"sparsity": "share", "removed": "share", "prefill": "times", "decode": "times"}
+KIND |= {"size": "bytes", "packed": "bytes", "seconds": "seconds", "memory": "bytes"}
+
+
+def leaderboard(paths: Sequence[str], *, by: str | None = None) -> dict[str, Any]:
+    """The figures of finished runs, best first.
+
+    by: the column to sort by (a text, "TASK METRIC", sparsity, removed, size, packed, prefill, decode, seconds,
+    memory), the first perplexity, or else the first task, unless told. Runs that lack the figure come last.
+
+    Returns {"by", "columns", "context": {text: {length, windows}}, "dense": [row], "runs": [row], "notes": [sentence]};
+    a row is {"run", "model", "asked", "stages", "verified", "values": {column: number}, "stderr": {column: number}}.
+    Sizes are bytes of model/ and model-packed/; prefill and decode how many times faster than dense, at the smallest
+    batch of `sparsekit bench`; seconds and memory (bytes) what the stages of pruning and recovery took.
+
+    Raises:
+        ValueError: a run is not finished, was not measured, or not like the others; or no column is called `by`.
+    """
+    runs = [read(path) for path in paths]
+    check(runs)
+    rows = [_row(run) for run in runs]
+    dense = _dense(runs)
+    first = [column for run in runs for column in figures(run.pruned)]
+    columns = list(dict.fromkeys(first)) + [name for name in KIND if any(name in row["values"] for row in rows)]
+    by = by or columns[0]
+    if by not in columns:
+        raise ValueError(f"no column `{by}`, {plugins.suggest(by, columns)}")
+    sign = 1 if _lower(by, runs) else -1
+    rows.sort(key=lambda row: (sign * row["values"][by] if by in row["values"] else math.inf, row["run"]))
+    context = {name: where for run in runs for name, where in run.pruned.get("context", {}).items()}
+    keys = ("by", "columns", "context", "dense", "runs", "notes")
+    return dict(zip(keys, (by, columns, context, dense, rows, list(_notes(runs))), strict=True))
+
+
+def _row(run: Run) -> dict[str, Any]:
+    found = run.report
+    values: dict[str, float] = dict(figures(run.pruned))
+    if found["sparsity"]["per_linear"]:
+        values["sparsity"] = found["sparsity"]["total"]
+    if "structure" in found:
+        values["removed"] = sum(found["structure"]["removed"])
+    for column, inside in (("size", "model"), ("packed", "model-packed")):
+        if (Path(run.path) / inside).is_dir():
+            values[column] = sum(file.stat().st_size for file in (Path(run.path) / inside).iterdir())
+    for column in ("prefill", "decode"):
+        if ratios := found.get("speed", {}).get("faster", {}).get(column):
+            values[column] = ratios[min(ratios, key=int)]
+    cost = [stage for stage in found["stages"] if not around(stage["name"])]
+    values["seconds"] = sum(stage["seconds"] for stage in cost)
+    values["memory"] = max((stage["peak_memory_bytes"] for stage in cost), default=0)
+    return {
+        "run": run.path,
+        "model": found["model"]["name"],
+        "asked": report.aim(found),
+        "stages": " > ".join(next(iter(stage)) for stage in found["recipe"]["stages"]),
+        "verified": found["verified"] is True,
+        "values": values,
+        "stderr": _stderr(run.pruned),
+    }
+
+
+def around(stage: str) -> bool:
+    """Whether a stage of this name is no part of pruning or recovery: reading, writing, proving, measuring."""
+    return stage in AROUND or stage.startswith("evaluate")
+
+
+def _dense(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row for each source model, with the dense figures of all its runs."""
+    rows: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        if measured := run.report["evaluation"].get("dense"):
+            name = run.report["model"]["name"]
+            row = rows.setdefault(name, {"run": "dense", "model": name, "values": {}, "stderr": {}})
+            row["values"] = figures(measured) | row["values"]
+            row["stderr"] = _stderr(measured) | row["stderr"]
+    return list(rows.values())
+
+
+def _stderr(measured: dict[str, Any]) -> dict[str, float]:
+    tasks = {
+        f"{task} {metric.removesuffix('_stderr')}": value
+        for task, metrics in measured.get("tasks", {}).items()
+        for metric, value in metrics.items()
+        if metric.endswith("_stderr")
+    }
+    return measured.get("perplexity_stderr", {}) | tasks
+
+
+def _lower(column: str, runs: Sequence[Run]) -> bool:
+    """Whether less is better."""
+    texts = any(column in run.pruned.get("perplexity", {}) for run in runs)
+    return texts or column in LOWER or column.endswith(("perplexity", "bits_per_byte", "loss"))
+
+
+def _notes(runs: Sequence[Run]) -> Iterator[str]:
+    if len({json.dumps(run.report.get("hardware"), sort_keys=True) for run in runs}) > 1:
+        yield "seconds and memory: the runs were not made on the same machine with the same number of threads"
+    speeds = [run.report["speed"] for run in runs if "speed" in run.report]
+    if len({json.dumps([each.get("settings"), each.get("hardware")], sort_keys=True) for each in speeds}) > 1:
+        yield "prefill and decode: not measured with the same settings on the same machine; bench the runs again"
+    for run in runs:
+        if run.report["verified"] is not True:
+            yield f"{run.path}: its result is not as asked: {'; '.join(run.report['verified'])}"
+
+
+def cells(board: dict[str, Any]) -> list[list[str]]:
+    """The leaderboard as text: a line of headings, the dense models, the runs."""
+    several = len({row["model"] for row in board["runs"]}) > 1
+    folders = [Path(row["run"]).name for row in board["runs"]]
+    lines = [["run", *(["model"] if several else []), "result", "stages", *board["columns"]]]
+    for row in board["dense"] + board["runs"]:
+        name = Path(row["run"]).name if folders.count(Path(row["run"]).name) < 2 else row["run"]
+        name = name if row.get("verified", True) else f"{name} (NOT as asked)"
+        line = [name, *([row["model"]] if several else []), row.get("asked", ""), row.get("stages", "")]
+        values, stderr = row["values"], row["stderr"]
+        lines.append(line + [_cell(c, values.get(c), stderr.get(c), c in board["context"]) for c in board["columns"]])
+    return lines
+
+
+def _cell(column: str, value: float | None, stderr: float | None, text: bool) -> str:
+    if value is None:
+        return ""
+    if column in KIND and not text:
+        formats = {"share": f"{value:.2%}", "bytes": report.size(value), "times": f"{value:.2f} x"}
+        return formats.get(KIND[column], f"{value:.0f}")
+    digits = 2 if text else 3
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+
+
+def notes(board: dict[str, Any]) -> list[str]:
+    """What belongs below the table: how the texts were cut, and what to be careful with."""
+    windows = [f"{name} {where['windows']} x {where['length']}" for name, where in board["context"].items()]
+    sure = any(row["stderr"] for row in board["dense"] + board["runs"])
+    said = ["± is one standard error"] if sure else []
+    return said + ([f"windows x tokens: {', '.join(windows)}"] if windows else []) + board["notes"]
+
+
+def markdown(board: dict[str, Any]) -> str:
+    """The leaderboard as a table in Markdown, with the notes below it."""
+    first, *rest = cells(board)
+    lines = [first, ["---"] * len(first), *rest]
+    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n\n".join([table, *notes(board)])
+
+
+def show(board: dict[str, Any], console: Any) -> None:
+    """The leaderboard on a terminal; without one in plain columns that are never folded."""
+    from rich import box
+    from rich.table import Table
+
+    first, *rest = cells(board)
+    texts = ("run", "model", "result", "stages")
+    if console.is_terminal:
+        table = Table(title=f"by {board['by']}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for head in first:
+            table.add_column(head, justify="left" if head in texts else "right", overflow="fold")
+        for line in rest:
+            table.add_row(*line)
+        console.print(table)
+    else:
+        widths = [max(map(len, column)) for column in zip(first, *rest, strict=True)]
+        for line in [first, *rest]:
+            sides = [
+                f"{cell:{'<' if head in texts else '>'}{width}}"
+                for cell, head, width in zip(line, first, widths, strict=True)
+            ]
+            print("  ".join(sides).rstrip(), file=console.file)
+    for note in notes(board):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,167 @@
+"""Charts without scripts: bars, lines and columns. SVG draws, HTML writes, so that text keeps its size at any width."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from statistics import fmean
+from typing import NamedTuple
+
+POINTS = 400  # of a line; longer ones are drawn as means of neighbours
+LOG = 50  # from this quotient of largest to smallest on, an axis is logarithmic
+CONFIDENT = 1.96  # standard errors to either side, for a confidence of 95 %
+
+
+class Bar(NamedTuple):
+    """One bar: whose (dense, pruned), how much, the standard error where known, and the figure as text."""
+
+    who: str
+    value: float
+    stderr: float | None
+    text: str
+
+
+def bars(title: str, groups: Mapping[str, tuple[str, Sequence[Bar]]], top: float | None = None) -> str:
+    """Bars in groups on one scale from 0, as a table that reads well aloud.
+
+    groups: {name: (remark, bars)}. top: where the scale ends, the largest value (or end of its range) unless told.
+    """
+    every = [bar for _, group in groups.values() for bar in group]
+    top = top or max((bar.value + CONFIDENT * (bar.stderr or 0) for bar in every), default=0) or 1.0
+    lines = []
+    for name, (remark, group) in groups.items():
+        lines.append(f'<tr><th colspan="3" class="group">{escape(name)} <span>{escape(remark)}</span></th></tr>')
+        for bar in group:
+            drawn = fill(bar.value / top, bar.who)
+            if bar.stderr:
+                low, high = (min(max((bar.value + s * CONFIDENT * bar.stderr) / top, 0), 1) for s in (-1, 1))
+                drawn += f'<span class="range" style="left:{low:.2%};width:{high - low:.2%}"></span>'
+            lines.append(
+                f'<tr><th scope="row" class="who">{escape(bar.who)}</th><td><span class="track">{drawn}</span></td>'
+                f'<td class="value">{escape(bar.text)}</td></tr>'
+            )
+    return f'<table class="bars"><caption>{escape(title)}</caption><tbody>{"".join(lines)}</tbody></table>'
+
+
+def fill(share: float, kind: str) -> str:
+    """The coloured part of a track; kind: dense, third, or anything else for the usual colour."""
+    return f'<span class="fill {escape(kind)}" style="width:{min(max(share, 0), 1):.2%}"></span>'
+
+
+def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], *, x: str) -> str:
+    """Curves over a common x axis, logarithmic in y where values differ much; nothing where there is no finite point.
+
+    series: {name: [(x, y), ...]}, at most four of them. x: what the axis counts.
+    """
+    drawn = {name: thin([p for p in points if all(map(math.isfinite, p))]) for name, points in series.items()}
+    drawn = {name: points for name, points in drawn.items() if points}
+    if not drawn:
+        return ""
+    xs = [point[0] for points in drawn.values() for point in points]
+    ys = [point[1] for points in drawn.values() for point in points]
+    log = min(ys) > 0 and max(ys) / min(ys) > LOG
+    marks = _decades(min(ys), max(ys)) if log else ticks(min(ys), max(ys))
+    scale = math.log10 if log else float
+    low, high = scale(marks[0]), scale(marks[-1])
+    left, right = min(xs), max(xs)
+
+    def across(value: float) -> float:
+        return 600 * (value - left) / ((right - left) or 1)
+
+    def down(value: float) -> float:
+        return 200 * (1 - (scale(value) - low) / ((high - low) or 1))
+
+    grid = "".join(f'<line class="grid" x1="0" x2="600" y1="{down(m):.1f}" y2="{down(m):.1f}"/>' for m in marks)
+    curves = ""
+    for order, points in enumerate(drawn.values()):
+        if len(points) == 1:  # a line needs two
+            points = [(left, points[0][1]), (right if right > left else left + 1, points[0][1])]
+        path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
+        curves += f'<polyline class="s{order}" points="{path}"/>'
+    label = f"{title}: " + "; ".join(
+        f"{name} from {number(points[0][1])} to {number(points[-1][1])}" for name, points in drawn.items()
+    )
+    svg = _svg(label, grid + curves + _hits(drawn, across, x))
+    scale_y = "".join(f'<span style="bottom:{100 - down(m) / 2:.1f}%">{number(m)}</span>' for m in marks)
+    keys = "".join(f'<span class="key s{i}"></span>{escape(name)}' for i, name in enumerate(drawn))
+    keys = f'<div class="legend">{keys}</div>' if len(series) > 1 else ""
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>{keys}"
+        f'<div class="chart"><div class="y">{scale_y}</div>{svg}'
+        f'<div class="x"><span>{number(left)}</span><span>{escape(x)}</span><span>{number(right)}</span></div></div>'
+        "</figure>"
+    )
+
+
+def _hits(drawn: Mapping[str, Sequence[tuple[float, float]]], across: Callable[[float], float], x: str) -> str:
+    """Unseen columns that tell their figures to a pointer that rests on them."""
+    at: dict[float, list[str]] = {}
+    for name, points in drawn.items():
+        for place, value in points:
+            at.setdefault(place, []).append(f"{name} {number(value)}")
+    places = sorted(at)
+    edges = [0.0, *((across(a) + across(b)) / 2 for a, b in pairwise(places)), 600.0]
+    said = {place: escape(f"{x} {number(place)}: {', '.join(told)}") for place, told in at.items()}
+    return "".join(
+        f'<rect class="hit" x="{a:.1f}" y="0" width="{b - a:.1f}" height="200"><title>{said[place]}</title></rect>'
+        for place, a, b in zip(places, edges[:-1], edges[1:], strict=True)
+    )
+
+
+def columns(title: str, kept: Sequence[tuple[int, int]], *, x: str) -> str:
+    """A column for each layer: how many units it keeps, before the height of how many it had.
+
+    kept: (kept, of) by layer. x: what a column is, such as "layer".
+    """
+    most = max((of for _, of in kept), default=0) or 1
+    width = 600 / max(len(kept), 1)
+    parts = []
+    for index, (some, of) in enumerate(kept):
+        place = f'x="{index * width + width * 0.1:.1f}" width="{width * 0.8:.1f}"'
+        parts.append(
+            f"<g><title>{escape(x)} {index}: {f'{some:,} of {of:,}' if of else 'none left'}</title>"
+            f'<rect class="of" {place} y="{200 * (1 - of / most):.1f}" height="{200 * of / most:.1f}"/>'
+            f'<rect class="kept" {place} y="{200 * (1 - some / most):.1f}" height="{200 * some / most:.1f}"/></g>'
+        )
+    total, before = (sum(pair[i] for pair in kept) for i in (0, 1))
+    said = f"{total:,} of {before:,} kept"
+    scale = f'<div class="y"><span style="bottom:100%">{most:,}</span><span style="bottom:0">0</span></div>'
+    return (
+        f'<figure><figcaption>{escape(title)} <span class="soft small">{said}</span></figcaption>'
+        f'<div class="chart low">{scale}{_svg(f"{title}: {said}", "".join(parts))}'
+        f'<div class="x"><span>0</span><span>{escape(x)}</span><span>{len(kept) - 1}</span></div></div></figure>'
+    )
+
+
+def _svg(label: str, inside: str) -> str:
+    return (
+        f'<svg viewBox="0 0 600 200" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">{inside}</svg>'
+    )
+
+
+def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
+    """At most `most` points, each the mean of as many neighbours."""
+    size = math.ceil(len(points) / most) if points else 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(fmean(a for a, _ in group), fmean(b for _, b in group)) for group in groups]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers that enclose low and high."""
+    if high <= low:
+        low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
+    raw = (high - low) / 4
+    unit = 10 ** math.floor(math.log10(raw))
+    step = unit * next(factor for factor in (1, 2, 5, 10) if factor * unit >= raw)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [count * step for count in range(first, last + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    return [10.0**power for power in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """A figure for an axis or a tooltip: four digits that count."""
+    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e7 else f"{value:.4g}"

@@ -1,0 +1,156 @@
+"""What a run leaves: the model on disk, the proof that it is as asked, and the facts about it for the report."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsekit import folder
+from sparsekit.commits import disk_errors, make_readable, sync, write_atomically, write_tensors
+from sparsekit.export import differences, export_packed
+from sparsekit.pipeline import Outcome
+from sparsekit.plan import Plan
+from sparsekit.structure import proof, storage
+from sparsekit.structure.shape import KINDS, Cuts, Shape
+from sparsekit.verify import verify
+
+MASKS, KEPT = "masks.safetensors", "kept.safetensors"
+
+
+def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Path) -> Shape | None:
+    """Write model/ aside and move it into place; masks of weights, and of units, beside it.
+
+    Returns:
+        the shape of a model that structures were cut out of, else None
+    """
+    target = output / "model"
+    shape = None
+    if outcome.cuts:
+        before = Shape.read(planned.folder)
+        shape = Shape.of(model, outcome.cuts, before=before, changed=changed(outcome))
+        shape = storage.save(model, tokenizer, target, shape, source=planned.folder)
+        kept = {f"{number}.{name}": tensor for number, name, tensor in _kept(outcome)}
+        write_atomically(output / KEPT, lambda file: write_tensors(file, kept))
+    else:
+        _save(planned, model, tokenizer, target)
+    sync(output)
+    if outcome.masks is not None:
+        bits = {name: mask for block in outcome.blocks for name, mask in outcome.masks.masks(block).items()}
+        write_atomically(output / MASKS, lambda file: write_tensors(file, bits))
+    return shape
+
+
+def _kept(outcome: Outcome) -> list[tuple[int, str, Tensor]]:
+    """Of each cut: which units stayed, block by block and kind by kind."""
+    found = []
+    for number, (units, removal) in enumerate(outcome.cuts):
+        for part, mask in zip(units.parts, units.split(removal.kept), strict=True):
+            found.append((number, f"{part.block}.{part.kind}", mask.clone()))
+    return found
+
+
+def _save(planned: Plan, model: Any, tokenizer: Any, target: Path) -> None:
+    from transformers import GenerationConfig
+
+    aside = target.with_name(f".{target.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config = GenerationConfig()  # the source's own file is copied, even if it is not valid
+    with disk_errors(aside):
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    if (planned.folder / "generation_config.json").is_file():
+        shutil.copyfile(planned.folder / "generation_config.json", aside / "generation_config.json")
+    for file in aside.iterdir():
+        make_readable(file)
+        sync(file)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+
+
+def changed(outcome: Outcome) -> set[str]:
+    """The parameters that stages changed beyond the weights of pruned linears, by their names in the result."""
+    names = {f"{block.name}.{inner}" for block in outcome.blocks for inner in block.trained}
+    if outcome.cuts and outcome.masks is not None:
+        names |= {f"{name}.weight" for block in outcome.blocks for name in block.linears}
+    return names
+
+
+def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], changed: set[str]) -> list[str]:
+    """What is wrong with the model on disk, sentence by sentence; empty: it is as asked.
+
+    patterns: of the pruned linears, by name. changed: see the function of that name.
+    """
+    trust, cast = planned.recipe.model.trust_remote_code, planned.recipe.model.dtype != "auto"
+    pruned = (output / MASKS).is_file()
+    failures: list[str] = []
+    if cuts:
+        failures += proof.prove(
+            output / "model", planned.folder, cuts, changed=changed, cast=cast, trust_remote_code=trust
+        )
+    if pruned or not cuts:
+        failures += verify(
+            output / "model",
+            against=None if cuts else planned.folder,
+            masks=folder.masks(output, planned) if pruned else None,
+            patterns=patterns,
+            quantization=planned.quantization,
+            trained=changed,
+            cast=cast,
+            trust_remote_code=trust,
+        ).failures
+    return failures
+
+
+def pack(planned: Plan, output: Path) -> tuple[dict[str, Any], list[str]]:
+    """Write model-packed/ where the layout allows it: its size, or why there is none; and what is wrong with it."""
+    source, target = output / "model", output / "model-packed"
+    assert planned.quantization is not None
+    settings = dict.fromkeys(planned.patterns, planned.quantization)
+    try:
+        export_packed(source, target, settings, trust_remote_code=planned.recipe.model.trust_remote_code)
+    except ValueError as error:
+        return {"why_not": str(error)}, []
+    sizes = {each.name: sum(file.stat().st_size for file in each.iterdir()) for each in (source, target)}
+    return {"bytes": sizes[target.name], "simulated_bytes": sizes[source.name]}, differences(target, source)
+
+
+def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any]:
+    """What the report says of the pruned weights and structures."""
+    records = _records(outcome)
+    linears = [linear for block in outcome.blocks for linear in block.linears.values()]
+    zeros = sum(record["zeros"] for record in records.values())
+    parameters = sum(linear.weight.numel() for linear in linears)
+    keys = ("sparsity", "pattern", "zeros", "parameters")
+    found: dict[str, Any] = {
+        "sparsity": {
+            "total": zeros / parameters,
+            "zeros": zeros,
+            "parameters": parameters,
+            "per_linear": {name: {key: record[key] for key in keys} for name, record in records.items()},
+        },
+        "error": {name: record["error"] for name, record in records.items()},
+        "blocks": {block.name: block.notes for block in outcome.blocks if block.notes},
+        "warnings": {name: record["warnings"] for name, record in records.items() if record["warnings"]},
+        "skipped": planned.skipped,
+    }
+    if outcome.notes:
+        found["recovery" if not outcome.cuts else "notes"] = outcome.notes
+    if shape is not None:
+        found["structure"] = {
+            "parameters": {"dense": sum(p.numel() for p in planned.model.parameters()), "pruned": shape.parameters},
+            "removed": [units.removed(removal.kept) for units, removal in outcome.cuts],
+            "layers": [layer.index for layer in shape.layers],
+            "blocks": [
+                {kind: [count.kept, count.of] for kind in KINDS if (count := getattr(layer, kind)) is not None}
+                for layer in shape.layers
+            ],
+            "layout": shape.layout,
+            "load": shape.load,
+        }
+    return found
+
+
+def _records(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    return {name: record for block in outcome.blocks for name, record in block.records.items()}

@@ -1,0 +1,121 @@
+"""Fine-tuning on text with pruned weights staying zero: all that is left of the blocks, or norms and biases alone."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from sparsekit.blocks import Block
+from sparsekit.recover import session
+from sparsekit.recover.data import Batches
+from sparsekit.recover.module import Recovery
+from sparsekit.work import Work
+
+RATES = {"all": 1e-4, "norms-and-biases": 2e-3}
+
+
+def finetune(
+    work: Work,
+    *,
+    trainable: Literal["all", "norms-and-biases"] = "all",
+    source: str | dict[str, Any] | None = None,
+    tokens: int = 300_000,
+    steps: int | None = None,
+    length: int | None = None,
+    batch: int = 4,
+    accumulate: int = 1,
+    learning_rate: float | None = None,
+    warmup: float = 0.1,
+    weight_decay: float = 0.0,
+    validation: float = 0.05,
+    checks: int = 8,
+    patience: int | None = 3,
+    checkpointing: bool = False,
+    distill: float = 0.0,
+    temperature: float = 1.0,
+    hidden: float = 0.0,
+    cache: int = 0,
+) -> tuple[Recovery, Batches, list[Callback]]:
+    """Train the blocks' own parameters on text; pruned weights stay zero bit for bit.
+
+    Gradients are masked before the optimizer sees them, so its momentum is zero where a weight is pruned, and what
+    weight decay makes of zero is zero. What is trained is float32 meanwhile, whatever the model is stored in, and is
+    validated as it will be stored. Embeddings, the head and the last norm stay as they are.
+
+    trainable: all, every parameter of the blocks; norms-and-biases, those with one dimension (the cheap variant of
+        PERP)
+    learning_rate: its peak; null: 1e-4 for all, 2e-3 for norms-and-biases
+    All others: as in `lora`.
+
+    Source: Zimmer et al. 2023, PERP, arXiv 2312.15230; distillation: Hinton et al. 2015, arXiv 1503.02531.
+    """
+    session.check(locals())
+    reading = session.text(
+        work,
+        source=source,
+        tokens=tokens,
+        steps=steps,
+        length=length,
+        batch=batch,
+        accumulate=accumulate,
+        validation=validation,
+    )
+    masks = work.masks() if trainable == "all" else {}
+    stored = session.Stored(work.model, wide=session.precision(work.planned.device) == "32-true")
+    leaves = session.flat(work.blocks)
+    if trainable == "all":
+        leaves = {f"{b.name}.{inner}": p for b in work.blocks for inner, p in b.module.named_parameters()}
+    for parameter in leaves.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_()
+    hooks = [hook for block in work.blocks for hook in masked(block, masks)]
+
+    def finish() -> None:
+        for hook in hooks:
+            hook.remove()
+        session.mark(work.blocks, leaves)
+        stored.restore(leaves)
+
+    return session.parts(
+        work,
+        "finetune",
+        leaves,
+        reading,
+        switch=lambda training: stored.rounded(not training, leaves),
+        finish=finish,
+        learning_rate=RATES[trainable] if learning_rate is None else learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        checks=checks,
+        patience=patience,
+        checkpointing=checkpointing,
+        distill=distill,
+        temperature=temperature,
+        hidden=hidden,
+        cache=cache,
+    )
+
+
+finetune.check = session.check  # type: ignore[attr-defined]  # what can be said before anything runs
+
+
+def masked(block: Block, masks: Mapping[str, Tensor]) -> Iterator[RemovableHandle]:
+    """Have the gradients of the block's weights be zero outside their masks (linear's name -> kept, (out, in)).
+
+    Raises:
+        ValueError: a weight is not zero there already.
+    """
+    for name, linear in block.linears.items():
+        if name in masks:
+            if linear.weight.masked_select(~masks[name].to(linear.weight.device)).count_nonzero():
+                raise ValueError(f"the weight of {name} is not zero outside its mask, so there is no mask to keep")
+            kept = [linear.stored(masks[name])]  # on the CPU until the first gradient comes
+
+            def zero(weight: Tensor, kept: list[Tensor] = kept) -> None:
+                assert weight.grad is not None
+                kept[0] = kept[0].to(weight.device)
+                weight.grad.mul_(kept[0])
+
+            yield linear.module.weight.register_post_accumulate_grad_hook(zero)  # type: ignore[union-attr,operator]

@@ -1,0 +1,156 @@
+"""Policy gradient: which structures stay is learned from the loss of the pruned model, by forward passes alone."""
+
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sparsekit import plugins
+from sparsekit.policy import ACROSS, BASELINES, PROJECTIONS, SCALINGS, PolicyGradient
+from sparsekit.recover.watch import Checkpoints
+from sparsekit.structure.choose import share
+from sparsekit.work import Work
+
+INITIAL = ("wanda-sp", "flap", "llm-pruner", "layer-perplexity", "block-influence", "random", "random-progressive")
+UNITS = {"heads-and-channels": ["heads", "channels"], "parts": ["attention", "mlp"], "layers": ["layers"]}
+TESTING = 32  # sequences that are held out, at most
+
+
+def policy_gradient(
+    work: Work,
+    *,
+    remove: str | float,
+    units: list[str] | str = "heads-and-channels",
+    shape: str = "free",
+    budgets: str = "separate",
+    initial: str = "wanda-sp",
+    projection: str = "sigmoid-norm",
+    across: str = "best",
+    sharpness: float = 4.0,
+    group: int = 32,
+    steps: int = 600,
+    masks: int = 4,
+    batch: int = 2,
+    length: int = 128,
+    learning_rate: float = 0.05,
+    baseline: str = "leave-one-out",
+    window: int = 5,
+    antithetic: bool = True,
+    scaling: str = "natural",
+    normalize: bool = True,
+    floor: float = 0.01,
+    held_out: float = 0.125,
+    compensate: bool = True,
+    bias: bool = False,
+    damping: float = 0.01,
+) -> tuple[LightningModule, Any, list[Callback]]:
+    """Learn which heads, channels or layers to remove by policy gradient; the model runs forward only.
+
+    Every unit is kept with a probability s of its own. In a step some masks are drawn, the model's loss under each is
+    measured on the same text, and s moves along the score-function estimate of the expected loss's gradient, then back
+    into the budget. At the end the units with the highest s stay. The defaults are for small budgets, some thousand
+    forward passes; the paper's are in recipes/policy_gradient_paper.yaml.
+
+    remove: share of the blocks' parameters, such as "30%"
+    units: heads-and-channels, parts (whole attentions and MLPs), layers, or a list of the kinds
+    shape: free, or uniform: as many units in each block, which plain transformers loads
+    budgets: separate for heads and channels, as in the paper, or joint, weighed by parameters
+    initial: the scores that s starts from; random, or random-progressive, which begins by removing 5 % and goes on
+    projection: of scores to probabilities, sigmoid-norm (Eq. A10) or score-const (A11)
+    across: where sigmoid-norm takes mean and deviation: block, as published; model, for scores that compare between
+        blocks; best, whichever of the two chooses the better mask on held-out text
+    sharpness: of the sigmoid, 1 as published; larger ones draw masks nearer to the best one known
+    group: channels that share a probability, neighbours in the initial scores; 1 as published
+    steps, masks, batch, length: masks are drawn in a step, each measured on `batch` sequences of `length` tokens
+    learning_rate: falls to 0 along a cosine
+    baseline: what is subtracted from losses: leave-one-out (the mean of the other masks), moving-average (Eq. 8, over
+        `window` steps), initial (the loss of the same text under the mask that the start would choose, and then the
+        moving average), none
+    antithetic: draw masks in opposite pairs
+    scaling: the gradient times s(1-s) (natural: the Fisher matrix's inverse), its root (sqrt), or as it is (none)
+    normalize: divide by the running standard deviation of what the baseline leaves
+    floor: s stays this far from 0 and 1, so that no unit is lost for good
+    held_out: share of the calibration text that chooses between start, way and end; 0: the end is taken
+    compensate, bias, damping: least squares, see `wanda-sp`
+
+    Several processes share the sequences of a step. Memory: that of a forward pass and a few numbers for each unit.
+    Source: Bypass Back-propagation: Optimization-based Structural Pruning for LLMs via Policy Gradient, Algorithm 1.
+    """
+    kinds = UNITS.get(units, [units]) if isinstance(units, str) else units
+    for name, value, allowed in (
+        ("initial", initial, INITIAL),
+        ("projection", projection, PROJECTIONS),
+        ("across", across, ACROSS),
+        ("baseline", baseline, BASELINES),
+        ("scaling", scaling, SCALINGS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
+    counts = {"steps": steps, "masks": masks, "batch": batch, "length": length, "group": group, "window": window}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}; it must be at least 1")
+    if baseline == "leave-one-out" and masks < 2:
+        raise ValueError("baseline leave-one-out compares masks of one step: give at least 2 as masks, or another one")
+    if not (0 <= floor < 0.5 and learning_rate > 0 and sharpness > 0 and 0 <= held_out < 1):
+        raise ValueError(
+            f"floor is {floor} (0 to below 0.5), learning_rate {learning_rate} and sharpness {sharpness} (above 0), "
+            f"held_out {held_out} (0 to below 1)"
+        )
+    found, ending = work.removal(
+        remove, kinds, shape=shape, budgets=budgets, compensate=compensate, bias=bias, damping=damping
+    )
+    text, testing = _texts(work.tokens, length, held_out)
+    score = None
+    if not initial.startswith("random"):
+        method = import_module(f"sparsekit.stages.{plugins.normal(initial)}")
+        score = partial(method.scores, work, found, remove)
+    module = PolicyGradient(
+        work.model,
+        work.blocks,
+        found,
+        text,
+        testing,
+        score=score,
+        remove=share(remove),
+        steps=steps,
+        masks=masks,
+        batch=batch,
+        learning_rate=learning_rate,
+        shape=shape,
+        budgets=budgets,
+        projection=projection,
+        across=across,
+        sharpness=sharpness,
+        group=group,
+        baseline=baseline,
+        window=window,
+        antithetic=antithetic,
+        scaling=scaling,
+        normalize=normalize,
+        floor=floor,
+        progressive=initial == "random-progressive",
+        seed=work.seed,
+        team=work.team,
+        say=work.console.print,
+    )
+    data: Any = DataLoader(range(steps))  # type: ignore[arg-type]  # which text a step sees follows from its number
+    return module, data, [Checkpoints(work.checkpoints), ending]
+
+
+def _texts(tokens: Tensor, length: int, held_out: float) -> tuple[Tensor, Tensor]:
+    """The calibration text cut to `length`: what is learned from, and what is held out, evenly spread."""
+    if tokens.shape[1] < length:
+        raise ValueError(
+            f"length is {length}, but the calibration has sequences of {tokens.shape[1]} tokens; give at most that"
+        )
+    cut = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
+    number = min(round(held_out * len(cut)), TESTING)
+    if number >= len(cut):
+        raise ValueError(f"{len(cut)} sequences cannot be learned from with {number} held out; give more samples")
+    testing = [len(cut) * (index + 1) // number - 1 for index in range(number)]
+    learning = sorted(set(range(len(cut))) - set(testing))
+    return cut[learning], cut[testing]

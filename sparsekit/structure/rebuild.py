@@ -1,0 +1,103 @@
+"""Models built from a config alone, without weights, and how one that was built differs from another."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# what modules hold that says nothing about a model's structure, or is not kept right by cutting
+STALE = ("training", "intermediate_size", "gradient_checkpointing", "name_or_path", "p")
+
+
+def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
+    """The causal language model of a transformers config (JSON), in eval mode, without weights.
+
+    device: "meta" for everything; None: parameters on "meta", buffers computed, so that only weights are wanting
+
+    Raises:
+        ValueError: transformers has no such model, or refuses the config.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    given = dict(config)
+    kind = str(given.pop("model_type", None))
+    try:
+        made = transformers.AutoConfig.for_model(kind, **given)
+        with torch.device(device) if device else _Unfilled():
+            return transformers.AutoModelForCausalLM.from_config(made).eval()
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"transformers cannot build a {kind} of this config: {str(error).splitlines()[-1]}") from error
+
+
+def build_from(folder: Path) -> nn.Module:
+    """The model of a folder, without weights, by transformers and the modeling file in the folder, which is run."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with _Unfilled():
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+
+
+class _Unfilled(TorchFunctionMode):
+    """While this lasts, what torch.empty makes, as it makes parameters, takes no memory; buffers are computed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def difference(built: nn.Module, model: nn.Module, spare: str | None = None) -> str | None:
+    """The first thing, as words, in which a model that was built differs from `model`; None if only weights may.
+
+    Modules, the numbers and texts they hold, the shapes of parameters and the values of buffers are compared.
+
+    spare: the end of names of parameters that only `built` may have
+    """
+    one, other = dict(built.named_modules()), dict(model.named_modules())
+    if one.keys() != other.keys():
+        return f"{min(one.keys() ^ other.keys())} is in one of them only"
+    for name in other:
+        mine, theirs = _plain(one[name]), _plain(other[name])
+        for key in sorted(mine.keys() & theirs.keys()):
+            if mine[key] != theirs[key]:
+                return f"{name}.{key} is {theirs[key]}, and would be {mine[key]}"
+    return _parameters(built, model, spare) or _buffers(built, model)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, bool | int | float | str | None)
+        and key not in STALE
+        and not key.startswith("_")
+        and "dropout" not in key
+    }
+
+
+def _parameters(built: nn.Module, model: nn.Module, spare: str | None) -> str | None:
+    one, other = ({n: tuple(p.shape) for n, p in m.named_parameters(remove_duplicate=False)} for m in (built, model))
+    for name in sorted(one.keys() | other.keys()):
+        extra = name not in other and spare is not None and name.endswith(spare)
+        if one.get(name) != other.get(name) and not extra:
+            return f"{name} is {other.get(name, 'absent')}, and would be {one.get(name, 'absent')}"
+    return None
+
+
+def _buffers(built: nn.Module, model: nn.Module) -> str | None:
+    one, other = dict(built.named_buffers()), dict(model.named_buffers())
+    for name in sorted(one.keys() | other.keys()):
+        if name not in one or name not in other or not _same(one[name], other[name]):
+            return f"the buffer {name} would be another"
+    return None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.is_meta or other.is_meta:
+        return one.shape == other.shape
+    return torch.equal(one.to(other), other)  # a model that was cast has its buffers cast too

@@ -1,0 +1,234 @@
+"""Policy gradient: the estimator against enumeration, projection against its definition, learning, resuming."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import build
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from sparsekit.blocks import discover
+from sparsekit.policy import PolicyGradient
+from sparsekit.recover.watch import Checkpoints
+from sparsekit.stages.policy_gradient import policy_gradient
+from sparsekit.structure import bernoulli
+from sparsekit.structure.bernoulli import Budget, Groups
+from sparsekit.structure.choose import choose
+from sparsekit.structure.units import find
+
+TEXT = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
+S = torch.tensor([0.2, 0.5, 0.7, 0.9, 0.35, 0.6], dtype=torch.float64)
+MASKS = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6)), dtype=torch.float64)  # all 64
+LOSSES = (
+    torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + MASKS @ torch.arange(6.0).double()
+)
+
+
+def exact_gradient():
+    """Of the expected loss, by differentiating the sum over all masks."""
+    s = S.clone().requires_grad_()
+    probability = (MASKS * s + (1 - MASKS) * (1 - s)).prod(1)
+    (probability * LOSSES).sum().backward()
+    return s.grad
+
+
+def estimate(masks, advantages):
+    s = S.clone().requires_grad_()
+    bernoulli.surrogate(s, masks, advantages).backward()
+    return s.grad
+
+
+@pytest.mark.parametrize("baseline", [0.0, 7.5])
+def test_the_estimator_is_unbiased(baseline):
+    weight = (MASKS * S + (1 - MASKS) * (1 - S)).prod(1)
+    expected = sum(
+        p * estimate(mask[None], loss[None] - baseline) for p, mask, loss in zip(weight, MASKS, LOSSES, strict=True)
+    )
+    torch.testing.assert_close(expected, exact_gradient())
+
+
+def test_leave_one_out_is_unbiased_too():
+    weight = (MASKS * S + (1 - MASKS) * (1 - S)).prod(1)
+    expected = torch.zeros(6, dtype=torch.float64)
+    for i, j in itertools.product(range(64), repeat=2):
+        left = torch.stack([LOSSES[i] - LOSSES[j], LOSSES[j] - LOSSES[i]])
+        expected += weight[i] * weight[j] * estimate(MASKS[[i, j]], left)
+    torch.testing.assert_close(expected, exact_gradient())
+
+
+def test_samples_follow_the_probabilities():
+    for antithetic in (False, True):
+        masks = bernoulli.sample(S, 4001, torch.Generator().manual_seed(0), antithetic)
+        assert masks.shape == (4001, 6)
+        torch.testing.assert_close(masks.mean(0), S, atol=0.03, rtol=0)
+    one, other = masks[0], masks[1]
+    assert (one + other)[1] == 1  # at one half, opposite numbers give opposite masks
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.4, 0.8])
+def test_projection_is_the_nearest_point(limit):
+    """The variational inequality: no feasible point is on the other side of the plane through the projection."""
+    generator = torch.Generator().manual_seed(3)
+    weight = 1 + torch.rand(9, generator=generator, dtype=torch.float64)
+    z = torch.randn(9, generator=generator, dtype=torch.float64) + 0.5
+    budget = Budget(torch.ones(9, dtype=torch.bool), weight, limit)
+    s = budget.project(z, 0.0, 1.0)
+    room = limit * float(weight.sum())
+    assert s.min() >= 0 and s.max() <= 1 and float((weight * s).sum()) <= room * (1 + 1e-9)
+    for _ in range(200):
+        other = torch.rand(9, generator=generator, dtype=torch.float64)
+        other *= min(1.0, room / float((weight * other).sum()))
+        assert float((z - s) @ (other - s)) <= 1e-9
+    inside = torch.full((9,), limit / 2, dtype=torch.float64)
+    assert torch.equal(budget.project(inside, 0.0, 1.0), inside)
+
+
+@pytest.fixture
+def small():
+    model = build("Llama")
+    blocks = discover(model, TEXT[:1, :8])
+    return model, blocks, find(model, blocks)
+
+
+def test_scores_become_probabilities_in_the_budget(small):
+    _, _, units = small
+    scores = torch.rand(len(units), generator=torch.Generator().manual_seed(0)).double()
+    groups = Groups.by_score(units, scores, 8)
+    assert groups.count == 6 + 3 * 6  # two KV groups and 48 channels in each of three layers
+    for shape, joint in (("free", False), ("free", True), ("uniform", False)):
+        keep = choose(units, scores, 0.3, shape=shape, budgets="joint" if joint else "separate")
+        allowed = bernoulli.budgets(units, groups, keep, shape, joint)
+        for across in ("block", "model"):
+            start = bernoulli.sigmoid_norm(units, groups, scores, allowed, across=across, sharpness=2.0)
+            for budget in allowed:
+                share = float((start * budget.weight)[budget.members].sum() / budget.weight[budget.members].sum())
+                assert share == pytest.approx(budget.limit, abs=1e-6)
+        order = [start[groups.number[units.part == 1]], scores[units.part == 1]]
+        assert (order[0].diff()[order[1].diff() > 0.5] >= 0).all()
+    constant = bernoulli.score_const(Groups.by_score(units, scores, 1), keep)
+    assert sorted({round(each, 6) for each in constant.tolist()}) == [0.2, 0.8]
+
+
+def learn(small, steps=30, loader=None, callbacks=(), resume=None, score=None, loss=None, testing=TEXT[:2], **options):
+    model, blocks, units = small
+    settings = {"remove": 0.3, "masks": 2, "batch": 2, "learning_rate": 0.05, "baseline": "leave-one-out"}
+    module = PolicyGradient(
+        model, blocks, units, TEXT[2:], testing, score=score, steps=steps, say=lambda _: None, **settings | options
+    )
+    if loss is not None:
+        module._loss = loss
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader or DataLoader(range(steps)), ckpt_path=resume, weights_only=True if resume else None)
+    return module
+
+
+@pytest.mark.parametrize("baseline", ["leave-one-out", "moving-average", "initial"])
+def test_it_finds_the_units_that_matter(small, baseline):
+    """The loss counts which of every third unit are dropped; nothing else matters, and the start is blind."""
+    units = small[2]
+    matters = torch.arange(len(units)) % 3 == 0
+
+    def loss(tokens, kept):
+        return float((~kept.bool() & matters).sum()) / 10
+
+    options = {"scaling": "natural", "normalize": True, "learning_rate": 0.2, "floor": 0.01, "masks": 4}
+    module = learn(small, 400, loss=loss, baseline=baseline, testing=TEXT[:0], **options)
+    kept = choose(units, module.scores, 0.3)
+    lost = int((~kept & matters).sum()) / int(matters.sum())
+    assert lost < 0.12  # at random, 0.3
+    assert len(module.curve) == 400 and module.notes["steps"] == 400
+
+
+def test_the_start_wins_where_nothing_is_learned(small):
+    """Held-out text judges start, way and end."""
+    units = small[2]
+    scores = torch.arange(len(units)).double()
+
+    def loss(tokens, kept):  # the mask of the start is the best there is
+        best = choose(units, scores, 0.3)
+        return float((kept.bool() != best).sum())
+
+    module = learn(small, 8, loss=loss, score=lambda _: scores, learning_rate=5.0, scaling="natural", across="model")
+    assert torch.equal(choose(units, module.scores, 0.3), choose(units, scores, 0.3))
+    assert module.notes["held_out"][0] == min(module.notes["held_out"])
+
+
+def test_projection_holds_on_the_way_and_progressive_budgets_shrink(small):
+    module = learn(small, 12, progressive=True, learning_rate=0.5, remove=0.3)
+    limits = [module._limit(module.allowed[0], step) for step in range(12)]
+    assert limits[0] == pytest.approx(1 - (1 - module.allowed[0].limit) * 0.05 / 0.3) and limits == sorted(limits)[::-1]
+    assert limits[-1] == pytest.approx(module.allowed[0].limit)
+    for budget in module.allowed:
+        share = float((module.probabilities.detach().double() * budget.weight)[budget.members].sum())
+        assert share <= budget.limit * float(budget.weight[budget.members].sum()) * (1 + 1e-5)
+
+
+class Stop(Exception):
+    pass
+
+
+class Kill(Checkpoints):
+    """Dies after a step, once the checkpoint is written."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        if module.global_step == 5:
+            raise Stop
+
+
+def test_it_resumes_bit_for_bit(small, tmp_path):
+    options = {"scaling": "natural", "normalize": True, "baseline": "moving-average", "score": None}
+    whole = learn(small, 12, **options)
+    with pytest.raises(Stop):
+        learn(small, 12, callbacks=[Kill(tmp_path, pause=0)], **options)
+    resumed = learn(small, 12, resume=tmp_path / "last.ckpt", **options)
+    assert torch.equal(whole.probabilities, resumed.probabilities) and torch.equal(whole.scores, resumed.scores)
+    assert whole.notes["held_out"] == resumed.notes["held_out"]
+
+
+def test_the_model_is_left_as_it_was(small):
+    model = small[0]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        logits = model(TEXT[:2]).logits
+        learn(small, 3)
+        assert torch.equal(model(TEXT[:2]).logits, logits)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"initial": "wandasp"}, "initial is 'wandasp'; it can be wanda-sp"),
+        ({"baseline": "mean"}, "baseline is 'mean'; it can be leave-one-out"),
+        ({"masks": 1}, "give at least 2 as masks"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"remove": "130%"}, "remove is '130%'; it must be a share"),
+        ({"units": ["heads", "layers"]}, "units are heads, layers; they can be heads and channels"),
+        ({"shape": "round"}, "shape is 'round'"),
+        ({"shape": "uniform", "budgets": "joint"}, "budgets cannot be joint with it"),
+        ({"length": 1000}, "length is 1000, but the calibration has sequences of 16"),
+        ({"floor": 0.7}, "floor is 0.7"),
+    ],
+)
+def test_mistakes(small, options, said, tmp_path):
+    from sparsekit.commits import Commits
+    from sparsekit.work import Work
+
+    model, blocks, _ = small
+    planned = SimpleNamespace(recipe=SimpleNamespace(seed=0), batch=2)
+    work = Work(planned, model, blocks, TEXT, tmp_path, Commits(tmp_path), None)
+    with pytest.raises(ValueError) as error:
+        policy_gradient(work, **{"remove": "30%", "length": 16} | options)
+    assert said in str(error.value)

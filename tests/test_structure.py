@@ -1,0 +1,225 @@
+"""What can be removed, masking it and cutting it out: equal logits in every family, whatever is removed."""
+
+import families
+import pytest
+import torch
+from torch import nn
+
+from sparsekit import blocks as blocks_of
+from sparsekit.structure.cut import cut
+from sparsekit.structure.masking import masking
+from sparsekit.structure.units import find
+
+SETTINGS = {name: given for name, given in families.SETTINGS.items() if name != "Mixtral"} | {
+    "Qwen2": families.GROUPED,
+    "Gemma2": families.GROUPED | {"head_dim": 8, "sliding_window": 8},
+}
+LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3")
+TOKENS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))  # longer than sliding windows
+KINDS = [("heads", "channels"), ("heads",), ("channels",), ("attention", "mlp"), ("layers",)]
+
+
+def built(family, kinds=("heads", "channels"), device="cpu"):
+    model = families.build(family, device, SETTINGS[family])
+    blocks = blocks_of.find(model)
+    return model, blocks, find(model, blocks, kinds)
+
+
+def some(units, seed=3):
+    """A mask that removes two in five, and leaves something of each kind."""
+    kept = torch.rand(len(units), generator=torch.Generator().manual_seed(seed)) > 0.4
+    kept[-1] = True
+    return kept
+
+
+@torch.no_grad()
+def logits(model):
+    return model(TOKENS).logits
+
+
+def greedy(model, use_cache=True):
+    return model.generate(TOKENS, max_new_tokens=10, do_sample=False, use_cache=use_cache, pad_token_id=0)
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=" ".join)
+@pytest.mark.parametrize("family", SETTINGS)
+def test_a_cut_model_computes_what_the_masked_one_computes(family, kinds):
+    model, blocks, units = built(family, kinds)
+    dense, kept = logits(model), some(units)
+    with masking(blocks, units) as masked:
+        assert torch.equal(logits(model), dense)  # all kept
+        masked(kept)
+        expected, tokens = logits(model), greedy(model, use_cache=False)
+    assert torch.equal(logits(model), dense)  # no weight was touched
+    assert (expected - dense).abs().max() > 0.01
+    size = parameters(model)
+    cut(model, blocks, units, kept)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+    assert torch.equal(greedy(model), tokens)  # the cache of keys and values counts right
+    gone = int(units.parameters[~kept].sum())
+    assert size - parameters(model) == gone + _biases_of_lost_parts(family, units, kept)
+
+
+def _biases_of_lost_parts(family, units, kept):
+    """Heads and channels do not own the bias of their output linear, or norms of queries and keys; lost parts do."""
+    norms = {"Qwen3": 2 * 8, "Gemma3": 2 * 8}.get(family, 0)
+    biases = 32 if family in ("OPT", "GPT2", "GPTNeoX", "Phi") else 0
+    lost = [part.kind for part, each in zip(units.parts, units.split(kept), strict=True) if not each.any()]
+    return sum(
+        (biases if kind in ("heads", "channels") else 0) + (norms if kind in ("heads", "attention") else 0)
+        for kind in lost
+    )
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_zeroing_the_weights_is_what_masking_does(family):
+    """The oracle: rows and columns of removed units set to zero by hand, in the weights of the dense model."""
+    model, blocks, units = built(family)
+    kept = some(units) | torch.cat([torch.arange(part.count) == 0 for part in units.parts])
+    with masking(blocks, units) as masked:
+        masked(kept)
+        expected = logits(model)
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    for part, each in zip(units.parts, units.split(kept), strict=True):
+        for name, rows in part.inputs.items():
+            if part.kind == "channels" or not name.endswith(("q_proj", "k_proj")):  # zero scores are no silence
+                linears[name].weight[rows[~each].flatten()] = 0
+        linears[part.output].weight[:, part.columns[~each].flatten()] = 0
+    torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_units_are_what_the_config_says(family):
+    model, _, units = built(family)
+    heads, channels = (sum(part.count for part in units.parts if part.kind == kind) for kind in ("heads", "channels"))
+    groups = 2 if family in LLAMA_LIKE else 4
+    assert (heads, channels) == (3 * groups, 3 * (128 if family == "GPT2" else 48))
+    assert len(units) == heads + channels and units.kinds == ["heads", "channels"]
+    assert units.total == sum(p.numel() for block in blocks_of.find(model) for p in block.module.parameters())
+    assert units.removed(torch.zeros(len(units), dtype=torch.bool)) < 1
+    for part in units.parts:
+        assert part.columns.flatten().sort().values.tolist() == list(range(part.columns.numel()))
+        for rows in part.inputs.values():  # every row belongs to one unit
+            assert rows.flatten().sort().values.tolist() == list(range(rows.numel()))
+    meta, _, same = built(family, device="meta")
+    assert torch.equal(same.parameters, units.parameters) and all(p.is_meta for p in meta.parameters())
+
+
+def test_the_parameters_of_units_of_a_llama():
+    """By hand: 4 query heads of 8, 2 groups, hidden size 32, 48 channels."""
+    _, _, units = built("Llama")
+    assert units.parameters[units.of("heads")].unique().tolist() == [32 * (2 * 8 + 8 + 8) + 2 * 8 * 32]
+    assert units.parameters[units.of("channels")].unique().tolist() == [3 * 32]
+    _, _, whole = built("Llama", ("attention", "mlp"))
+    assert whole.parameters.tolist() == [2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 48] * 3
+    _, _, layers = built("Llama", ("layers",))
+    assert int(layers.parameters.sum()) == layers.total == whole.total
+    assert layers.removed(torch.tensor([True, False, True])) == pytest.approx(1 / 3)
+    assert units.block.tolist() == sorted(units.block.tolist()) and units.part.max() == 5
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "OPT", "GPT2"])
+def test_every_attention_and_every_mlp_may_go(family):
+    model, blocks, units = built(family, ("attention", "mlp"))
+    with masking(blocks, units) as masked:
+        masked(torch.zeros(len(units)))
+        expected = logits(model)
+    cut(model, blocks, units, torch.zeros(len(units), dtype=torch.bool))
+    torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=0)
+    assert greedy(model).shape == (2, 22)
+    alone = logits(model)[:, -1]  # nothing looks at other tokens
+    with torch.no_grad():
+        mixed = model(torch.cat([TOKENS[:, :-1].flip(1), TOKENS[:, -1:]], 1)).logits[:, -1]
+    torch.testing.assert_close(mixed, alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "Phi"])
+@pytest.mark.parametrize("kinds", [("heads", "channels"), ("layers",)], ids=" ".join)
+def test_cutting_works_on_the_meta_device(family, kinds):
+    model, blocks, units = built(family, kinds)
+    cut(model, blocks, units, some(units))
+    meta, blocks, units = built(family, kinds, "meta")
+    cut(meta, blocks, units, some(units))
+    shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (model, meta)]
+    assert shapes[0] == shapes[1] and all(p.is_meta for p in meta.parameters())
+
+
+@pytest.mark.parametrize("kinds", [("heads", "channels"), ("layers",)], ids=" ".join)
+def test_a_mask_follows_another_without_a_trace(kinds):
+    """Masks of 0 and 1 in float, as samples are, and of booleans."""
+    model, blocks, units = built("Mistral", kinds)
+    one, other = some(units), some(units, seed=4)
+    assert not torch.equal(one, other)
+    with masking(blocks, units) as masked:
+        masked(one)
+        first = logits(model)
+        masked(other.float())
+        second = logits(model)
+        masked(one.float())
+        assert torch.equal(logits(model), first) and not torch.allclose(first, second)
+
+
+def test_gradients_reach_what_is_kept_only():
+    """A masked model can be trained: removed columns get none."""
+    model, blocks, units = built("Llama", ("channels",))
+    kept = some(units)
+    with masking(blocks, units) as masked:
+        masked(kept)
+        model(TOKENS, labels=TOKENS).loss.backward()
+    for part, each in zip(units.parts, units.split(kept), strict=True):
+        gradient = model.get_parameter(f"{part.output}.weight").grad
+        assert torch.equal(gradient.abs().sum(0) > 0, each)
+
+
+@pytest.mark.parametrize("family", ["Llama", "OPT"])
+def test_what_a_part_needs_in_half_precision(family):
+    model, blocks, units = built(family)
+    model.to(torch.bfloat16)
+    kept = some(units)
+    with masking(blocks, units) as masked:
+        masked(kept)
+        expected = logits(model)
+    cut(model, blocks, units, kept)
+    assert logits(model).dtype == torch.bfloat16
+    torch.testing.assert_close(logits(model), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "kinds", [("heads", "layers"), ("heads", "attention"), ("channels", "mlp"), ("rows",), ()], ids=" ".join
+)
+def test_kinds_that_cannot_be_removed_together_are_refused(kinds):
+    model = families.build("Llama", "meta")
+    with pytest.raises(ValueError, match="they can be heads and channels, attention and mlp, or layers"):
+        find(model, blocks_of.find(model), kinds)
+
+
+def test_families_whose_roles_are_not_known_are_refused():
+    """Mixtral's fused experts: its heads and layers may go, its channels not."""
+    model = families.build("Mixtral", "meta")
+    blocks = blocks_of.find(model)
+    assert len(find(model, blocks, ("heads",))) == 6 and len(find(model, blocks, ("layers",))) == 3
+    with pytest.raises(ValueError, match=r"model.layers.0 has no MLP whose linears sparsekit knows: it has self_attn"):
+        find(model, blocks, ("channels",))
+
+
+def test_norms_over_all_heads_are_refused():
+    """OLMo 2 normalises queries over all heads together, so that none can go alone; layers can."""
+    import transformers
+
+    config = transformers.Olmo2Config(**families.GROUPED)
+    with torch.device("meta"):
+        model = transformers.Olmo2ForCausalLM(config)
+    with pytest.raises(ValueError, match=r"q_norm.* normalises all heads together"):
+        find(model, blocks_of.find(model), ("heads",))
+    assert len(find(model, blocks_of.find(model), ("layers",))) == 3
+
+
+def test_an_mlp_that_does_not_read_what_is_made_is_refused():
+    model = families.build("Llama")
+    model.model.layers[1].mlp.up_proj = nn.Linear(32, 40, bias=False)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj reads 48 channels"):
+        find(model, blocks_of.find(model), ("channels",))
