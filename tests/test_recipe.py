@@ -57,7 +57,8 @@ def test_shipped_recipes_are_right(path: Path) -> None:
     recipe = load_recipe(path)
     assert check_options(recipe) == []
     assert recipe.output == f"runs/{path.stem}"
-    parse(recipe.pattern)
+    if recipe.pattern is not None:
+        parse(recipe.pattern)
     data.resolve(recipe.calibration.model_dump(), (*data.CALIBRATION, "batch"))
     evaluate.check(recipe.evaluate.model_dump(exclude={"dense", "samples"}))
 

@@ -1,5 +1,6 @@
 """Policy gradient: which structures stay is learned from the loss of the pruned model, by forward passes alone."""
 
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -27,6 +28,7 @@ def policy_gradient(
     shape: str = "free",
     budgets: str = "separate",
     initial: str = "wanda-sp",
+    tokens: int = 131072,
     projection: str = "sigmoid-norm",
     across: str = "best",
     sharpness: float = 4.0,
@@ -59,6 +61,7 @@ def policy_gradient(
     shape: free, or uniform: as many units in each block, which plain transformers loads
     budgets: separate for heads and channels, as in the paper, or joint, weighed by parameters
     initial: the scores that s starts from; random, or random-progressive, which begins by removing 5 % and goes on
+    tokens: of calibration text for these scores and for least squares, at most
     projection: of scores to probabilities, sigmoid-norm (Eq. A10) or score-const (A11)
     across: where sigmoid-norm takes mean and deviation: block, as published; model, for scores that compare between
         blocks; best, whichever of the two chooses the better mask on held-out text
@@ -90,6 +93,7 @@ def policy_gradient(
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
     counts = {"steps": steps, "masks": masks, "batch": batch, "length": length, "group": group, "window": window}
+    counts["tokens"] = tokens
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} is {count}; it must be at least 1")
@@ -100,14 +104,15 @@ def policy_gradient(
             f"floor is {floor} (0 to below 0.5), learning_rate {learning_rate} and sharpness {sharpness} (above 0), "
             f"held_out {held_out} (0 to below 1)"
         )
-    found, ending = work.removal(
+    few = replace(work, tokens=work.tokens[: max(1, tokens // work.tokens.shape[1])])
+    found, ending = few.removal(
         remove, kinds, shape=shape, budgets=budgets, compensate=compensate, bias=bias, damping=damping
     )
     text, testing = _texts(work.tokens, length, held_out)
     score = None
     if not initial.startswith("random"):
         method = import_module(f"sparsekit.stages.{plugins.normal(initial)}")
-        score = partial(method.scores, work, found, remove)
+        score = partial(method.scores, few, found, remove)
     module = PolicyGradient(
         work.model,
         work.blocks,

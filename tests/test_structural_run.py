@@ -1,0 +1,111 @@
+"""Structural recipes from the command line: cut, stored, proved, reported, gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import fit
+
+import sparsekit
+from sparsekit import pipeline
+from sparsekit.blocks import find
+from sparsekit.checkpoint import Checkpoint
+from sparsekit.cli import main
+
+MODELS = Path(__file__).parent / "models"
+POLICY = '{policy_gradient: {remove: "30%", steps: 6, masks: 2, batch: 2, group: 16}}'
+
+
+def recipe(folder: Path, stages: str, model: str = "tiny-llama", more: str = "") -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(
+        f"model: {MODELS / model}\n"
+        "calibration: {source: python-docs, samples: 16, length: 128, seed: 0}\n"
+        f"stages: [{stages}]\n"
+        "evaluate: {perplexity: [{source: python-docs, windows: 4}], length: 64, dense: false}\n"
+        f"output: {folder / 'run'}\n{more}"
+    )
+    return file
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "run" / "report.json").read_text())
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
+def test_policy_gradient_from_the_command_line(tmp_path: Path, model: str) -> None:
+    done = fit(recipe(tmp_path, POLICY, model))
+    assert done.returncode == 0, done.stderr
+    assert "6 steps of 2 forward passes over 2 x 128 tokens" in " ".join(done.stdout.split())
+    report = report_of(tmp_path)
+    assert report["verified"] is True
+    structure = report["structure"]
+    assert structure["removed"][0] == pytest.approx(0.3, abs=0.01) and len(structure["blocks"]) == 4
+    assert structure["layout"] == ("generated" if model == "tiny-llama" else "own")
+    assert len(report["notes"]["policy_gradient"]["held_out"]) == 5
+    loaded, _ = sparsekit.load(tmp_path / "run")
+    assert sum(p.numel() for p in loaded.parameters()) == structure["parameters"]["pruned"]
+    for block, seen in zip(find(loaded), structure["blocks"], strict=True):
+        output = next(linear for name, linear in block.linears.items() if name.endswith(("down_proj", "fc2")))
+        assert (
+            output.shape[1] == seen["channels"][0] < seen["channels"][1] or seen["channels"][0] == seen["channels"][1]
+        )
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "of its blocks removed" in card and "parameters are left" in card
+    assert main(["verify", str(tmp_path / "run"), "--against", str(MODELS / model)]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+
+
+def test_a_damaged_cut_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(recipe(tmp_path, '{wanda-sp: {remove: "30%"}}')).returncode == 0
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "run" / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    tensors[name][0, 0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "run"), "--against", str(MODELS / "tiny-llama")]) == 1
+    assert name.removesuffix(".weight") in capsys.readouterr().out
+
+
+def test_solvers_go_on_with_the_smaller_model(tmp_path: Path) -> None:
+    """Heads and channels, then layers, then 2:4 of what is left; a kill between costs nothing that is finished."""
+    stages = '{wanda-sp: {remove: "30%", compensate: true}}, {block-influence: {remove: "25%"}}, sparsegpt'
+    whole = fit(recipe(tmp_path, stages, more='pattern: "2:4"\n'))
+    assert whole.returncode == 0, whole.stderr
+    report = report_of(tmp_path)
+    assert report["verified"] is True and report["structure"]["layers"] != [0, 1, 2, 3]
+    assert len(report["structure"]["removed"]) == 2 and report["sparsity"]["total"] == 0.5
+    (tmp_path / "again").mkdir()
+    file = recipe(tmp_path / "again", stages, more='pattern: "2:4"\n')
+    real = pipeline.one_shot
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*_: object) -> None:
+            raise OSError("no space left")
+
+        patch.setattr(pipeline, "one_shot", killed)
+        assert fit(file).returncode == 1
+    assert pipeline.one_shot is real
+    assert fit(file, "--resume").returncode == 0
+    one, other = (Checkpoint(folder / "run" / "model") for folder in (tmp_path, tmp_path / "again"))
+    assert list(one) == list(other) and all(torch.equal(one.tensor(name), other.tensor(name)) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ('wanda, {wanda-sp: {remove: "30%"}}', "removes structures, which must come before `wanda`"),
+        ("wanda-sp", "option `remove` is required"),
+        ('{wanda-sp: {remove: "0%"}}', "remove is '0%'; it must be a share"),
+        ('{wanda-sp: {remove: "99%"}}', "can give up"),
+        ('{wanda-sp: {remove: "30%"}}, wanda', "missing key `pattern`, which `wanda` prunes to"),
+    ],
+)
+def test_mistakes(tmp_path: Path, stages: str, said: str) -> None:
+    more = 'pattern: "50%"\n' if stages.startswith("wanda,") else ""
+    done = fit(recipe(tmp_path, stages, more=more))
+    assert done.returncode == 2 and said in " ".join(done.stderr.split())
