@@ -105,7 +105,7 @@ def text(split: str, *, path: str, separator: str | None = "\n\n") -> Corpus:
         being an empty row. null takes the file as it stands instead.
     """
     file = _file(path)
-    rows = _load("text", file, sample_by="document" if separator is None else "line", keep_linebreaks=True)["text"]
+    rows = load_rows("text", file, sample_by="document" if separator is None else "line", keep_linebreaks=True)["text"]
     if separator is None:
         return Corpus(rows, "", name=file.name)
     return Corpus(["" if row.isspace() else row for row in rows], separator, name=file.name)
@@ -284,7 +284,7 @@ def _file(path: str) -> Path:
     return file
 
 
-def _load(kind: str, path: Path, **options: Any) -> Any:
+def load_rows(kind: str, path: Path, **options: Any) -> Any:
     """All rows of a local file as a data set with one split; kind as `datasets` names its readers."""
     import datasets
 
@@ -316,7 +316,7 @@ def no_bars() -> Iterator[None]:
 
 def _rows(kind: str, path: Path, field: str) -> Sequence[str]:
     """One text column of a local file, read as it is asked for."""
-    rows = _load(kind, path)
+    rows = load_rows(kind, path)
     texts = [key for key, value in rows.features.items() if getattr(value, "dtype", "") in ("string", "large_string")]
     if field not in texts:
         valid = ", ".join(f"`{each}`" for each in texts) or "none"

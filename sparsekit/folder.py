@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from sparsekit import checkpoint, report
+from sparsekit.blocks import Block
 from sparsekit.commits import Commits, unpack, write_json
 from sparsekit.plan import Plan
 
 STATE = "run.json"  # the fingerprint of a run that has begun
+MASKS = "masks.safetensors"  # of pruned weights
 REPORT = "report.json"  # written last: its presence means that the run is finished
 # keys of a recipe that do not change the weights, so that a resumed run may change them
 FREE = ("output", "memory", "evaluate", "keep", "loggers")
@@ -112,11 +115,34 @@ def commits(output: Path, segment: int) -> Commits:
     return Commits(output / "blocks" / str(segment) if segment else output / "blocks")
 
 
+class Before:
+    """The finished run that a recipe goes on from: the masks and records of its pruned linears."""
+
+    def __init__(self, run: str | Path):
+        report = json.loads((Path(run) / REPORT).read_text(encoding="utf-8"))
+        self.linears: dict[str, dict[str, Any]] = report["sparsity"]["per_linear"]
+        self.errors: dict[str, float] = report["error"]
+        self.file = Path(run) / MASKS
+
+    def records(self, block: Block) -> dict[str, dict[str, Any]]:
+        """As `Block.records` has them."""
+        return {
+            name: {**self.linears[name], "error": self.errors[name], "seconds": 0.0, "warnings": []}
+            for name in block.linears
+            if name in self.linears
+        }
+
+    def masks(self, block: Block) -> dict[str, Tensor]:
+        """A block's masks as packed bits, by the names of its linears; see `Commits.masks`."""
+        with safe_open(self.file, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in block.linears}
+
+
 def masks(output: Path, planned: Plan) -> dict[str, Tensor]:
     """The stored masks, read back from disk."""
     from safetensors.torch import load_file
 
-    bits = load_file(output / "masks.safetensors")
+    bits = load_file(output / MASKS)
     return {
         name: unpack(bits[name], linear.shape) for block in planned.blocks for name, linear in block.linears.items()
     }

@@ -41,7 +41,7 @@ class Outcome:
 
     blocks: list[Block]
     cuts: list[tuple[Units, Removal]] = field(default_factory=list)
-    masks: Commits | None = None
+    masks: Commits | folder.Before | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,6 +52,10 @@ def prune(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: 
     themselves pruned at the end.
     """
     outcome = Outcome(adopt(model, planned.blocks))
+    if planned.recipe.from_ and (Path(planned.recipe.from_) / folder.MASKS).is_file():
+        outcome.masks = folder.Before(planned.recipe.from_)
+        for block in outcome.blocks:
+            block.records = outcome.masks.records(block)
     for index, stages in enumerate(planned.segments):
         commits = folder.commits(output, index)
         work = Work(

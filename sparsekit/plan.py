@@ -33,7 +33,8 @@ class Plan:
 
     recipe: Recipe
     resolved: dict[str, Any]
-    folder: Path  # of the source checkpoint
+    folder: Path  # of the checkpoint that it begins with
+    dense: Path  # of the model that was never pruned; the same, unless the recipe goes on from a run
     model: nn.Module  # on the meta device
     blocks: list[Block]
     patterns: dict[str, Pattern]  # the same for all where `postponed`; none without a pattern
@@ -121,11 +122,12 @@ def make(recipe: Recipe) -> Plan:
     problems += missing(recipe.loggers)
     if problems:
         raise RecipeError(problems)
-    folder = locate(recipe.model.model_dump())
+    dense = locate(recipe.model.model_dump())
+    folder = locate(recipe.from_) if recipe.from_ else dense
     model = skeleton(folder, trust_remote_code=recipe.model.trust_remote_code)
     model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
     blocks = discover(model, sample("meta"))
-    planned = Plan(recipe, resolved(recipe), folder, model, blocks, allocate(recipe, blocks))
+    planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks))
     if planned.quantization is not None:
         for block in blocks:
             for name, linear in block.linears.items():

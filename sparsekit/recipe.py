@@ -5,6 +5,7 @@ imports the named methods alone and checks their options. Both report every prob
 """
 
 import io
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -50,6 +51,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         yamltree.override(tree, setting, expand)
     if not isinstance(tree.value, dict):
         raise RecipeError([*tree.problems, f"{tree.place(())}: a recipe is a mapping with {', '.join(_required())}"])
+    _model_of_run(tree.value)
     try:
         recipe = Recipe.model_validate(tree.value)
     except ValidationError as error:
@@ -65,6 +67,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = recipe.model_copy(update={"stages": stages, "allocation": allocation, "output": output})
     recipe._tree = tree
     return recipe
+
+
+def _model_of_run(value: dict[str, Any]) -> None:
+    """`from` says the model too, the one that its run began with, and the pattern, unless they are given."""
+    report = Path(str(value.get("from"))) / "report.json"
+    if isinstance(value.get("from"), str) and report.is_file():
+        earlier = json.loads(report.read_text(encoding="utf-8"))["recipe"]
+        for key in ("model", "pattern"):
+            value.setdefault(key, earlier[key])
 
 
 def _without_pattern(tree: yamltree.Tree, name: str) -> str:
@@ -92,6 +103,12 @@ def check_options(recipe: Recipe) -> list[str]:
         given = stage.options | {k: v for k, v in fields.items() if k in plugins.options(function)}
         for name, problem in plugins.option_problems(function, given, also=fields).items():
             problems.append(f"{recipe._tree.place((*keys, name))}: {where}: {problem}")
+        if hasattr(function, "check") and not plugins.option_problems(function, given, also=fields):
+            options = {name: p.default for name, p in plugins.options(function).items()}
+            try:
+                function.check(options | {plugins.normal(name): value for name, value in given.items()})
+            except ValueError as error:
+                problems.append(f"{recipe._tree.place(keys)}: {where}: {error}")
     needy = [s.name for s in recipe.stages if kind(s) == "stage" and "solver" in _options_of(s)]
     if recipe.pattern is None and needy:
         problems.append(_without_pattern(recipe._tree, needy[0]))
@@ -99,7 +116,8 @@ def check_options(recipe: Recipe) -> list[str]:
     for place, stage in zip(places, recipe.stages, strict=True):
         if kind(stage) == "stage" and "solver" in stage.options:
             problems += _solver_problems(stage.options["solver"], place)
-    return problems + _order_problems(recipe.stages, places)
+    pruned = recipe.from_ is not None and (Path(recipe.from_) / "masks.safetensors").is_file()
+    return problems + _order_problems(recipe.stages, places, f"from: {recipe.from_}" if pruned else "")
 
 
 def solvers(given: Any) -> list[Stage]:
@@ -122,8 +140,9 @@ def _solver_problems(given: Any, place: str) -> list[str]:
     return problems + _order_problems(stages, [f"{place}, solver `{stage.name}`" for stage in stages])
 
 
-def _order_problems(stages: Sequence[Stage], places: Sequence[str]) -> list[str]:
-    problems, earlier = [], ""
+def _order_problems(stages: Sequence[Stage], places: Sequence[str], earlier: str = "") -> list[str]:
+    """earlier: what pruned weights before the first stage."""
+    problems = []
     for stage, place in zip(stages, places, strict=True):
         if kind(stage) == "stage":
             if earlier and "solver" in _options_of(stage):
@@ -180,7 +199,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
     Imports the named methods, as `check_options` does.
     """
-    plain = recipe.model_dump()
+    plain = recipe.model_dump(by_alias=True)
     filled = [stage.options | _defaults(group, stage, beside) for _, _, group, stage, beside in _methods(recipe)]
     plain["calibration"] |= filled[0]
     plain["allocation"] = {recipe.allocation.name: filled[1]}

@@ -15,7 +15,7 @@ from sparsekit.structure import proof, storage
 from sparsekit.structure.shape import KINDS, Cuts, Shape
 from sparsekit.verify import verify
 
-MASKS, KEPT = "masks.safetensors", "kept.safetensors"
+KEPT = "kept.safetensors"
 
 
 def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Path) -> Shape | None:
@@ -26,8 +26,8 @@ def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Pa
     """
     target = output / "model"
     shape = None
-    if outcome.cuts:
-        before = Shape.read(planned.folder)
+    before = Shape.read(planned.folder)
+    if outcome.cuts or before is not None:
         shape = Shape.of(model, outcome.cuts, before=before, changed=changed(outcome))
         shape = storage.save(model, tokenizer, target, shape, source=planned.folder)
         kept = {f"{number}.{name}": tensor for number, name, tensor in _kept(outcome)}
@@ -37,7 +37,7 @@ def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Pa
     sync(output)
     if outcome.masks is not None:
         bits = {name: mask for block in outcome.blocks for name, mask in outcome.masks.masks(block).items()}
-        write_atomically(output / MASKS, lambda file: write_tensors(file, bits))
+        write_atomically(output / folder.MASKS, lambda file: write_tensors(file, bits))
     return shape
 
 
@@ -83,7 +83,7 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
     patterns: of the pruned linears, by name. changed: see the function of that name.
     """
     trust, cast = planned.recipe.model.trust_remote_code, planned.recipe.model.dtype != "auto"
-    pruned = (output / MASKS).is_file()
+    pruned = (output / folder.MASKS).is_file()
     failures: list[str] = []
     if cuts:
         failures += proof.prove(
@@ -92,7 +92,7 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
     if pruned or not cuts:
         failures += verify(
             output / "model",
-            against=None if cuts else planned.folder,
+            against=None if cuts or Shape.read(planned.folder) is not None else planned.folder,
             masks=folder.masks(output, planned) if pruned else None,
             patterns=patterns,
             quantization=planned.quantization,

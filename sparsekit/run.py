@@ -93,9 +93,12 @@ def _fit(
     if measured and recipe_.evaluate.dense and parallel.rank() == 0:
         with meter.stage("evaluate dense"):
             console.print("measuring the dense model")
-            measure = partial(_measure, planned, model, tokenizer, settings, texts)
+            dense = (
+                model if planned.dense == planned.folder else storage.load(planned.dense, trust_remote_code=trust)[0]
+            )
+            measure = partial(_measure, planned, dense, tokenizer, settings, texts)
             evaluation["dense"] = folder.once(output / "blocks" / "dense.json", settings, measure)
-            del measure
+            del measure, dense
     if planned.postponed:
         with meter.stage("allocate"):
             planned.patterns = _allocated(planned, model, tokens, output, console)

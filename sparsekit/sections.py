@@ -239,6 +239,11 @@ TYPES = {"string_type": "a text", "int_type": "a whole number", "bool_type": "tr
 TYPES |= {"model_type": "a mapping", "too_short": "at least one", "string_too_short": "a text of at least one letter"}
 
 
+def names_of(section: type[Section]) -> list[str]:
+    """The keys of a section as they are written."""
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
 def _empty(value: Any) -> Any:
     return {} if value is None else value  # a section of which every line is commented out
 
@@ -252,6 +257,9 @@ class Recipe(Section):
     ]
     pattern: Annotated[str | None, BeforeValidator(values.pattern, json_schema_input_type=str | float)] = Field(
         default=None, description='"50%" removed, or "2:4": keep 2 of 4; stages that remove structures need none'
+    )
+    from_: Annotated[str | None, AfterValidator(lambda name: name if name is None else values.a_run(name))] = Field(
+        default=None, alias="from", description="folder of a finished run, whose result the stages go on with"
     )
     calibration: Annotated[Calibration, BeforeValidator(_empty)] = Calibration()
     error_correction: Literal["prefix", "none", "block", "model"] = "prefix"
@@ -279,7 +287,7 @@ def sentence(error: ErrorDetails, tree: Tree) -> str:
     key = f"`{dotted(keys)}`"
     if what == "extra_forbidden":
         section = SECTIONS.get(tuple(key for key in keys[:-1] if isinstance(key, str)), Recipe)
-        said = f"unknown key {key}, {plugins.suggest(str(keys[-1]), section.model_fields)}"
+        said = f"unknown key {key}, {plugins.suggest(str(keys[-1]), names_of(section))}"
     elif what == "missing":
         said = f"missing key {key}"
     elif what == "value_error":

@@ -49,6 +49,13 @@ def a_file(name: str) -> str:
     return name
 
 
+def a_run(name: str) -> str:
+    """The folder of a finished run."""
+    if not (Path(name) / "report.json").is_file():
+        raise ValueError(f"there is no finished run in {name} (no report.json; looked for from the current directory)")
+    return name
+
+
 def task_name(name: str) -> str:
     """A task of lm-eval, or a YAML file that is there."""
     return a_file(name) if name.endswith((".yaml", ".yml")) else name

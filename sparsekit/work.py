@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsekit import checkpoint
 from sparsekit.blocks import Block, Linear
 from sparsekit.commits import Commits, unpack
+from sparsekit.folder import Before
 from sparsekit.pattern import Pattern
 from sparsekit.plan import Plan, configured, timed
 from sparsekit.recipe import Recipe, solvers
@@ -36,7 +37,7 @@ class Work:
     commits: of this stage
     first: no stage has pruned weights, so there is nothing to start from
     source: dense weights are the source checkpoint's; else they are what is in the model
-    before: commits of the stage that pruned weights before this one
+    before: where the masks are of the stage that pruned weights before this one
     notes: a stage's name -> what it saw; JSON, for the report
     """
 
@@ -49,7 +50,7 @@ class Work:
     meter: Meter
     first: bool = True
     source: bool = True
-    before: Commits | None = None
+    before: Commits | Before | None = None
     team: Team = field(default_factory=Team)
     notes: dict[str, Any] = field(default_factory=dict)
     console: Console = field(default_factory=Console)

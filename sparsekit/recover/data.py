@@ -168,7 +168,7 @@ def _records(settings: dict[str, Any]) -> Any:
         if asked in ("instruction", "chat"):
             raise ValueError(f"format {asked} needs a local JSON or Parquet file of records, and no `field`")
         return None
-    return data._load("json" if kind == "jsonl" else kind, path)
+    return data.load_rows("json" if kind == "jsonl" else kind, path)
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

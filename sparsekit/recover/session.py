@@ -205,7 +205,7 @@ def parts(
     """What Trainer.fit takes; the record of the training goes to `work.notes[name]`."""
 
     def dense() -> nn.Module:
-        model, _ = checkpoint.load(work.planned.folder, trust_remote_code=work.recipe.model.trust_remote_code)
+        model, _ = checkpoint.load(work.planned.dense, trust_remote_code=work.recipe.model.trust_remote_code)
         return model.float() if kind == "32-true" else model
 
     def end() -> None:
