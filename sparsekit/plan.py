@@ -119,7 +119,7 @@ def make(recipe: Recipe) -> Plan:
         for index, stage in enumerate(recipe.stages)
         if several and kind(stage) == "stage" and not structural(stage)
     ]
-    problems += missing(recipe.loggers)
+    problems += missing(recipe.loggers) + _off_grid(recipe)
     if problems:
         raise RecipeError(problems)
     dense = locate(recipe.model.model_dump())
@@ -133,6 +133,21 @@ def make(recipe: Recipe) -> Plan:
             for name, linear in block.linears.items():
                 planned.quantization.columns(linear.shape[1], name)
     return planned
+
+
+def _off_grid(recipe: Recipe) -> list[str]:
+    """Stages that would move quantized weights off their grid."""
+    problems, quantized = [], ""
+    for index, stage in enumerate(recipe.stages):
+        group = f"{kind(stage)}s"
+        grid = quantization_of(group, stage.name, stage.options)
+        if quantized and grid is None:
+            problems.append(
+                f"stage {index + 1}, `{stage.name}`, moves weights off the grid that `{quantized}` put them on: "
+                "quantize last"
+            )
+        quantized = stage.name if grid is not None else quantized
+    return problems
 
 
 def sample(device: str) -> Tensor:

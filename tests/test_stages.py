@@ -137,3 +137,17 @@ def test_options_out_of_range_are_said_before_a_block_is_pruned(option, said, tm
 def test_a_stage_runs_in_one_process(tmp_path):
     done = fit(recipe(tmp_path), "--set", "stages=[lamp]", "trainer.devices=2")
     assert done.returncode == 2 and "runs in one process" in done.stderr
+
+
+def test_nothing_moves_quantized_weights(tmp_path):
+    from sparsekit import plan
+    from sparsekit.recipe import RecipeError, load_recipe
+
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "model: tests/models/tiny-llama\npattern: 50%\n"
+        "stages: [{sparsegpt: {quantize: {bits: 4, group: 32}}}, lora]\n"
+        "calibration: {source: python-docs, samples: 2, length: 16}\n"
+    )
+    with pytest.raises(RecipeError, match="`lora`, moves weights off the grid that `sparsegpt` put them on"):
+        plan.make(load_recipe(file))
