@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -56,10 +56,9 @@ def reconstruct(
     held_out: share of the chunks, evenly spread, that are not trained on and choose the best epoch: the block never
         ends worse on them than it began, in its own dtype. 0: the training chunks choose.
     patience: epochs without a better state after which it ends. rank: of low-rank. seed: of the order of the chunks.
-    per_token: each token's error is relative to the energy e of its own target, as what comes next normalises token by
+    per_token: each token's error is relative to the energy of its own target, as what comes next normalises token by
         token. The plain mean (false) looks at little but the first token of each sequence, whose activations are
-        hundreds of times larger in many models. Below the geometric mean g of all tokens the divisor is sqrt(e g), so
-        that tokens with little in them do not count more than they change; by measurement (docs/methods.md).
+        hundreds of times larger in many models.
     team: processes that have the same block and other chunks. Gradients and errors are sums over all of them, each
         takes as many chunks as the one that has the fewest, and all end with the same block.
 
@@ -80,7 +79,6 @@ def reconstruct(
     check(trainable, learning_rate, held_out, warmup, epochs=epochs, batch=batch, rank=rank, patience=patience)
     _check_least(0, weight_decay=weight_decay)
     task = _Task(block, inputs, targets, team, per_token)
-    task = replace(task, typical=task.energy())
     scale = task.mean_square()
     training, testing = _split(min(task.counts()), held_out)
     generator = torch.Generator().manual_seed(seed)
@@ -169,7 +167,6 @@ class _Task:
     targets: Chunks
     team: Team
     per_token: bool
-    typical: float = 1.0  # geometric mean of the tokens' mean squares
 
     def pairs(self, order: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """The chunks in an order of one's own; the next pair is read while the caller works on this one."""
@@ -201,20 +198,10 @@ class _Task:
         if not self.per_token:
             return squares
         energy = y.to(difference).square().mean(-1, keepdim=True)
-        return squares * torch.where(energy > 0, (energy * energy.clamp(min=self.typical)).rsqrt(), 0)
-
-    def energy(self) -> float:
-        """The geometric mean of the tokens' mean squares; tokens of zeros (padding) do not count."""
-        total, count = 0.0, 0.0
-        for index in range(min(*self.counts(), len(self.targets))):
-            energy = self.targets[index].double().square().mean(-1)
-            there = energy[energy > 0].log()
-            total, count = total + float(there.sum()), count + there.numel()
-        total, count = self.sum(total, count)
-        return math.exp(total / max(count, 1)) if math.isfinite(total) else 1.0
+        return squares * torch.where(energy > 0, 1 / energy, 0)
 
     def mean_square(self) -> float:
-        """Of the targets, weighed; raises ValueError for chunks that do not fit together."""
+        """Of the targets; raises ValueError for chunks that do not fit together."""
         if len(self.inputs) != len(self.targets):
             raise ValueError(
                 f"there are {len(self.inputs)} chunks of inputs and {len(self.targets)} of targets; give equally many"
