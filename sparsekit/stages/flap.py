@@ -32,8 +32,8 @@ def flap(
 
     remove: share of the blocks' parameters, such as "30%"
     shape: free, as published; uniform removes the same number in every block
-    bias: add W times the mean of what was removed to the bias of o and down, which get one where they have none (then
-        only sparsekit loads the result); false leaves it off
+    bias: add W times the mean of what was removed to the bias of o and down, which get one where they have none (plain
+        transformers cannot load that of LLaMA then); false leaves it off
     compensate: least squares instead, with biases unless `bias` is false; damping: of that
 
     Source: An et al. 2024, Fluctuation-based adaptive structured pruning for large language models, arXiv:2312.11983.

@@ -42,7 +42,7 @@ def llm_pruner(
     remove: share of the blocks' parameters, such as "30%"; the blocks that are not skipped give it up
     shape: uniform, as published, ranks the units of a block against one another; free those of all blocks
     skip_first, skip_last: blocks that stay whole; 4 and 2 of 32 as published, but then shapes differ between blocks,
-        and only sparsekit loads the result
+        and plain transformers cannot load the result
     compensate: make up for what is removed by least squares; bias: also by biases (loads then only where the family
         has them); damping: of that
 

@@ -31,7 +31,7 @@ def policy_gradient(
     tokens: int = 131072,
     projection: str = "sigmoid-norm",
     across: str = "best",
-    sharpness: float = 4.0,
+    sharpness: float = 8.0,
     group: int = 32,
     steps: int = 600,
     masks: int = 4,
