@@ -220,6 +220,7 @@ def test_the_model_is_left_as_it_was(small):
         ({"shape": "uniform", "budgets": "joint"}, "budgets cannot be joint with it"),
         ({"length": 1000}, "length is 1000, but the calibration has sequences of 16"),
         ({"floor": 0.7}, "floor is 0.7"),
+        ({"units": "layers", "initial": "flap"}, "'flap', which has no scores for layers"),
     ],
 )
 def test_mistakes(small, options, said, tmp_path):

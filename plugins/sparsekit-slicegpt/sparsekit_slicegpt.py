@@ -94,7 +94,7 @@ def slice_to(model: Any, tokens: Tensor, size: int, *, batch: int = 8, principal
     inputs = [(chunk.double() @ q).to(chunk) for chunk in inputs]
     layers = model.get_submodule(blocks[0].name.rpartition(".")[0])
     for block, attention, mlp in zip(blocks, parts[::2], parts[1::2], strict=True):
-        layer = Sliced(block.module, _head_norm(model), torch.empty(0), torch.empty(0))
+        layer = Sliced(block.module, getattr(*_last_norm(model)), torch.empty(0), torch.empty(0))
         q = _rotate(block, attention, layer, "attention_shortcut", inputs, q, lambda x: turn(x)[:, :size], layer.attend)
         last = block is blocks[-1]
         kept = width if last else size
@@ -174,7 +174,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     layers = model.get_submodule(blocks[0].name.rpartition(".")[0])
     _replace_head_norm(model, _eps(blocks[0].module.get_submodule(_norms(blocks[0])[0])))
     for block in blocks:
-        layers[block.index] = Sliced(block.module, _head_norm(model), torch.empty(0), torch.empty(0))
+        layers[block.index] = Sliced(block.module, getattr(*_last_norm(model)), torch.empty(0), torch.empty(0))
     for name, tensor in state.items():
         home, _, last = name.rpartition(".")
         _set(model.get_submodule(home), **{last: tensor})
@@ -245,7 +245,6 @@ def _fold(model: Any, blocks: list[Block], parts: Iterable[Any]) -> None:
         for embedding in _embeddings(model):
             weight = embedding.weight.double()
             _set(embedding, weight=weight - weight.mean(1, keepdim=True))
-    # in the blocks too, as what enters them is looked at before they are sliced
     _replace_head_norm(model, _eps(final))
 
 
@@ -299,7 +298,3 @@ def _last_norm(model: Any) -> tuple[Any, str]:
 
 def _replace_head_norm(model: Any, eps: float) -> None:
     setattr(*_last_norm(model), Norm(model.config.hidden_size, eps))
-
-
-def _head_norm(model: Any) -> Norm:
-    return getattr(*_last_norm(model))

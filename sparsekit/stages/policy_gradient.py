@@ -16,6 +16,7 @@ from sparsekit.structure.choose import share
 from sparsekit.work import Work
 
 INITIAL = ("wanda-sp", "flap", "llm-pruner", "layer-perplexity", "block-influence", "random", "random-progressive")
+FINE = ("wanda-sp", "flap", "llm-pruner")  # these score heads and channels, the others layers or parts
 UNITS = {"heads-and-channels": ["heads", "channels"], "parts": ["attention", "mlp"], "layers": ["layers"]}
 TESTING = 32  # sequences that are held out, at most
 
@@ -27,7 +28,7 @@ def policy_gradient(
     units: list[str] | str = "heads-and-channels",
     shape: str = "free",
     budgets: str = "separate",
-    initial: str = "wanda-sp",
+    initial: str | None = None,
     tokens: int = 131072,
     projection: str = "sigmoid-norm",
     across: str = "best",
@@ -60,7 +61,8 @@ def policy_gradient(
     units: heads-and-channels, parts (whole attentions and MLPs), layers, or a list of the kinds
     shape: free, or uniform: as many units in each block, which plain transformers loads
     budgets: separate for heads and channels, as in the paper, or joint, weighed by parameters
-    initial: the scores that s starts from; random, or random-progressive, which begins by removing 5 % and goes on
+    initial: the scores that s starts from; null: wanda-sp for heads and channels, else layer-perplexity. random, or
+        random-progressive, which begins by removing 5 % and goes on
     tokens: of calibration text for these scores and for least squares, at most
     projection: of scores to probabilities, sigmoid-norm (Eq. A10) or score-const (A11)
     across: where sigmoid-norm takes mean and deviation: block, as published; model, for scores that compare between
@@ -83,6 +85,8 @@ def policy_gradient(
     Source: Bypass Back-propagation: Optimization-based Structural Pruning for LLMs via Policy Gradient, Algorithm 1.
     """
     kinds = UNITS.get(units, [units]) if isinstance(units, str) else units
+    fine = set(kinds) <= {"heads", "channels"}
+    initial = initial or ("wanda-sp" if fine else "layer-perplexity")
     for name, value, allowed in (
         ("initial", initial, INITIAL),
         ("projection", projection, PROJECTIONS),
@@ -92,6 +96,8 @@ def policy_gradient(
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
+    if not initial.startswith("random") and fine != (initial in FINE):
+        raise ValueError(f"initial is {initial!r}, which has no scores for {' and '.join(kinds)}; leave it out")
     counts = {"steps": steps, "masks": masks, "batch": batch, "length": length, "group": group, "window": window}
     counts["tokens"] = tokens
     for name, count in counts.items():
