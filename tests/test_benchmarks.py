@@ -149,7 +149,7 @@ def test_an_interrupted_row_is_resumed(
         raise OSError("the disk is full")
 
     with monkeypatch.context() as broken:
-        broken.setattr("sparsekit.run.verify", full)
+        broken.setattr("sparsekit.result.verify", full)
         assert runner.main(command) == 1
     assert "failed: Wanda 2:4: the disk is full" in capsys.readouterr().err
     with monkeypatch.context() as broken:  # the blocks are on disk: nothing is solved again

@@ -39,7 +39,13 @@ def work_on(folder, output, *, pattern="50%", dtype=torch.float32):
             masks[name] = parse(pattern).keep(linear.weight.float().abs(), per="row")
             linear.write_pruned(linear.weight * masks[name])
     planned = SimpleNamespace(
-        folder=folder, positions=256, config=model.config, device=torch.device("cpu"), resolved={}, blocks=blocks
+        folder=folder,
+        dense=folder,
+        positions=256,
+        config=model.config,
+        device=torch.device("cpu"),
+        resolved={},
+        blocks=blocks,
     )
     recipe = SimpleNamespace(
         calibration=SimpleNamespace(

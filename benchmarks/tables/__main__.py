@@ -46,7 +46,7 @@ def measured(row: Row, output: Path) -> dict[str, Any]:
 
 def _dense(row: Row) -> dict[str, Any]:
     """The model as it is."""
-    settings = row.recipe.evaluate.model_dump(exclude={"dense"})
+    settings = row.recipe.evaluate.model_dump(exclude={"dense", "samples"})
     spec = row.recipe.model
     with quiet():
         planned = plan.make(row.recipe)
