@@ -35,7 +35,8 @@ def losses(model: Any, tokens: Tensor, *, batch: int = 1, device: torch.device |
     if device is not None:
         model.to(device)
     device = device or next(model.parameters()).device
-    seen = CatMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
+    # of this process alone: what several know is for the caller to add up
+    seen = CatMetric(nan_strategy="disable", sync_on_compute=False).set_dtype(torch.float64).to(device)
     training = model.training
     model.eval()
     try:

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekit.commits import Commits
-
 PACKAGES = {"csv": "lightning", "tensorboard": "tensorboard", "wandb": "wandb"}  # name in a recipe -> what it needs
 
 
@@ -19,21 +17,20 @@ def problems(names: Sequence[str]) -> list[str]:
     ]
 
 
-def loggers(names: Sequence[str], output: Path, commits: Commits, stage: str) -> list[Any]:
-    """Lightning's loggers for one stage of a run.
+def loggers(names: Sequence[str], output: Path, index: int, stage: str) -> list[Any]:
+    """Lightning's loggers for one stage of a run. index: of it, counted from 0, among those that run one by one.
 
     The first stage's curves are output/metrics.csv; those of a later one are in output/metrics/NUMBER-STAGE.
     """
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-    number = int(commits.folder.name) if commits.folder.name.isdecimal() else 0
-    home = output / "metrics" / f"{number + 1}-{stage}" if number else output
+    home = output / "metrics" / f"{index + 1}-{stage}" if index else output
     made: list[Any] = []
     for name in names:
         if name == "csv":
             made.append(CSVLogger(home, name="", version="", flush_logs_every_n_steps=1))
         elif name == "tensorboard":
-            made.append(TensorBoardLogger(output / "tensorboard", name=stage, version=str(number + 1)))
+            made.append(TensorBoardLogger(output / "tensorboard", name=stage, version=str(index + 1)))
         else:
-            made.append(WandbLogger(project="sparsekit", name=f"{output.name}-{number + 1}-{stage}", save_dir=output))
+            made.append(WandbLogger(project="sparsekit", name=f"{output.name}-{index + 1}-{stage}", save_dir=output))
     return made

@@ -44,6 +44,11 @@ class Outcome:
     masks: Commits | folder.Before | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def tell(self, stage: str, notes: Any) -> None:
+        """Keep what a stage noted; one that comes again has its number behind its name."""
+        again = sum(name.partition(" ")[0] == stage for name in self.notes)
+        self.notes[f"{stage} {again + 1}" if again else stage] = notes
+
 
 def prune(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: Meter, console: Console) -> Outcome:
     """Run the recipe's stages on the model, in place.
@@ -66,8 +71,8 @@ def prune(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: 
             output,
             commits,
             meter,
+            index=index,
             first=outcome.masks is None,
-            source=index == 0,
             before=outcome.masks,
             console=console,
         )
@@ -80,7 +85,8 @@ def prune(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: 
             for block in outcome.blocks:
                 commits.restore(block)
             if (commits.folder / NOTES).is_file():
-                outcome.notes |= json.loads((commits.folder / NOTES).read_text(encoding="utf-8"))
+                for stage, notes in json.loads((commits.folder / NOTES).read_text(encoding="utf-8")).items():
+                    outcome.tell(stage, notes)
         outcome.masks = commits
     return outcome
 
@@ -91,7 +97,7 @@ def _remove(outcome: Outcome, stages: list[Stage], work: Work, console: Console)
     removal = Removal.read(work.commits.folder)
     assert removal is not None
     outcome.cuts.append((removal.apply(work.model, work.blocks), removal))
-    outcome.notes[stages[0].name] = removal.notes
+    outcome.tell(stages[0].name, removal.notes)
     work.planned.refit(work.model)
     outcome.blocks = work.planned.blocks
 
@@ -109,8 +115,9 @@ def _fit(stages: list[Stage], work: Work, console: Console) -> None:
             walk = isinstance(module, Walk)
             trainer = Trainer(
                 **{"max_epochs": 1} | given | getattr(module, "trainer_options", {}),
-                logger=loggers(work.recipe.loggers, work.output, work.commits, stages[0].name),
+                logger=loggers(work.recipe.loggers, work.output, work.index, stages[0].name),
                 callbacks=[*own, Commit(work.commits), WalkProgress(console)] if walk else own,
+                use_distributed_sampler=False,  # stages share out their data themselves, by work.team
                 enable_checkpointing=False,  # committed blocks are the checkpoint; other stages write their own
                 enable_progress_bar=False,
                 enable_model_summary=False,

@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from sparsekit.blocks import Block
+from sparsekit.evaluate import losses
+from sparsekit.schedule import cosine
 from sparsekit.structure import bernoulli
 from sparsekit.structure.bernoulli import Budget, Groups
 from sparsekit.structure.choose import choose
@@ -17,10 +19,7 @@ from sparsekit.structure.masking import masking
 from sparsekit.structure.units import Units
 from sparsekit.team import Team
 
-BASELINES = ("leave-one-out", "moving-average", "initial", "none")
 SCALINGS = {"natural": 1.0, "sqrt": 0.5, "none": 0.0}  # power of s (1 - s) that multiplies the gradient
-PROJECTIONS = ("sigmoid-norm", "score-const")
-ACROSS = ("best", "block", "model")
 FIRST, STEP = 0.05, 0.05  # progressive: the share that is removed at first, and by how much it grows
 LOOKS = 4  # times that the way is looked at on held-out text, the end included
 MEMORY = 0.95  # of the running variance of what the baseline leaves
@@ -83,7 +82,7 @@ class PolicyGradient(LightningModule):
         self.projection, self.across, self.sharpness, self.group = projection, across, sharpness, group
         self.baseline, self.window, self.antithetic = baseline, window, antithetic
         self.scaling, self.normalize, self.floor, self.progressive = SCALINGS[scaling], normalize, floor, progressive
-        self.seed, self.team, self.say = seed, team, say
+        self.seed, self.team, self.say, self.rate = seed, team, say, cosine(steps)
         count = Groups.by_score(units, torch.zeros(len(units)), group).count
         self.probabilities = nn.Parameter(torch.zeros(count))
         self.register_buffer("start", torch.zeros(len(units), dtype=torch.float64))
@@ -114,13 +113,16 @@ class PolicyGradient(LightningModule):
         self.allowed = bernoulli.budgets(self.units, self.groups, self.keep_at_start, shape, joint)
         if self.global_step == 0:
             self._begin()
+        for point in self.curve:  # of the run that is gone on with: loggers begin anew
+            self._log(point)
         started = time.perf_counter()
         self._loss(self._tokens(0), torch.ones(len(self.units), dtype=torch.bool))
         self.forward_seconds = time.perf_counter() - started
         passes = self.draws + (self.baseline == "initial")
-        left = (self.steps - self.global_step) * passes * self.forward_seconds
+        ahead = self.steps - self.global_step
+        left = ahead * passes * self.forward_seconds
         self.say(
-            f"policy gradient: {self.steps - self.global_step} steps of {passes} forward passes over {self.batch} x "
+            f"policy gradient: {ahead} steps of {passes} forward passes over {self.batch} x "
             f"{self.text.shape[1]} tokens for {len(self.probabilities):,} probabilities, about {left / 60:.0f} min"
         )
         self.began, self.first = time.perf_counter(), self.global_step
@@ -128,16 +130,17 @@ class PolicyGradient(LightningModule):
     def _at_random(self) -> Tensor:
         return torch.rand(len(self.units), generator=torch.Generator().manual_seed(self.seed)).double()
 
+    @torch.no_grad()
     def _begin(self) -> None:
         """The first probabilities: of the ways from scores to them, the one whose mask is best on held-out text."""
+        best, least = None, math.inf
         for values in self._starts():
-            before = self.probabilities.detach().clone(), self.best_loss.clone()
-            with torch.no_grad():
-                self.probabilities.copy_(self._project(values, self.allowed, 0))
+            self.probabilities.copy_(self._project(values, 0))
             self._look(0)
-            if self.best_loss >= before[1]:
-                with torch.no_grad():
-                    self.probabilities.copy_(before[0])
+            if best is None or float(self.best_loss) < least:
+                best, least = self.probabilities.clone(), float(self.best_loss)
+        assert best is not None
+        self.probabilities.copy_(best)
 
     def _starts(self) -> Iterator[Tensor]:
         if self.score is None:  # every unit alike, the way with the most to learn
@@ -148,13 +151,13 @@ class PolicyGradient(LightningModule):
         elif self.projection == "score-const":
             yield bernoulli.score_const(self.groups, self.keep_at_start)
         else:
-            for across in ("block", "model") if self.across == "best" and len(self.testing) else (self.across,):
+            for across in ("block", "model") if self.across == "best" else (self.across,):
                 yield bernoulli.sigmoid_norm(
                     self.units,
                     self.groups,
                     self.start.cpu(),
                     self.allowed,
-                    across="block" if across == "best" else across,
+                    across=across,
                     sharpness=self.sharpness,
                 )
 
@@ -167,8 +170,8 @@ class PolicyGradient(LightningModule):
         removed = min(self.remove, FIRST + STEP * phase)
         return 1 - (1 - budget.limit) * removed / self.remove
 
-    def _project(self, values: Tensor, allowed: Sequence[Budget], step: int) -> Tensor:
-        for budget in allowed:
+    def _project(self, values: Tensor, step: int) -> Tensor:
+        for budget in self.allowed:
             now = Budget(budget.members, budget.weight, self._limit(budget, step))
             values = now.project(values, self.floor, 1 - self.floor)
         return values
@@ -186,19 +189,15 @@ class PolicyGradient(LightningModule):
     def _loss(self, tokens: Tensor, kept: Tensor) -> float:
         """Mean cross-entropy (nats) of the next token under a mask (units,), over all processes."""
         model, blocks = self.outside
-        mine = tokens[self.team.rank :: self.team.size].to(self.device)
-        total, count = 0.0, 0
+        mine = tokens[self.team.rank :: self.team.size]
+        total = 0.0
         if len(mine):
             with masking(blocks, self.units) as mask:
                 mask(kept)
-                logits = model(input_ids=mine, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-            total = float(nn.functional.cross_entropy(logits, mine[:, 1:].flatten(), reduction="sum"))
-            count = mine[:, 1:].numel()
-        if self.team.size > 1:
-            sums = torch.tensor([total, count], dtype=torch.float64, device=self.device)
-            self.team.sum([sums])
-            total, count = float(sums[0]), int(sums[1])
-        return total / count
+                total = float(losses(model, mine, batch=len(mine)).sum())
+        sums = torch.tensor([total, len(mine)], dtype=torch.float64, device=self.device)
+        self.team.sum([sums])
+        return float(sums[0] / sums[1])
 
     def training_step(self, batch: Tensor, index: int) -> None:
         """Draw masks, measure them, move the probabilities, project them."""
@@ -206,8 +205,8 @@ class PolicyGradient(LightningModule):
         tokens = self._tokens(step)
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
         masks = bernoulli.sample(self.probabilities, self.draws, generator, self.antithetic)  # (draws, groups)
-        losses = torch.tensor([self._loss(tokens, each[self.groups.number] > 0) for each in masks], dtype=torch.float64)
-        advantages = self._advantages(losses, tokens).to(self.probabilities)
+        seen = torch.tensor([self._loss(tokens, each[self.groups.number] > 0) for each in masks], dtype=torch.float64)
+        advantages = self._advantages(seen, tokens).to(self.probabilities)
         loss = bernoulli.surrogate(self.probabilities, masks.to(self.probabilities), advantages)
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
@@ -215,25 +214,24 @@ class PolicyGradient(LightningModule):
         s = self.probabilities.detach()
         assert self.probabilities.grad is not None
         self.probabilities.grad *= (s * (1 - s)) ** self.scaling
-        rate = self.peak * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         for settings in optimizer.param_groups:  # type: ignore[union-attr]
-            settings["lr"] = rate
+            settings["lr"] = self.peak * self.rate(step)
         optimizer.step()  # type: ignore[union-attr]
         with torch.no_grad():
-            projected = self._project(self.probabilities.double().cpu(), self.allowed, step)
+            projected = self._project(self.probabilities.double().cpu(), step)
             self.probabilities.copy_(projected)
         entropy = float(torch.special.entr(s).add(torch.special.entr(1 - s)).mean())
-        self.log_dict({"loss": float(losses.mean()), "entropy": entropy})
-        self.curve.append([step, float(losses.mean())])
+        self.curve.append([step, float(seen.mean()), entropy])
+        self._log(self.curve[-1])
         if (step + 1) * LOOKS // self.steps > step * LOOKS // self.steps:
             self._look((step + 1) * LOOKS // self.steps)
 
-    def _advantages(self, losses: Tensor, tokens: Tensor) -> Tensor:
-        """Losses (draws,) less the baseline; a mask whose loss is not finite says nothing."""
-        fine = losses.isfinite()
-        known = losses[fine]
+    def _advantages(self, seen: Tensor, tokens: Tensor) -> Tensor:
+        """The losses `seen` (draws,) less the baseline; a mask whose loss is not finite says nothing."""
+        fine = seen.isfinite()
+        known = seen[fine]
         if len(known) < 1 + (self.baseline == "leave-one-out"):
-            return torch.zeros_like(losses)
+            return torch.zeros_like(seen)
         if self.baseline == "initial":
             known = known - self._loss(tokens, self.keep_at_start)
         if self.baseline == "leave-one-out":
@@ -247,11 +245,24 @@ class PolicyGradient(LightningModule):
             left = known
         if self.normalize:
             self.spread.mul_(MEMORY).add_((1 - MEMORY) * float(left.square().mean()))
-            seen = 1 - MEMORY ** (self.global_step + 1)
-            left = left / max(math.sqrt(float(self.spread) / seen), 1e-12)
-        advantages = torch.zeros_like(losses)
+            weight = 1 - MEMORY ** (self.global_step + 1)
+            left = left / max(math.sqrt(float(self.spread) / weight), 1e-12)
+        advantages = torch.zeros_like(seen)
         advantages[fine] = left
         return advantages
+
+    def _log(self, point: list[float]) -> None:
+        step, loss, entropy = point
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"loss": loss, "entropy": entropy}, step=int(step))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The curve so far, beside the probabilities and what was looked at."""
+        checkpoint["curve"] = self.curve
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The curve of the run that was left."""
+        self.curve = checkpoint["curve"]
 
     def by_units(self) -> Tensor:
         """The probabilities as scores (units,); units of a group are told apart by what they started from."""
@@ -285,5 +296,5 @@ class PolicyGradient(LightningModule):
             "seconds_of_a_step": round(seconds / done, 4),
             "seconds_of_a_forward_pass": round(self.forward_seconds, 4),
             "held_out": [None if math.isnan(loss) else round(loss, 5) for loss in self.looks.tolist()],
-            "curve": self.curve[:: max(1, len(self.curve) // 200)],
+            "curve": [point[:2] for point in self.curve[:: max(1, len(self.curve) // 200)]],
         }

@@ -24,7 +24,9 @@ def show(planned: Plan, console: Console) -> None:
     kinds: dict[Any, list[Block]] = {}
     for block in planned.blocks:
         shapes = tuple(
-            tuple((name.removeprefix(block.name), block.linears[name].shape, planned.patterns[name]) for name in group)
+            tuple(
+                (name.removeprefix(block.name), block.linears[name].shape, planned.patterns.get(name)) for name in group
+            )
             for group in block.groups
         )
         kinds.setdefault(shapes, []).append(block)
@@ -32,7 +34,7 @@ def show(planned: Plan, console: Console) -> None:
         indices = _ranges([block.index for block in alike])
         for number, group in enumerate(shapes):
             for name, (out, width), pattern in group:
-                said = later or _text(pattern)
+                said = later or (_text(pattern) if pattern else "")
                 table.add_row(indices, str(number + 1), name.lstrip("."), f"{out} x {width}", said)
     console.print(table)
     for name, why in planned.skipped.items():
@@ -57,12 +59,16 @@ def estimates(plan: Plan) -> dict[str, str]:
     gram_work = 2 * tokens * sum(_width(block, names) ** 2 for block in plan.blocks for names in block.groups)
     passes = {"none": 1, "prefix": 2}.get(plan.recipe.error_correction) or 2 + len(plan.blocks[0].groups)
     passes += plan.postponed
-    return {
+    found = {
         "weights on disk and in memory": size(parameters * dtype.itemsize),
         "one block, in float32": size(largest * 4),
         "Grams of one block": size(grams * 4),
         "factorization of the widest Gram": size(2 * widest**2 * 4),
         "activations": f"{size(activations)}, of which at most {size(plan.recipe.memory.activations)} in memory",
+    }
+    if not plan.patterns:  # no stage prunes weights, so what there is to do depends on the stage alone
+        return found
+    return found | {
         "forward work": f"{passes * 2 * tokens * pruned / 1e12:.2f} TFLOP in {passes} passes over {tokens:,} tokens",
         "Gram work": f"{gram_work / 1e12:.2f} TFLOP",
         "weights to prune": f"{pruned:,} of {parameters:,}",

@@ -7,7 +7,7 @@ imports the named methods alone and checks their options. Both report every prob
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -103,12 +103,10 @@ def check_options(recipe: Recipe) -> list[str]:
         given = stage.options | {k: v for k, v in fields.items() if k in plugins.options(function)}
         for name, problem in plugins.option_problems(function, given, also=fields).items():
             problems.append(f"{recipe._tree.place((*keys, name))}: {where}: {problem}")
-        if hasattr(function, "check") and not plugins.option_problems(function, given, also=fields):
-            options = {name: p.default for name, p in plugins.options(function).items()}
-            try:
-                function.check(options | {plugins.normal(name): value for name, value in given.items()})
-            except ValueError as error:
-                problems.append(f"{recipe._tree.place(keys)}: {where}: {error}")
+        if group == "stages" and not plugins.option_problems(function, given):
+            problems += [
+                f"{recipe._tree.place(keys)}: {where}: {problem}" for problem in _out_of_range(function, given)
+            ]
     needy = [s.name for s in recipe.stages if kind(s) == "stage" and "solver" in _options_of(s)]
     if recipe.pattern is None and needy:
         problems.append(_without_pattern(recipe._tree, needy[0]))
@@ -118,6 +116,21 @@ def check_options(recipe: Recipe) -> list[str]:
             problems += _solver_problems(stage.options["solver"], place)
     pruned = recipe.from_ is not None and (Path(recipe.from_) / "masks.safetensors").is_file()
     return problems + _order_problems(recipe.stages, places, f"from: {recipe.from_}" if pruned else "")
+
+
+def _out_of_range(function: Callable[..., Any], given: dict[str, Any]) -> list[str]:
+    """What a stage's own `check`, if it has one, says of all its options; and whether `remove` is a share."""
+    from sparsekit.structure.choose import share
+
+    options = {name: p.default for name, p in plugins.options(function).items()}
+    options |= {plugins.normal(name): value for name, value in given.items()}
+    try:
+        if "remove" in options:
+            share(options["remove"])
+        getattr(function, "check", lambda _: None)(options)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def solvers(given: Any) -> list[Stage]:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from sparsekit.blocks import Block
+from sparsekit.schedule import cosine
 from sparsekit.team import Team
+from sparsekit.values import at_least
 
 TRAINABLE = ("all", "low-rank", "norms-and-biases")
 CLIP = 1.0  # largest norm of a gradient, the error beginning at 1
@@ -77,14 +79,18 @@ def reconstruct(
     """
     started = time.perf_counter()
     check(trainable, learning_rate, held_out, warmup, epochs=epochs, batch=batch, rank=rank, patience=patience)
-    _check_least(0, weight_decay=weight_decay)
+    at_least(0, weight_decay=weight_decay)
     task = _Task(block, inputs, targets, team, per_token)
     scale = task.mean_square()
     training, testing = _split(min(task.counts()), held_out)
     generator = torch.Generator().manual_seed(seed)
     leaves, effective = _leaves(block, masks or {}, trainable, rank, generator)
     optimizer = torch.optim.AdamW(leaves, weight_decay=weight_decay)
-    rate = _cosine(learning_rate, epochs * math.ceil(len(training) / batch), warmup)
+    share = cosine(epochs * math.ceil(len(training) / batch), warmup)
+
+    def rate(step: int) -> float:
+        return learning_rate * share(step)
+
     stored = {name: parameter.dtype for name, parameter in block.module.named_parameters()}
     mode = block.module.training
     block.module.eval()
@@ -130,18 +136,12 @@ def check(trainable: str, learning_rate: float, held_out: float, warmup: float, 
     """Raise ValueError for options of `reconstruct` that are out of range. counts: batch, rank, patience."""
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable is {trainable!r}; it can be {', '.join(TRAINABLE)}")
-    _check_least(0, epochs=epochs, held_out=held_out, warmup=warmup)
-    _check_least(1, **counts)
+    at_least(0, epochs=epochs, held_out=held_out, warmup=warmup)
+    at_least(1, **counts)
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
     if max(held_out, warmup) >= 1:
         raise ValueError(f"held_out is {held_out}, warmup {warmup}; they are shares, from 0 to below 1")
-
-
-def _check_least(least: int, **options: float) -> None:
-    for name, value in options.items():
-        if not least <= value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 def _split(count: int, held_out: float) -> tuple[list[int], list[int]]:
@@ -274,17 +274,6 @@ def _leaves(
         return made | {name: tensor for name, tensor in wide.items() if name not in made}
 
     return [wide[name] for name in free] + [factor for pair in factors.values() for factor in pair], effective
-
-
-def _cosine(peak: float, steps: int, warmup: float) -> Callable[[int], float]:
-    rising = math.ceil(warmup * steps)
-
-    def rate(step: int) -> float:
-        if step < rising:
-            return peak * (step + 1) / rising
-        return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-    return rate
 
 
 def _epoch(

@@ -1,13 +1,10 @@
 """What a run leaves: the model on disk, the proof that it is as asked, and the facts about it for the report."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sparsekit import folder
-from sparsekit.commits import disk_errors, make_readable, sync, write_atomically, write_tensors
+from sparsekit.commits import write_atomically, write_tensors
 from sparsekit.export import differences, export_packed
 from sparsekit.pipeline import Outcome
 from sparsekit.plan import Plan
@@ -15,11 +12,9 @@ from sparsekit.structure import proof, storage
 from sparsekit.structure.shape import KINDS, Cuts, Shape
 from sparsekit.verify import verify
 
-KEPT = "kept.safetensors"
-
 
 def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Path) -> Shape | None:
-    """Write model/ aside and move it into place; masks of weights, and of units, beside it.
+    """Write model/, and the masks of pruned weights beside it.
 
     Returns:
         the shape of a model that structures were cut out of, else None
@@ -30,51 +25,18 @@ def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Pa
     if outcome.cuts or before is not None:
         shape = Shape.of(model, outcome.cuts, before=before, changed=changed(outcome))
         shape = storage.save(model, tokenizer, target, shape, source=planned.folder)
-        kept = {f"{number}.{name}": tensor for number, name, tensor in _kept(outcome)}
-        write_atomically(output / KEPT, lambda file: write_tensors(file, kept))
     else:
-        _save(planned, model, tokenizer, target)
-    sync(output)
+        storage.write(model, tokenizer, target, source=planned.folder)
     if outcome.masks is not None:
         bits = {name: mask for block in outcome.blocks for name, mask in outcome.masks.masks(block).items()}
         write_atomically(output / folder.MASKS, lambda file: write_tensors(file, bits))
     return shape
 
 
-def _kept(outcome: Outcome) -> list[tuple[int, str, Tensor]]:
-    """Of each cut: which units stayed, block by block and kind by kind."""
-    found = []
-    for number, (units, removal) in enumerate(outcome.cuts):
-        for part, mask in zip(units.parts, units.split(removal.kept), strict=True):
-            found.append((number, f"{part.block}.{part.kind}", mask.clone()))
-    return found
-
-
-def _save(planned: Plan, model: Any, tokenizer: Any, target: Path) -> None:
-    from transformers import GenerationConfig
-
-    aside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config = GenerationConfig()  # the source's own file is copied, even if it is not valid
-    with disk_errors(aside):
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-    if (planned.folder / "generation_config.json").is_file():
-        shutil.copyfile(planned.folder / "generation_config.json", aside / "generation_config.json")
-    for file in aside.iterdir():
-        make_readable(file)
-        sync(file)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-
-
 def changed(outcome: Outcome) -> set[str]:
-    """The parameters that stages changed beyond the weights of pruned linears, by their names in the result."""
-    names = {f"{block.name}.{inner}" for block in outcome.blocks for inner in block.trained}
-    if outcome.cuts and outcome.masks is not None:
-        names |= {f"{name}.weight" for block in outcome.blocks for name in block.linears}
-    return names
+    """The parameters that stages changed after structures were cut, by their names in the result."""
+    trained = {f"{block.name}.{inner}" for block in outcome.blocks for inner in block.trained}
+    return trained | {f"{name}.weight" for name in _records(outcome)}
 
 
 def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], changed: set[str]) -> list[str]:
@@ -84,15 +46,16 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
     """
     trust, cast = planned.recipe.model.trust_remote_code, planned.recipe.model.dtype != "auto"
     pruned = (output / folder.MASKS).is_file()
+    cut = Shape.read(output / "model") is not None
     failures: list[str] = []
-    if cuts:
+    if cut:
         failures += proof.prove(
             output / "model", planned.folder, cuts, changed=changed, cast=cast, trust_remote_code=trust
         )
-    if pruned or not cuts:
+    if pruned or not cut:
         failures += verify(
             output / "model",
-            against=None if cuts or Shape.read(planned.folder) is not None else planned.folder,
+            against=None if cut else planned.folder,
             masks=folder.masks(output, planned) if pruned else None,
             patterns=patterns,
             quantization=planned.quantization,
@@ -136,7 +99,7 @@ def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any
         "skipped": planned.skipped,
     }
     if outcome.notes:
-        found["recovery" if not outcome.cuts else "notes"] = outcome.notes
+        found["notes"] = outcome.notes
     if shape is not None:
         found["structure"] = {
             "parameters": {"dense": sum(p.numel() for p in planned.model.parameters()), "pruned": shape.parameters},

@@ -93,9 +93,9 @@ def _fit(
     if measured and recipe_.evaluate.dense and parallel.rank() == 0:
         with meter.stage("evaluate dense"):
             console.print("measuring the dense model")
-            dense = (
-                model if planned.dense == planned.folder else storage.load(planned.dense, trust_remote_code=trust)[0]
-            )
+            dense = model
+            if planned.dense != planned.folder:
+                dense, _ = storage.load(planned.dense, dtype=dtype, trust_remote_code=trust)
             measure = partial(_measure, planned, dense, tokenizer, settings, texts)
             evaluation["dense"] = folder.once(output / "blocks" / "dense.json", settings, measure)
             del measure, dense

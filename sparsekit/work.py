@@ -35,8 +35,8 @@ class Work:
     tokens: the calibration tokens (sequences, length)
     output: the run's folder
     commits: of this stage
+    index: of this stage, or of the solvers that share a walk, in the recipe
     first: no stage has pruned weights, so there is nothing to start from
-    source: dense weights are the source checkpoint's; else they are what is in the model
     before: where the masks are of the stage that pruned weights before this one
     notes: a stage's name -> what it saw; JSON, for the report
     """
@@ -48,8 +48,8 @@ class Work:
     output: Path
     commits: Commits
     meter: Meter
+    index: int = 0
     first: bool = True
-    source: bool = True
     before: Commits | Before | None = None
     team: Team = field(default_factory=Team)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -82,11 +82,17 @@ class Work:
             "budget": self.recipe.memory.activations,
             "folder": self.activations,
             "error_correction": self.recipe.error_correction,
-            "dense_weight": self._source() if self.source else None,
+            "dense_weight": self._source() if self.index == 0 else None,
             "commits": self.commits,
             "team": self.team,
         }
         return kind.over(self.model, self.blocks, self.tokens, **(settings | options))
+
+    def through(self, device: torch.device) -> Any:
+        """A stream through the model as it is, on `device`: nothing is read, restored or pruned on the way."""
+        stream = self.stream(error_correction="prefix", commits=None, dense_weight=None)
+        stream.device = device
+        return stream
 
     def solver(self, given: str | dict[str, Any] | Stage | Sequence[Any]) -> Callable[..., Tensor]:
         """A solver by name, {name: options}, or a chain as a list of these; each one's time counts to its name.
@@ -127,11 +133,24 @@ class Work:
         """The units of these kinds, and the callback that ends a structural stage (see `Remove`).
 
         remove: a share such as "30%". options: shape, budgets and least of `choose`. Raises ValueError for what is out
-        of range, and for units that this model does not have.
+        of range or would have no effect, and for units that this model does not have.
         """
+        if compensate and not set(kinds) <= {"heads", "channels"}:
+            raise ValueError(
+                f"compensate: true makes up for heads and channels, not for {', '.join(kinds)}; leave it out"
+            )
+        if bias and not compensate:
+            raise ValueError("bias: true is part of least squares; give compensate: true with it, or leave it out")
+        if bias and self.recipe.error_correction in ("block", "model"):
+            raise ValueError(
+                f"error_correction is {self.recipe.error_correction}, with which no bias can be solved for; give "
+                "bias: false, or prefix or none"
+            )
+        if not damping > 0:
+            raise ValueError(f"damping is {damping}; it must be above 0")
         units = find(self.model, self.blocks, kinds)
         choose(units, torch.zeros(len(units)), share(remove), **options)  # so that it is said now, not at the end
-        streams = partial(self.stream, dense_weight=None) if compensate and "layers" not in kinds else None
+        streams = partial(self.stream, dense_weight=None) if compensate else None
         ending = Remove(
             units,
             self.commits,

@@ -43,7 +43,7 @@ def test_one_pruning_feeds_a_recovery_and_that_a_quantization(tmp_path: Path) ->
     dense = [report["evaluation"]["dense"]["perplexity"]["python-docs"] for report in (pruned, better, coarse)]
     assert dense[0] == dense[1] == dense[2]  # of the model that was never pruned
     assert better["recipe"]["model"]["path"] == str(TINY) and better["recipe"]["pattern"] == "2:4"
-    assert better["recovery"]["lora"]["after"] <= better["recovery"]["lora"]["before"]
+    assert better["notes"]["lora"]["after"] <= better["notes"]["lora"]["before"]
 
 
 def test_a_cut_model_is_gone_on_with(tmp_path: Path) -> None:

@@ -56,8 +56,10 @@ def example() -> dict[str, Any]:
             "blocks": [{"heads": [1, 3], "channels": [5, 8]}, {"heads": [2, 3], "channels": None}],
         },
         "error": {name: 10.0 ** -(number % 4 + 1) for number, name in enumerate(LINEARS)},
-        "recovery": {"lora": {"curve": [[0, None, 3.0], [1, 2.5, None], [2, 2.0, 2.2]]}},
-        "notes": {"policy-gradient": {"curve": [[0, 4.0], [1, 3.5]]}},
+        "notes": {
+            "lora": {"curve": [[0, None, 3.0], [1, 2.5, None], [2, 2.0, 2.2]]},
+            "policy-gradient": {"curve": [[0, 4.0], [1, 3.5]]},
+        },
         "blocks": {"model.layers.0": {"lamp": {"after": {"before": 0.4, "after": 0.1}}}},
         "warnings": {name: ["damping was raised"] for name in LINEARS[:2]},
         "skipped": {"model.layers.0.experts": "fused"},
@@ -158,7 +160,7 @@ def test_what_the_report_holds_cannot_become_html() -> None:
         return NASTY + value if isinstance(value, str) else value
 
     report = example()
-    kept = ("evaluation", "notes", "recovery", "blocks")
+    kept = ("evaluation", "notes", "blocks")
     poisoned = {key: poison(value) for key, value in report.items() if key not in kept}
     poisoned["structure"] = report["structure"]
     poisoned["warnings"] = {NASTY: [NASTY]}
@@ -166,7 +168,7 @@ def test_what_the_report_holds_cannot_become_html() -> None:
     for measured in (report["evaluation"]["dense"], report["evaluation"]["pruned"]):
         for inner in measured.values():
             inner[NASTY] = next(iter(inner.values()))
-    poisoned |= {"evaluation": report["evaluation"], "recovery": {NASTY: {"curve": [[0, 1.0, 2.0]]}}}
+    poisoned |= {"evaluation": report["evaluation"], "notes": {NASTY: {"curve": [[0, 1.0, 2.0]]}}}
     html = page(poisoned, f"step,{NASTY}\n0,1\n1,2\n", NASTY)
     Balance(html)
     assert "<script" not in html and html.count("&lt;script&gt;") > 20

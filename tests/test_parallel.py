@@ -161,3 +161,23 @@ def test_work_is_shared_out_evenly_and_to_someone():
     load = [sum(costs[name] for name in owners if owners[name] == rank) for rank in (0, 1)]
     assert max(load) == 22.0
     assert set(Team().owners(costs).values()) == {0}
+
+
+def test_two_processes_learn_the_same_structure_as_one(tmp_path):
+    """They share the sequences of each step, and draw the same masks."""
+    stage = '{policy_gradient: {remove: "30%", steps: 6, batch: 4, length: 32, group: 16, compensate: false}}'
+    notes = {}
+    for devices in (1, 2):
+        file = tmp_path / f"{devices}.yaml"
+        file.write_text(
+            f"model: {TINY}\ncalibration: {{source: python-docs, samples: 16, length: 32}}\nstages: [{stage}]\n"
+            f"trainer: {{accelerator: cpu, devices: {devices}}}\noutput: {tmp_path / str(devices)}\n"
+        )
+        done = fit(file)
+        assert done.returncode == 0, done.stderr
+        notes[devices] = json.loads((tmp_path / str(devices) / "report.json").read_text())["notes"]["policy_gradient"]
+    one, two = (torch.tensor(notes[devices]["curve"]) for devices in (1, 2))
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    assert notes[1]["held_out"] == pytest.approx(notes[2]["held_out"], rel=1e-4)
+    shapes = [(tmp_path / name / "model" / "structure.json").read_text() for name in "12"]
+    assert shapes[0] == shapes[1]

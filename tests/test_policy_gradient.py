@@ -195,6 +195,7 @@ def test_it_resumes_bit_for_bit(small, tmp_path):
     resumed = learn(small, 12, resume=tmp_path / "last.ckpt", **options)
     assert torch.equal(whole.probabilities, resumed.probabilities) and torch.equal(whole.scores, resumed.scores)
     assert whole.notes["held_out"] == resumed.notes["held_out"]
+    assert whole.curve == resumed.curve and len(whole.curve) == 12
 
 
 def test_the_model_is_left_as_it_was(small):
@@ -210,16 +211,21 @@ def test_the_model_is_left_as_it_was(small):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"initial": "wandasp"}, "initial is 'wandasp'; it can be wanda-sp"),
-        ({"baseline": "mean"}, "baseline is 'mean'; it can be leave-one-out"),
+        ({"initial": "wandasp"}, 'option `initial` is "wandasp", must be null or "wanda-sp"'),
+        ({"baseline": "mean"}, 'option `baseline` is "mean", must be "leave-one-out"'),
         ({"masks": 1}, "give at least 2 as masks"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"remove": "130%"}, "remove is '130%'; it must be a share"),
         ({"units": ["heads", "layers"]}, "units are heads, layers; they can be heads and channels"),
-        ({"shape": "round"}, "shape is 'round'"),
+        ({"shape": "round"}, 'option `shape` is "round", must be "free" or "uniform"'),
         ({"shape": "uniform", "budgets": "joint"}, "budgets cannot be joint with it"),
         ({"length": 1000}, "length is 1000, but the calibration has sequences of 16"),
         ({"floor": 0.7}, "floor is 0.7"),
+        ({"held_out": 0.0}, "across: best is decided on held-out text"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"units": "layers", "compensate": True}, "makes up for heads and channels, not for layers"),
+        ({"bias": True, "compensate": False}, "bias: true is part of least squares"),
+        ({"damping": 0.0}, "damping is 0.0; it must be above 0"),
         ({"units": "layers", "initial": "flap"}, "'flap', which has no scores for layers"),
     ],
 )
@@ -228,7 +234,7 @@ def test_mistakes(small, options, said, tmp_path):
     from sparsekit.work import Work
 
     model, blocks, _ = small
-    planned = SimpleNamespace(recipe=SimpleNamespace(seed=0), batch=2)
+    planned = SimpleNamespace(recipe=SimpleNamespace(seed=0, error_correction="prefix"), batch=2)
     work = Work(planned, model, blocks, TEXT, tmp_path, Commits(tmp_path), None)
     with pytest.raises(ValueError) as error:
         policy_gradient(work, **{"remove": "30%", "length": 16} | options)

@@ -95,6 +95,21 @@ def test_solvers_go_on_with_the_smaller_model(tmp_path: Path) -> None:
     assert list(one) == list(other) and all(torch.equal(one.tensor(name), other.tensor(name)) for name in one)
 
 
+def test_a_dry_run_shows_what_there_is(tmp_path: Path) -> None:
+    done = fit(recipe(tmp_path, POLICY), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "mlp.down_proj" in done.stdout and "weights on disk and in memory" in done.stdout
+    assert "forward work" not in done.stdout and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_was_never_pruned_may_be_trained(tmp_path: Path) -> None:
+    stages = "{lora: {steps: 3, rank: 2, length: 64, targets: [q_proj]}}, {lora: {steps: 2, rank: 2, length: 64}}"
+    done = fit(recipe(tmp_path, stages))
+    assert done.returncode == 0, done.stdout
+    report = report_of(tmp_path)
+    assert report["verified"] is True and list(report["notes"]) == ["lora", "lora 2"]
+
+
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
@@ -102,6 +117,10 @@ def test_solvers_go_on_with_the_smaller_model(tmp_path: Path) -> None:
         ("wanda-sp", "option `remove` is required"),
         ('{wanda-sp: {remove: "0%"}}', "remove is '0%'; it must be a share"),
         ('{wanda-sp: {remove: "99%"}}', "can give up"),
+        ("{wanda-sp: {remove: half}}", "remove is 'half'; it must be a share"),
+        ('{policy_gradient: {remove: "30%", baseline: mean}}', 'option `baseline` is "mean", must be "leave-one-out"'),
+        ('{policy_gradient: {remove: "30%", masks: 1}}', "give at least 2 as masks"),
+        ('{policy_gradient: {remove: "30%", units: [heads, layers]}}', "units are heads, layers; they can be"),
         ('{wanda-sp: {remove: "30%"}}, wanda', "missing key `pattern`, which `wanda` prunes to"),
     ],
 )

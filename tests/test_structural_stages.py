@@ -49,7 +49,7 @@ def worked(model, tokens=TOKENS, folder=None, team=Team()):  # noqa: B008
     planned = SimpleNamespace(recipe=recipe, batch=2)
     blocks = discover(model, tokens[:1, :8])
     commits = Commits(folder) if folder else None
-    return Work(planned, model, blocks, tokens, folder or Path(), commits, Meter(), source=False, team=team)
+    return Work(planned, model, blocks, tokens, folder or Path(), commits, Meter(), index=1, team=team)
 
 
 def run(stage, model, folder, tokens=TOKENS, **options):

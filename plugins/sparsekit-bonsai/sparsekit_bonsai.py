@@ -12,7 +12,7 @@ from sparsekit.stages.layer_perplexity import loss
 from sparsekit.stages.wanda_sp import sizes
 from sparsekit.structure.choose import share
 from sparsekit.structure.masking import masking
-from sparsekit.structure.moments import moments
+from sparsekit.structure.moments import walked
 from sparsekit.structure.units import Units
 from sparsekit.work import Work
 from torch import Tensor
@@ -138,19 +138,11 @@ def _ridge(dropped: Tensor, losses: Tensor, ridge: float) -> tuple[Tensor, Tenso
 def _prior(work: Work, units: Units, kept: Tensor, device: torch.device) -> Tensor:
     """How large each unit is (units,) in the model as it is masked now, by Wanda-sp's measure, over its part's mean."""
     found = torch.zeros(len(units))
-    stream = work.stream(error_correction="prefix", commits=None, dense_weight=None)
-    stream.device = device
-    for block in stream:
-        block.to(device)
-        parts = {number: part for number, part in enumerate(units.parts) if part.block == block.index}
-        names = [str(part.output) for part in parts.values()]
-        seen = moments(block, stream.inputs, names, advance=True, team=work.team)
+    for block, parts, seen in walked(work.through(device), units, team=work.team):
         for number, part in parts.items():
             mine = units.part == number
             size = sizes(block.linears[str(part.output)], part, seen[str(part.output)])
             found[mine] = size / size[kept[mine]].mean().clamp(min=torch.finfo(size.dtype).tiny)
-        block.to("cpu")
-    stream.close()
     return found
 
 

@@ -130,7 +130,7 @@ def structure(report: Report) -> str:
 def training(report: Report, metrics: str | None) -> str:
     """Curves: of recovery stages, of LAMP's blocks, and whatever else the run logged as it went."""
     charts = []
-    for stage, notes in ((report.get("notes") or {}) | (report.get("recovery") or {})).items():
+    for stage, notes in (report.get("notes") or {}).items():
         points = [(*point, None)[:3] for point in notes.get("curve") or []]  # the validation loss may be left out
         series = {
             "training": [(step, loss) for step, loss, _ in points if loss is not None],

@@ -1,6 +1,5 @@
 """Recovery as Lightning sees it: a language model of which some parameters are trained, and a small checkpoint."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsekit.recover.data import Rows
 from sparsekit.recover.losses import Objective, text_loss
+from sparsekit.schedule import cosine
 from sparsekit.team import Team
 
 
@@ -96,15 +96,3 @@ class Recovery(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Only what is trained."""
         checkpoint["state_dict"] = {f"model.{name}": leaf.detach() for name, leaf in self.leaves.items()}
-
-
-def cosine(steps: int, warmup: float) -> Callable[[int], float]:
-    """Step -> share of the learning rate: a linear rise over the share `warmup` of the steps, then a cosine to zero."""
-    rising = math.ceil(warmup * steps)
-
-    def rate(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-    return rate

@@ -19,6 +19,7 @@ from sparsekit.recover.losses import Objective
 from sparsekit.recover.module import Recovery
 from sparsekit.recover.teacher import Cached, Running
 from sparsekit.recover.watch import Best, Checkpoints, RecoveryProgress
+from sparsekit.values import at_least
 
 LENGTH = 512  # tokens of a row, or the model's positions if they are fewer
 CLIP = 1.0  # largest norm of a gradient
@@ -34,8 +35,7 @@ def check(options: Mapping[str, Any]) -> None:
     """
     given = {name: value for name, value in options.items() if value is not None}
     for name, least in LEAST.items():
-        if not least <= given.get(name, least) < math.inf:
-            raise ValueError(f"{name} is {given[name]}; it must be at least {least:g}")
+        at_least(least, **{name: given.get(name, least)})
     if not 0 < given.get("learning_rate", 1.0) < math.inf:
         raise ValueError(f"learning_rate is {given['learning_rate']}; it must be above 0")
     for name in ("warmup", "validation", "dropout"):

@@ -35,8 +35,7 @@ def scores(work: Work, units: Units, remove: str | float, device: torch.device) 
     """
     need(units, ("layers",), "block-influence")
     found = torch.zeros(len(units))
-    stream = work.stream(error_correction="prefix", commits=None, dense_weight=None)
-    stream.device = device
+    stream = work.through(device)
     for block in stream:
         block.to(device)
         sums = torch.zeros(2, device=device)  # of cosines, of tokens

@@ -1,7 +1,7 @@
 """FLAP: channels and heads by how much their outputs fluctuate; what they are on average becomes a bias."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsekit.blocks import Block, Linear
 from sparsekit.remove import Once
 from sparsekit.structure.choose import choose, share
-from sparsekit.structure.moments import Moments, moments, need
+from sparsekit.structure.moments import Moments, need, walked
 from sparsekit.structure.units import Part, Units
 from sparsekit.work import Work
 
@@ -19,7 +19,7 @@ def flap(
     work: Work,
     *,
     remove: str | float,
-    shape: str = "free",
+    shape: Literal["free", "uniform"] = "free",
     bias: bool = True,
     compensate: bool = False,
     damping: float = 0.01,
@@ -90,18 +90,10 @@ def _measured(work: Work, units: Units, device: torch.device) -> tuple[Tensor, d
     need(units, ("heads", "channels"), "flap")
     found = torch.zeros(len(units))
     means: dict[str, Tensor] = {}
-    stream = work.stream(error_correction="prefix", commits=None, dense_weight=None)  # nothing is pruned: dense
-    stream.device = device
-    for block in stream:
-        block.to(device)
-        parts = {number: part for number, part in enumerate(units.parts) if part.block == block.index}
-        names = [str(part.output) for part in parts.values()]
-        seen = moments(block, stream.inputs, names, advance=True, team=work.team)
+    for block, parts, seen in walked(work.through(device), units, team=work.team):
         for number, part in parts.items():
             found[units.part == number] = _fluctuations(block.linears[str(part.output)], part, seen[str(part.output)])
         means |= {name: each.mean.float().cpu() for name, each in seen.items()}
-        block.to("cpu")
-    stream.close()
     return found, means
 
 

@@ -26,7 +26,7 @@ def llm_pruner(
     *,
     remove: str | float,
     taylor: Taylor = "param_first",
-    shape: str = "uniform",
+    shape: Literal["free", "uniform"] = "uniform",
     skip_first: int = 0,
     skip_last: int = 0,
     compensate: bool = False,

@@ -113,7 +113,8 @@ def lora(
             work.notes["lora"]["adapter"] = "adapter"
             adapter.save(work.output / "adapter", layers, base=str(work.planned.folder))
         detach(work.model, layers, merge=merge)
-        session.mark(work.blocks, free)
+        merged = [f"{linear.name}.weight" for linear in linears] if merge else []
+        session.mark(work.blocks, [*free, *merged])
         stored.restore(free)
 
     return session.parts(

@@ -1,24 +1,32 @@
 """Policy gradient: which structures stay is learned from the loss of the pruned model, by forward passes alone."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsekit import plugins
-from sparsekit.policy import ACROSS, BASELINES, PROJECTIONS, SCALINGS, PolicyGradient
+from sparsekit.policy import PolicyGradient
 from sparsekit.recover.watch import Checkpoints
+from sparsekit.structure.choose import check as check_choice
 from sparsekit.structure.choose import share
+from sparsekit.structure.units import check as check_units
+from sparsekit.values import at_least
 from sparsekit.work import Work
 
-INITIAL = ("wanda-sp", "flap", "llm-pruner", "layer-perplexity", "block-influence", "random", "random-progressive")
-FINE = ("wanda-sp", "flap", "llm-pruner")  # these score heads and channels, the others layers or parts
+Initial = Literal[
+    "wanda-sp", "flap", "llm-pruner", "layer-perplexity", "block-influence", "random", "random-progressive"
+]
+FINE = ("wanda-sp", "flap", "llm-pruner")  # these score heads and channels, the other methods layers or parts
 UNITS = {"heads-and-channels": ["heads", "channels"], "parts": ["attention", "mlp"], "layers": ["layers"]}
 TESTING = 32  # sequences that are held out, at most
+COUNTS = ("tokens", "group", "steps", "masks", "batch", "length", "window")
 
 
 def policy_gradient(
@@ -26,12 +34,12 @@ def policy_gradient(
     *,
     remove: str | float,
     units: list[str] | str = "heads-and-channels",
-    shape: str = "free",
-    budgets: str = "separate",
-    initial: str | None = None,
+    shape: Literal["free", "uniform"] = "free",
+    budgets: Literal["separate", "joint"] = "separate",
+    initial: Initial | None = None,
     tokens: int = 131072,
-    projection: str = "sigmoid-norm",
-    across: str = "best",
+    projection: Literal["sigmoid-norm", "score-const"] = "sigmoid-norm",
+    across: Literal["best", "block", "model"] = "best",
     sharpness: float = 8.0,
     group: int = 32,
     steps: int = 600,
@@ -39,14 +47,14 @@ def policy_gradient(
     batch: int = 2,
     length: int = 128,
     learning_rate: float = 0.05,
-    baseline: str = "leave-one-out",
+    baseline: Literal["leave-one-out", "moving-average", "initial", "none"] = "leave-one-out",
     window: int = 5,
     antithetic: bool = True,
-    scaling: str = "natural",
+    scaling: Literal["natural", "sqrt", "none"] = "natural",
     normalize: bool = True,
     floor: float = 0.01,
     held_out: float = 0.125,
-    compensate: bool = True,
+    compensate: bool | None = None,
     bias: bool = False,
     damping: float = 0.01,
 ) -> tuple[LightningModule, Any, list[Callback]]:
@@ -79,45 +87,28 @@ def policy_gradient(
     normalize: divide by the running standard deviation of what the baseline leaves
     floor: s stays this far from 0 and 1, so that no unit is lost for good
     held_out: share of the calibration text that chooses between start, way and end; 0: the end is taken
-    compensate, bias, damping: least squares, see `wanda-sp`
+    compensate: least squares, see `wanda-sp`; null: for heads and channels. bias, damping: of that
 
     Several processes share the sequences of a step. Memory: that of a forward pass and a few numbers for each unit.
     Source: Bypass Back-propagation: Optimization-based Structural Pruning for LLMs via Policy Gradient, Algorithm 1.
     """
-    kinds = UNITS.get(units, [units]) if isinstance(units, str) else units
-    fine = set(kinds) <= {"heads", "channels"}
-    initial = initial or ("wanda-sp" if fine else "layer-perplexity")
-    for name, value, allowed in (
-        ("initial", initial, INITIAL),
-        ("projection", projection, PROJECTIONS),
-        ("across", across, ACROSS),
-        ("baseline", baseline, BASELINES),
-        ("scaling", scaling, SCALINGS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; it can be {', '.join(allowed)}")
-    if not initial.startswith("random") and fine != (initial in FINE):
-        raise ValueError(f"initial is {initial!r}, which has no scores for {' and '.join(kinds)}; leave it out")
-    counts = {"steps": steps, "masks": masks, "batch": batch, "length": length, "group": group, "window": window}
-    counts["tokens"] = tokens
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; it must be at least 1")
-    if baseline == "leave-one-out" and masks < 2:
-        raise ValueError("baseline leave-one-out compares masks of one step: give at least 2 as masks, or another one")
-    if not (0 <= floor < 0.5 and learning_rate > 0 and sharpness > 0 and 0 <= held_out < 1):
-        raise ValueError(
-            f"floor is {floor} (0 to below 0.5), learning_rate {learning_rate} and sharpness {sharpness} (above 0), "
-            f"held_out {held_out} (0 to below 1)"
-        )
+    check(locals())
+    kinds = _kinds(units)
+    start = initial or _initial(kinds)
     few = replace(work, tokens=work.tokens[: max(1, tokens // work.tokens.shape[1])])
     found, ending = few.removal(
-        remove, kinds, shape=shape, budgets=budgets, compensate=compensate, bias=bias, damping=damping
+        remove,
+        kinds,
+        shape=shape,
+        budgets=budgets,
+        compensate=_fine(kinds) if compensate is None else compensate,
+        bias=bias,
+        damping=damping,
     )
     text, testing = _texts(work.tokens, length, held_out)
     score = None
-    if not initial.startswith("random"):
-        method = import_module(f"sparsekit.stages.{plugins.normal(initial)}")
+    if not start.startswith("random"):
+        method = import_module(f"sparsekit.stages.{plugins.normal(start)}")
         score = partial(method.scores, few, found, remove)
     module = PolicyGradient(
         work.model,
@@ -143,13 +134,52 @@ def policy_gradient(
         scaling=scaling,
         normalize=normalize,
         floor=floor,
-        progressive=initial == "random-progressive",
+        progressive=start == "random-progressive",
         seed=work.seed,
         team=work.team,
         say=work.console.print,
     )
     data: Any = DataLoader(range(steps))  # type: ignore[arg-type]  # which text a step sees follows from its number
     return module, data, [Checkpoints(work.checkpoints), ending]
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options, all of them by name, that are out of range alone or together."""
+    given = {name: options[name] for name in plugins.options(policy_gradient)}
+    for problem in plugins.option_problems(policy_gradient, given).values():
+        raise ValueError(problem)
+    kinds = _kinds(options["units"])
+    check_units(kinds)
+    check_choice(options["shape"], options["budgets"])
+    initial = options["initial"] or _initial(kinds)
+    if not initial.startswith("random") and _fine(kinds) != (initial in FINE):
+        raise ValueError(f"initial is {initial!r}, which has no scores for {' and '.join(kinds)}; leave it out")
+    at_least(1, **{name: options[name] for name in COUNTS})
+    if options["baseline"] == "leave-one-out" and options["masks"] < 2:
+        raise ValueError("baseline leave-one-out compares masks of one step: give at least 2 as masks, or another one")
+    if options["across"] == "best" and not options["held_out"]:
+        raise ValueError("across: best is decided on held-out text: give a held_out above 0, or block or model")
+    at_least(0, floor=options["floor"], held_out=options["held_out"])
+    if not (options["floor"] < 0.5 and options["held_out"] < 1):
+        raise ValueError(f"floor is {options['floor']} (below 0.5), held_out {options['held_out']} (below 1)")
+    for name in ("learning_rate", "sharpness"):
+        if not 0 < options[name] < math.inf:
+            raise ValueError(f"{name} is {options[name]}; it must be above 0")
+
+
+policy_gradient.check = check  # type: ignore[attr-defined]  # what can be said before anything runs
+
+
+def _kinds(units: list[str] | str) -> list[str]:
+    return UNITS.get(units, [units]) if isinstance(units, str) else units
+
+
+def _fine(kinds: list[str]) -> bool:
+    return set(kinds) <= {"heads", "channels"}
+
+
+def _initial(kinds: list[str]) -> str:
+    return "wanda-sp" if _fine(kinds) else "layer-perplexity"
 
 
 def _texts(tokens: Tensor, length: int, held_out: float) -> tuple[Tensor, Tensor]:

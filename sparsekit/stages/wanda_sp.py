@@ -1,7 +1,7 @@
 """Wanda-sp: channels and heads by the size of their weights times that of their activations."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -11,7 +11,7 @@ from sparsekit.blocks import Block, Linear
 from sparsekit.remove import Once
 from sparsekit.structure.choose import choose, share
 from sparsekit.structure.masking import masking
-from sparsekit.structure.moments import Moments, moments, need
+from sparsekit.structure.moments import Moments, need, walked
 from sparsekit.structure.units import Part, Units
 from sparsekit.work import Work
 
@@ -20,7 +20,7 @@ def wanda_sp(
     work: Work,
     *,
     remove: str | float,
-    shape: str = "uniform",
+    shape: Literal["free", "uniform"] = "uniform",
     compensate: bool = False,
     bias: bool = False,
     damping: float = 0.01,
@@ -52,21 +52,13 @@ def scores(work: Work, units: Units, remove: str | float, device: torch.device) 
     need(units, ("heads", "channels", "attention", "mlp"), "wanda-sp")
     found = torch.zeros(len(units))
     kept = torch.ones(len(units), dtype=torch.bool)
-    stream = work.stream(error_correction="prefix", commits=None, dense_weight=None)
-    stream.device = device
     with masking(work.blocks, units) as mask:
-        for block in stream:
-            block.to(device)
-            parts = {number: part for number, part in enumerate(units.parts) if part.block == block.index}
-            seen = moments(block, stream.inputs, [str(part.output) for part in parts.values()], team=work.team)
+        for block, parts, seen in walked(work.through(device), units, masked=True, team=work.team):
             for number, part in parts.items():
                 found[units.part == number] = sizes(block.linears[str(part.output)], part, seen[str(part.output)])
             mine = units.block == block.index
             kept[mine] = _within(block, list(parts.values()), found[mine], share(remove))
             mask(kept)
-            stream.advance(block)
-            block.to("cpu")
-    stream.close()
     return found
 
 

@@ -12,7 +12,7 @@ BUDGETS = ("separate", "joint")
 
 
 def share(given: str | float) -> float:
-    """ "30%" or 0.3 as a share; raises ValueError for anything that is not above 0 and below 1."""
+    """A share as a number, from a text such as "30%" or from 0.3; ValueError unless it is above 0 and below 1."""
     text = str(given).strip()
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)

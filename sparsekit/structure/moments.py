@@ -1,13 +1,14 @@
 """Mean and spread of what enters linears, column by column: all that the quick structural scores need of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from sparsekit.blocks import Block
 from sparsekit.store import ActivationStore
-from sparsekit.structure.units import Units
+from sparsekit.stream import BlockStream
+from sparsekit.structure.units import Part, Units
 from sparsekit.team import Team
 
 
@@ -101,6 +102,32 @@ def moments(
                 "block before"
             )
     return found
+
+
+@torch.no_grad()
+def walked(
+    stream: BlockStream,
+    units: Units,
+    *,
+    masked: bool = False,
+    team: Team = Team(),  # noqa: B008
+) -> Iterator[tuple[Block, dict[int, Part], dict[str, Moments]]]:
+    """Walk over the blocks: each block, its parts by their numbers in `units`, and the moments of what enters their
+    output linears, by the linears' names. The block is on the stream's device meanwhile.
+
+    masked: the outputs of a block are computed when the caller is done with it, as it has masked it by then; it costs
+        a second pass
+    """
+    for block in stream:
+        assert block is not None
+        block.to(stream.device)
+        parts = {number: part for number, part in enumerate(units.parts) if part.block == block.index}
+        names = [str(part.output) for part in parts.values()]
+        yield block, parts, moments(block, stream.inputs, names, advance=not masked, team=team)
+        if masked:
+            stream.advance(block)
+        block.to("cpu")
+    stream.close()
 
 
 def need(units: Units, kinds: Iterable[str], method: str) -> None:

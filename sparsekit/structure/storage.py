@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,26 +39,58 @@ def save(
         ValueError: the model is not what `shape` says.
         OSError: the disk is full or the folder cannot be written.
     """
-    from transformers import GenerationConfig
-
-    folder, shape = Path(folder), shape or Shape.of(model)
+    shape = shape or Shape.of(model)
     layout = layouts.choose(model, shape)
     shape = replace(shape, layout=layout.name, load=layout.load)
-    if source is not None:
+
+    def describe(aside: Path) -> None:
+        for name, text in {"config.json": json.dumps(layout.config, indent=2) + "\n", **layout.files}.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        shape.write(aside)
+
+    write(
+        model,
+        tokenizer,
+        Path(folder),
+        source=source,
+        more=describe,
+        state_dict=model.state_dict() | layout.zeros,
+        # names as the model has them, which `load` reads, or as the family's files have them, where they differ
+        save_original_format=layout.name == "plain",
+    )
+    return shape
+
+
+def write(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    source: Path | None = None,
+    more: Callable[[Path], Any] = lambda aside: None,
+    **options: Any,
+) -> None:
+    """Write a model as transformers does, aside, and move it into place when all of it is on the disk.
+
+    source: the checkpoint whose generation config is copied; None writes the model's own
+    more: writes further files into the folder that it is given. options: of save_pretrained
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; an earlier folder of that name is still there.
+    """
+    from transformers import GenerationConfig
+
+    if source is not None and getattr(model, "generation_config", None) is not None:
         model.generation_config = GenerationConfig()  # the source's own file is copied, even if it is not valid
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        state = model.state_dict() | layout.zeros
         with disk_errors(aside):
-            # names as the model has them, which `load` reads, or as the family's files have them, where they differ
-            model.save_pretrained(aside, state_dict=state, save_original_format=layout.name == "plain")
+            model.save_pretrained(aside, **options)
             tokenizer.save_pretrained(aside)
         if source is not None and (source / GENERATION).is_file():
             shutil.copyfile(source / GENERATION, aside / GENERATION)
-        for name, text in {"config.json": json.dumps(layout.config, indent=2) + "\n", **layout.files}.items():
-            (aside / name).write_text(text, encoding="utf-8")
-        shape.write(aside)
+        more(aside)
         for file in aside.iterdir():
             make_readable(file)
             sync(file)
@@ -66,7 +99,6 @@ def save(
         sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return shape
 
 
 def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:

@@ -24,7 +24,7 @@ TEXT = torch.randint(2, 64, (16, 8), generator=torch.Generator().manual_seed(0))
 def worked(model, tokens):
     recipe = SimpleNamespace(error_correction="prefix", memory=SimpleNamespace(activations=10**9), seed=0)
     planned = SimpleNamespace(recipe=recipe, batch=8)
-    return Work(planned, model, discover(model, tokens[:1, :8]), tokens, Path(), None, Meter(), source=False)
+    return Work(planned, model, discover(model, tokens[:1, :8]), tokens, Path(), None, Meter(), index=1)
 
 
 def toy():
