@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
+PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
 .PHONY: demo test test-all lint setup
 
@@ -11,10 +12,10 @@ demo: setup
 	$(BIN)/sparsekit fit --recipe recipes/demo.yaml --resume
 
 test: setup lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: setup lint
-	$(BIN)/pytest -m "long or not long"
+	$(PYTEST) -m "long or not long"
 
 lint: setup
 	$(BIN)/ruff check .

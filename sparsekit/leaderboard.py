@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsekit import plugins, report
+from sparsekit import distance, plugins, report
 from sparsekit.compare import Run, check, figures, read
 
 LOWER = ("size", "packed", "seconds", "memory")  # of the columns that are no quality, these are better when low
 AROUND = ("prepare", "load", "save", "verify")  # stages that are no part of what pruning costs
+TEXTS = ("run", "model", "result", "stages", "masks of")  # columns that are no figures
 KIND = {"sparsity": "share", "removed": "share", "prefill": "times", "decode": "times"}
 KIND |= {"size": "bytes", "packed": "bytes", "seconds": "seconds", "memory": "bytes"}
 
@@ -21,7 +22,8 @@ def leaderboard(paths: Sequence[str], *, by: str | None = None) -> dict[str, Any
     by: the column to sort by (a text, "TASK METRIC", sparsity, removed, size, packed, prefill, decode, seconds,
     memory), the first perplexity, or else the first task, unless told. Runs that lack the figure come last.
 
-    Returns {"by", "columns", "context": {text: {length, windows}}, "dense": [row], "runs": [row], "notes": [sentence]};
+    Returns {"by", "columns", "context": {text: {length, windows}}, "dense": [row], "runs": [row], "notes": [sentence],
+    "distances": what `distance.distances` gives};
     a row is {"run", "model", "asked", "stages", "verified", "values": {column: number}, "stderr": {column: number}}.
     Sizes are bytes of model/ and model-packed/; prefill and decode how many times faster than dense, at the smallest
     batch of `sparsekit bench`; seconds and memory (bytes) what the stages of pruning and recovery took.
@@ -41,8 +43,10 @@ def leaderboard(paths: Sequence[str], *, by: str | None = None) -> dict[str, Any
     sign = 1 if _lower(by, runs) else -1
     rows.sort(key=lambda row: (sign * row["values"][by] if by in row["values"] else math.inf, row["run"]))
     context = {name: where for run in runs for name, where in run.pruned.get("context", {}).items()}
-    keys = ("by", "columns", "context", "dense", "runs", "notes")
-    return dict(zip(keys, (by, columns, context, dense, rows, list(_notes(runs))), strict=True))
+    by_path = {run.path: run for run in runs}
+    apart = distance.distances([by_path[row["run"]] for row in rows])
+    keys = ("by", "columns", "context", "dense", "runs", "notes", "distances")
+    return dict(zip(keys, (by, columns, context, dense, rows, list(_notes(runs)), apart), strict=True))
 
 
 def _row(run: Run) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def _row(run: Run) -> dict[str, Any]:
     if found["sparsity"]["per_linear"]:
         values["sparsity"] = found["sparsity"]["total"]
     if "structure" in found:
-        values["removed"] = sum(found["structure"]["removed"])
+        values["removed"] = report.removed(found["structure"])
     for column, inside in (("size", "model"), ("packed", "model-packed")):
         if (Path(run.path) / inside).is_dir():
             values[column] = sum(file.stat().st_size for file in (Path(run.path) / inside).iterdir())
@@ -119,15 +123,22 @@ def _notes(runs: Sequence[Run]) -> Iterator[str]:
 def cells(board: dict[str, Any]) -> list[list[str]]:
     """The leaderboard as text: a line of headings, the dense models, the runs."""
     several = len({row["model"] for row in board["runs"]}) > 1
-    folders = [Path(row["run"]).name for row in board["runs"]]
+    names = _names(board)
     lines = [["run", *(["model"] if several else []), "result", "stages", *board["columns"]]]
     for row in board["dense"] + board["runs"]:
-        name = Path(row["run"]).name if folders.count(Path(row["run"]).name) < 2 else row["run"]
+        name = names[row["run"]]
         name = name if row.get("verified", True) else f"{name} (NOT as asked)"
         line = [name, *([row["model"]] if several else []), row.get("asked", ""), row.get("stages", "")]
         values, stderr = row["values"], row["stderr"]
         lines.append(line + [_cell(c, values.get(c), stderr.get(c), c in board["context"]) for c in board["columns"]])
     return lines
+
+
+def _names(board: dict[str, Any]) -> dict[str, str]:
+    """What a run is called: the name of its folder, or its path where others have the same name."""
+    folders = [Path(row["run"]).name for row in board["runs"]]
+    short = {row["run"]: Path(row["run"]).name for row in board["dense"] + board["runs"]}
+    return {run: name if folders.count(name) < 2 else run for run, name in short.items()}
 
 
 def _cell(column: str, value: float | None, stderr: float | None, text: bool) -> str:
@@ -148,35 +159,54 @@ def notes(board: dict[str, Any]) -> list[str]:
     return said + ([f"windows x tokens: {', '.join(windows)}"] if windows else []) + board["notes"]
 
 
+def tables(board: dict[str, Any]) -> list[tuple[list[list[str]], list[str]]]:
+    """The leaderboard and, where runs have masks that compare, their distances: (headings and lines, notes below)."""
+    names = _names(board)
+    lines, said = distance.cells(board["distances"], names), distance.notes(board["distances"], names)
+    return [(cells(board), notes(board)), (lines, said)] if lines else [(cells(board), notes(board) + said)]
+
+
 def markdown(board: dict[str, Any]) -> str:
-    """The leaderboard as a table in Markdown, with the notes below it."""
-    first, *rest = cells(board)
-    lines = [first, ["---"] * len(first), *rest]
-    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    return "\n\n".join([table, *notes(board)])
+    """The tables in Markdown, with the notes below each."""
+    parts = []
+    for (first, *rest), said in tables(board):
+        lines = [first, ["---"] * len(first), *rest]
+        parts.append(
+            "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        )
+        parts += said
+    return "\n\n".join(parts)
 
 
 def show(board: dict[str, Any], console: Any) -> None:
-    """The leaderboard on a terminal; without one in plain columns that are never folded."""
+    """The tables on a terminal; without one in plain columns that are never folded."""
+    for number, (lines, said) in enumerate(tables(board)):
+        if number:
+            console.print()
+        _print(lines, console, None if number else f"by {board['by']}")
+        for note in said:
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print(lines: list[list[str]], console: Any, title: str | None) -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    first, *rest = cells(board)
-    texts = ("run", "model", "result", "stages")
+    first, *rest = lines
+    sides = ["left" if head in TEXTS else "right" for head in first]
     if console.is_terminal:
-        table = Table(title=f"by {board['by']}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for head in first:
-            table.add_column(head, justify="left" if head in texts else "right", overflow="fold")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for head, side in zip(first, sides, strict=True):
+            table.add_column(head, justify=side, overflow="fold")  # type: ignore[arg-type]
         for line in rest:
-            table.add_row(*line)
+            table.add_row(*map(Text, line))
         console.print(table)
-    else:
-        widths = [max(map(len, column)) for column in zip(first, *rest, strict=True)]
-        for line in [first, *rest]:
-            sides = [
-                f"{cell:{'<' if head in texts else '>'}{width}}"
-                for cell, head, width in zip(line, first, widths, strict=True)
-            ]
-            print("  ".join(sides).rstrip(), file=console.file)
-    for note in notes(board):
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
+        return
+    widths = [max(map(len, column)) for column in zip(first, *rest, strict=True)]
+    for line in lines:
+        cut = [
+            f"{cell:{'<' if side == 'left' else '>'}{width}}"
+            for cell, side, width in zip(line, sides, widths, strict=True)
+        ]
+        print("  ".join(cut).rstrip(), file=console.file)

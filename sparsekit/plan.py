@@ -119,7 +119,7 @@ def make(recipe: Recipe) -> Plan:
         for index, stage in enumerate(recipe.stages)
         if several and kind(stage) == "stage" and not structural(stage)
     ]
-    problems += missing(recipe.loggers) + _off_grid(recipe)
+    problems += missing(recipe.loggers) + _off_grid(recipe) + _unmerged(recipe)
     if problems:
         raise RecipeError(problems)
     dense = locate(recipe.model.model_dump())
@@ -148,6 +148,16 @@ def _off_grid(recipe: Recipe) -> list[str]:
             )
         quantized = stage.name if grid is not None else quantized
     return problems
+
+
+def _unmerged(recipe: Recipe) -> list[str]:
+    """Stages that would leave an update beside a model that later ones change."""
+    return [
+        f"stage {index + 1}, `{stage.name}`, has merge: false, but later stages would change the model that its update "
+        "belongs to: merge it, or make it the last stage"
+        for index, stage in enumerate(recipe.stages[:-1])
+        if stage.options.get("merge") is False
+    ]
 
 
 def sample(device: str) -> Tensor:

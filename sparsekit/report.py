@@ -1,5 +1,6 @@
 """What a run tells: time and memory by stage, report.json, the model card, the closing table."""
 
+import math
 import os
 import platform
 import threading
@@ -133,8 +134,13 @@ def aim(report: dict[str, Any]) -> str:
     """What was done to the model, for titles: "pruned to 2:4", "30.0% of its blocks removed"."""
     said = [f"pruned to {report['recipe']['pattern']}"] if report["sparsity"]["per_linear"] else []
     if "structure" in report:
-        said.insert(0, f"{sum(report['structure']['removed']):.1%} of its blocks removed")
+        said.insert(0, f"{removed(report['structure']):.1%} of its blocks removed")
     return " and ".join(said) or "trained"
+
+
+def removed(structure: dict[str, Any]) -> float:
+    """The share of the source blocks' parameters that is gone, after all cuts, those of earlier runs included."""
+    return structure.get("total", 1 - math.prod(1 - share for share in structure["removed"]))
 
 
 def model_card(report: dict[str, Any], recipe: str, loading: str) -> str:

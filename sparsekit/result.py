@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit import folder
+from sparsekit.blocks import Block, find
 from sparsekit.commits import write_atomically, write_tensors
 from sparsekit.export import differences, export_packed
 from sparsekit.pipeline import Outcome
@@ -101,18 +102,38 @@ def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any
     if outcome.notes:
         found["notes"] = outcome.notes
     if shape is not None:
-        found["structure"] = {
-            "parameters": {"dense": sum(p.numel() for p in planned.model.parameters()), "pruned": shape.parameters},
-            "removed": [units.removed(removal.kept) for units, removal in outcome.cuts],
-            "layers": [layer.index for layer in shape.layers],
-            "blocks": [
-                {kind: [count.kept, count.of] for kind in KINDS if (count := getattr(layer, kind)) is not None}
-                for layer in shape.layers
-            ],
-            "layout": shape.layout,
-            "load": shape.load,
-        }
+        found["structure"] = _structure(planned, outcome, shape)
     return found
+
+
+def _structure(planned: Plan, outcome: Outcome, shape: Shape) -> dict[str, Any]:
+    """Counts of what is left, beside the model that the recipe names, even where it goes on from an earlier run."""
+    dense = planned.model
+    if planned.dense != planned.folder:
+        dense = storage.skeleton(planned.dense, trust_remote_code=planned.recipe.model.trust_remote_code)
+    begun = Shape.read(planned.dense)  # it may be cut itself
+    blocks = find(dense)
+    indices = [layer.index for layer in begun.layers] if begun else range(len(blocks))
+    before = {index: _parameters(block) for index, block in zip(indices, blocks, strict=True)}
+    after = [_parameters(block) for block in outcome.blocks]
+    counts = []
+    for layer, parameters in zip(shape.layers, after, strict=True):
+        units = {kind: [count.kept, count.of] for kind in KINDS if (count := getattr(layer, kind)) is not None}
+        counts.append({**units, "parameters": [parameters, before[layer.index]]})
+    return {
+        "parameters": {"dense": sum(p.numel() for p in dense.parameters()), "pruned": shape.parameters},
+        "total": 1 - sum(after) / sum(before.values()),
+        "removed": [units.removed(removal.kept) for units, removal in outcome.cuts],
+        "source_layers": max(indices) + 1,
+        "layers": [layer.index for layer in shape.layers],
+        "blocks": counts,
+        "layout": shape.layout,
+        "load": shape.load,
+    }
+
+
+def _parameters(block: Block) -> int:
+    return sum(parameter.numel() for parameter in block.module.parameters())
 
 
 def _records(outcome: Outcome) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ FLOORS = [
     "solvers allocate structure blocks checkpoint commits dense stream team reconstruct feedforward testing quiet",
     "walk progress parallel remove loggers policy recover",
     "stages sections recipe plan preview folder work pipeline run verify export result "
-    "compare leaderboard bench timing samples page",
+    "compare distance leaderboard bench timing samples page",
     "cli __main__",
 ]
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "torchmetrics", "peft"}

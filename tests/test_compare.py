@@ -104,7 +104,7 @@ def test_figures_of_a_row(three: list[str]) -> None:
         "wikitext2": 45,
         "ptb": 55,
         "piqa acc": 0.6,
-        "removed": pytest.approx(0.3),
+        "removed": pytest.approx(0.28),  # 10 % of the 80 % that the first cut left
         "prefill": 1.1,  # at the smallest batch
         "decode": 1.3,
         "size": 1000,

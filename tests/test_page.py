@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sparsekit import cli
-from sparsekit.page import page, parts, write
+from sparsekit.page import kept, page, parts, write
 from sparsekit.page.charts import Bar, bars, columns, lines, thin, ticks
 from sparsekit.page.heat import by_block, heat, percent
 
@@ -51,9 +51,14 @@ def example() -> dict[str, Any]:
         },
         "structure": {
             "parameters": {"dense": 1000, "pruned": 800},
+            "total": 0.25,
             "removed": [0.25],
+            "source_layers": 4,
             "layers": [0, 2],
-            "blocks": [{"heads": [1, 3], "channels": [5, 8]}, {"heads": [2, 3], "channels": None}],
+            "blocks": [
+                {"heads": [1, 3], "channels": [5, 8], "parameters": [50, 100]},
+                {"heads": [2, 3], "parameters": [75, 100]},
+            ],
         },
         "error": {name: 10.0 ** -(number % 4 + 1) for number, name in enumerate(LINEARS)},
         "notes": {
@@ -140,7 +145,7 @@ def test_the_page_is_sound_and_says_what_the_report_says() -> None:
     links = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
     assert len(links) == 10 and {str(link)[1:] for link in links} <= ids
     drawings = [attributes for tag, attributes in read.tags if tag == "svg"]
-    assert len(drawings) == 6 and all(each["role"] == "img" and each["aria-label"] for each in drawings)
+    assert len(drawings) == 7 and all(each["role"] == "img" and each["aria-label"] for each in drawings)
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
@@ -234,13 +239,58 @@ def test_ticks_are_few_round_and_enclose() -> None:
         assert round(step / 10 ** math.floor(math.log10(step * 1.0001)), 3) in (1, 2, 5)
 
 
-def test_columns_leave_a_gap_for_a_removed_layer() -> None:
+def heights(html: str, name: str) -> list[float]:
+    return [float(height) for height in re.findall(rf'class="{name}"[^>]* height="([\d.]+)"', html)]
+
+
+def test_columns_are_as_high_as_what_is_kept() -> None:
+    html = columns("t", [0.25, None, 1.0, 0.0], ["1 of 4", "not known", "4 of 4", "0 of 4"], mean=0.5, said="half")
+    assert heights(html, "kept") == [50, 200, 0] and heights(html, "removed") == [150, 0, 200]
+    assert [float(y) for y in re.findall(r'class="kept"[^>]* y="([\d.]+)"', html)] == [150, 0, 200]
+    assert re.findall(r'class="mean"[^>]* y1="([\d.]+)" y2="([\d.]+)"', html) == [("100.0", "100.0")]
+    assert re.findall(r"<title>([^<]+)</title>", html) == ["layer 0: 1 of 4", "layer 2: 4 of 4", "layer 3: 0 of 4"]
+    assert re.findall(r'left:([\d.]+)%">(\d+)<', html) == [(f"{12.5 + 25 * n:.2f}", str(n)) for n in range(4)]
+    marks = re.findall(r'%">(\d+)<', columns("t", [1.0] * 80, [""] * 80, mean=1, said="").split('"x at"')[1])
+    assert marks == [str(10 * n) for n in range(8)]
+
+
+def test_every_layer_of_the_source_has_a_column_even_if_it_is_gone() -> None:
     report = example()
-    html = parts.structure(report)
-    assert "layer 0: 1 of 3" in html and "layer 1: none left" in html and "layer 2: 2 of 3" in html
-    assert "3 of 6 kept" in html and "5 of 8 kept" in html
-    heights = re.findall(r'class="kept"[^>]* height="([\d.]+)"', columns("t", [(1, 2), (4, 4)], x="layer"))
-    assert [float(height) for height in heights] == [50, 200]
+    html = kept.structure(report)
+    parameters, heads, channels = html.split("<figure>")[1:]
+    assert heights(parameters, "kept") == [100, 0, 150, 0]  # layers 1 and 3 are gone, the last one too
+    assert heights(heads, "kept") == pytest.approx([200 / 3, 0, 400 / 3, 0], abs=0.1)
+    assert heights(channels, "kept") == [125, 0, 0]  # of layer 2 it is not known
+    assert "layer 3: 0 of 3" in heads and "layer 2: 2 of 3" in heads
+    assert "125 of 400 (31.2\N{NO-BREAK SPACE}%). Gone in layers 1, 3." in parameters
+    assert "Most lost in layer 0: 66.7\N{NO-BREAK SPACE}%. Least lost in layer 2: 33.3\N{NO-BREAK SPACE}%." in heads
+
+
+def test_what_nothing_was_taken_of_has_no_chart() -> None:
+    report = example()
+    for block in report["structure"]["blocks"]:
+        block |= {"heads": [3, 3], "channels": [8, 8]}
+    assert kept.structure(report).count("<figure>") == 1  # of the parameters: two layers are gone
+    for block in report["structure"]["blocks"]:
+        del block["parameters"]  # as earlier versions wrote it
+    del report["structure"]["source_layers"]
+    html = kept.structure(report)
+    assert "Layers, % kept" in html and heights(html, "kept") == [200, 0, 200]
+    assert kept.structure({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ([0.5, 0.25, 0.25, 1.0], "Most lost in layers 1, 2: 75.0 %. Least lost in layer 3: 0 %."),
+        ([0.7, 0.702, None], "All lost 30.0 %."),
+        ([0.0, 0.5, 0.5], "Gone in layer 0. The others lost 50.0 %."),
+        ([0.0, 1.0, 1.0], "Gone in layer 0. The others lost nothing."),
+        ([0.5] * 7 + [0.8], "Most lost in 7 layers: 50.0 %. Least lost in layer 7: 20.0 %."),
+    ],
+)
+def test_which_layers_lost_most(shares: list[float | None], said: str) -> None:
+    assert kept.lost(shares).replace("\N{NO-BREAK SPACE}", " ") == said
 
 
 def test_linears_are_laid_out_by_block() -> None:

@@ -139,15 +139,24 @@ def test_a_stage_runs_in_one_process(tmp_path):
     assert done.returncode == 2 and "runs in one process" in done.stderr
 
 
-def test_nothing_moves_quantized_weights(tmp_path):
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (
+            "[{sparsegpt: {quantize: {bits: 4, group: 32}}}, lora]",
+            "`lora`, moves weights off the grid that `sparsegpt` put them on",
+        ),
+        ("[wanda, {lora: {merge: false}}, quantize]", "`lora`, has merge: false, but later stages"),
+    ],
+)
+def test_stages_that_would_undo_others_are_refused(stages, said, tmp_path):
     from sparsekit import plan
     from sparsekit.recipe import RecipeError, load_recipe
 
     file = tmp_path / "x.yaml"
     file.write_text(
-        "model: tests/models/tiny-llama\npattern: 50%\n"
-        "stages: [{sparsegpt: {quantize: {bits: 4, group: 32}}}, lora]\n"
+        f"model: tests/models/tiny-llama\npattern: 50%\nstages: {stages}\n"
         "calibration: {source: python-docs, samples: 2, length: 16}\n"
     )
-    with pytest.raises(RecipeError, match="`lora`, moves weights off the grid that `sparsegpt` put them on"):
+    with pytest.raises(RecipeError, match=said):
         plan.make(load_recipe(file))

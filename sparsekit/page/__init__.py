@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsekit.commits import write_atomically, write_json
 from sparsekit.folder import REPORT, STATE
-from sparsekit.page import parts
+from sparsekit.page import kept, parts
 from sparsekit.page.style import CSS
 from sparsekit.structure import storage
 
@@ -27,7 +27,7 @@ def page(report: Mapping[str, Any], metrics: str | None = None, folder: str | No
         "Remarks": parts.remarks(report),
         "Samples": parts.samples(report),
         "Speed and size": parts.speed(report),
-        "Kept structure": parts.structure(report),
+        "Kept structure": kept.structure(report),
         "Linears": parts.linears(report),
         "Training": parts.training(report, metrics),
         "Time and memory": parts.cost(report),

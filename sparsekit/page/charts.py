@@ -108,28 +108,33 @@ def _hits(drawn: Mapping[str, Sequence[tuple[float, float]]], across: Callable[[
     )
 
 
-def columns(title: str, kept: Sequence[tuple[int, int]], *, x: str) -> str:
-    """A column for each layer: how many units it keeps, before the height of how many it had.
+def columns(title: str, shares: Sequence[float | None], told: Sequence[str], *, mean: float, said: str) -> str:
+    """A column for each layer: below what it keeps, above in another colour what it lost, and a line at the mean.
 
-    kept: (kept, of) by layer. x: what a column is, such as "layer".
+    shares: kept, by layer, from 0 to 1; None: not known. told: by layer, what a pointer that rests on it reads.
+    said: the chart in a sentence, below its title.
     """
-    most = max((of for _, of in kept), default=0) or 1
-    width = 600 / max(len(kept), 1)
+    width = 600 / max(len(shares), 1)
     parts = []
-    for index, (some, of) in enumerate(kept):
+    for index, (share, tip) in enumerate(zip(shares, told, strict=True)):
+        if share is None:
+            continue
         place = f'x="{index * width + width * 0.1:.1f}" width="{width * 0.8:.1f}"'
         parts.append(
-            f"<g><title>{escape(x)} {index}: {f'{some:,} of {of:,}' if of else 'none left'}</title>"
-            f'<rect class="of" {place} y="{200 * (1 - of / most):.1f}" height="{200 * of / most:.1f}"/>'
-            f'<rect class="kept" {place} y="{200 * (1 - some / most):.1f}" height="{200 * some / most:.1f}"/></g>'
+            f"<g><title>layer {index}: {escape(tip)}</title>"
+            f'<rect class="removed" {place} y="0" height="{200 * (1 - share):.1f}"/>'
+            f'<rect class="kept" {place} y="{200 * (1 - share):.1f}" height="{200 * share:.1f}"/></g>'
         )
-    total, before = (sum(pair[i] for pair in kept) for i in (0, 1))
-    said = f"{total:,} of {before:,} kept"
-    scale = f'<div class="y"><span style="bottom:100%">{most:,}</span><span style="bottom:0">0</span></div>'
+    line = f'<line class="mean" x1="0" x2="600" y1="{200 * (1 - mean):.1f}" y2="{200 * (1 - mean):.1f}"/>'
+    heights = "".join(f'<span style="bottom:{height}%">{height}</span>' for height in (0, 50, 100))
+    step = next(s for power in range(9) for n in (1, 2, 5) if (s := n * 10**power) * 8 >= len(shares))
+    marks = "".join(
+        f'<span style="left:{(index + 0.5) / len(shares):.2%}">{index}</span>' for index in range(0, len(shares), step)
+    )
     return (
-        f'<figure><figcaption>{escape(title)} <span class="soft small">{said}</span></figcaption>'
-        f'<div class="chart low">{scale}{_svg(f"{title}: {said}", "".join(parts))}'
-        f'<div class="x"><span>0</span><span>{escape(x)}</span><span>{len(kept) - 1}</span></div></div></figure>'
+        f'<figure><figcaption>{escape(title)}<div class="soft small">{escape(said)}</div></figcaption>'
+        f'<div class="chart low"><div class="y">{heights}</div>{_svg(f"{title}: {said}", "".join(parts) + line)}'
+        f'<div class="x at">{marks}</div></div></figure>'
     )
 
 

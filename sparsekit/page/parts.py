@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from sparsekit import report as words
-from sparsekit.page.charts import Bar, bars, columns, fill, lines
+from sparsekit.page.charts import Bar, bars, fill, lines
 from sparsekit.page.heat import heat
 
 Report = Mapping[str, Any]
@@ -112,19 +112,6 @@ def linears(report: Report) -> str:
         heat("Error of the output, % of its energy", "error", report.get("error") or {}),
     ]
     return f'<div class="wide">{"".join(maps)}</div>' if any(maps) else ""
-
-
-def structure(report: Report) -> str:
-    """Units that each layer of the source keeps, where structures were removed."""
-    found = report.get("structure") or {}
-    left = dict(zip(found.get("layers", []), found.get("blocks", []), strict=True))
-    charts = []
-    for kind in ("heads", "channels"):
-        kept = {layer: counts[kind] for layer, counts in left.items() if counts.get(kind)}
-        if kept:
-            last = max(max(left) + 1, len(left))
-            charts.append(columns(kind, [tuple(kept.get(layer, (0, 0))) for layer in range(last)], x="layer"))
-    return f'<div class="wide">{"".join(charts)}</div>' if charts else ""
 
 
 def training(report: Report, metrics: str | None) -> str:

@@ -4,13 +4,13 @@ CSS = """
 :root {
   color-scheme: light dark;
   --page: #f6f6f3; --card: #ffffff; --ink: #1c2429; --soft: #59656d; --line: #e2e4e0; --track: #edefec;
-  --dense: #8d9aa5; --pruned: #0f766e; --third: #b45309; --good: #0f6b45; --bad: #b42318;
+  --dense: #8d9aa5; --pruned: #0f766e; --third: #b45309; --lost: #f0cfa4; --good: #0f6b45; --bad: #b42318;
   --heat-sparsity: #0a4754; --heat-error: #772504; --heat-ink: #ffffff; --cell-ink: #000000;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #13171a; --card: #1b2125; --ink: #e4e9eb; --soft: #9ba8b0; --line: #2c343a; --track: #262e33;
-    --dense: #74838f; --pruned: #45c2b1; --third: #e0a458; --good: #5ccf9a; --bad: #ff8a7a;
+    --dense: #74838f; --pruned: #45c2b1; --third: #e0a458; --lost: #6b5433; --good: #5ccf9a; --bad: #ff8a7a;
     --heat-sparsity: #46a9b8; --heat-error: #e0855c; --heat-ink: #000000; --cell-ink: #ffffff;
   }
 }
@@ -105,8 +105,14 @@ caption { text-align: left; font-weight: 600; font-size: .95rem; padding-bottom:
 .chart .s1 { stroke: var(--third); stroke-dasharray: 5 3; }
 .chart .s2 { stroke: var(--dense); } .chart .s3 { stroke: var(--bad); stroke-dasharray: 2 3; }
 .chart .hit { fill: transparent; } .chart .hit:hover { fill: var(--line); fill-opacity: .55; }
-.chart .of { fill: var(--track); } .chart .kept { fill: var(--pruned); }
-.chart.low svg { height: 110px; }
+.chart .kept { fill: var(--pruned); } .chart .removed { fill: var(--lost); }
+.chart .mean { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 2 4; }
+.chart.low svg { height: 130px; }
+.chart .at { position: relative; height: 1.4em; }
+.chart .at span { position: absolute; transform: translateX(-50%); }
+.box { width: 12px; height: 12px; border-radius: 3px; background: var(--pruned); }
+.box.removed { background: var(--lost); }
+.key.mean { border-top: 1.5px dashed var(--ink); }
 
 .sample { border-top: 1px solid var(--line); padding: 12px 0 4px; }
 .sample .prompt { font-weight: 600; }
