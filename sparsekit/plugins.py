@@ -12,10 +12,12 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,8 +91,14 @@ def entries(group: str) -> list[entrypoints.EntryPoint]:
     if short not in GROUPS:
         raise ValueError(f"unknown group `{group}`, {suggest(short, GROUPS)}")
     # The same distribution may be seen twice (dist-info and egg-info); that is not two packages offering a name.
-    unique = {(normal(e.name), *_target(e)): e for e in reversed(entrypoints.get_group_all(f"sparsekit.{short}"))}
+    unique = {(normal(e.name), *_target(e)): e for e in reversed(_installed(f"sparsekit.{short}", tuple(sys.path)))}
     return [unique[key] for key in sorted(unique)]
+
+
+@cache
+def _installed(group: str, path: tuple[str, ...]) -> list[entrypoints.EntryPoint]:
+    """What the distributions on a path offer; read once, since it opens a file of each of them."""
+    return entrypoints.get_group_all(group, path)
 
 
 def names(group: str) -> list[str]:

@@ -1,11 +1,9 @@
 """The benchmarks that compare methods: layer by layer, and as papers' tables."""
 
-import functools
 import json
 import sys
 from pathlib import Path
 
-import entrypoints
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,18 +16,12 @@ from sparsekit.statistics import Stats
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import captured, layerwise, solvers
+from benchmarks import captured, layerwise, solvers, structures
 from benchmarks.tables import __main__ as runner
 from benchmarks.tables import rows as paper
 
 TINY = Path(__file__).parent / "models" / "tiny-llama"
 NUMBERS = [(name, number) for name in paper.papers() for number in paper.tables(name)]
-
-
-@pytest.fixture(autouse=True)
-def one_look_at_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entry points are read from the disk at every look; hundreds of recipes would read them for half a minute."""
-    monkeypatch.setattr(entrypoints, "get_group_all", functools.cache(entrypoints.get_group_all))
 
 
 # Papers' tables
@@ -38,16 +30,22 @@ def one_look_at_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "number"), NUMBERS)
 def test_every_row_of_every_table_is_a_recipe_that_can_be_run(name: str, number: str) -> None:
     described = paper.table(name, number)
+    if any("bonsai" in setting for row in described["rows"] for setting in row.get("set", [])):
+        pytest.importorskip("sparsekit_bonsai")
     found = paper.rows(name, number)  # load_recipe and check_options, or RecipeError
-    count = len(described["sweep"]["values"]) if "sweep" in described else 1
-    dense = [row for row in found if row.dense]
-    assert len(found) == (len(described["rows"]) - len(dense)) * count + len(dense)
+    swept = described.get("sweep", {}).get("values", [""])
+    assert len(found) == sum(1 if row.get("dense") else len(row.get("values", swept)) for row in described["rows"])
     assert len({(row.label, row.folder) for row in found}) == len(found)
     first = described["models"][0]
     for row in found:
         assert row.recipe.model.path == first["name"]
-        assert row.recipe.calibration.length == row.recipe.evaluate.length == first["length"]
-        assert row.dense or row.recipe.pattern == (row.pattern or row.swept)
+        if "length" in first:
+            assert row.recipe.calibration.length == row.recipe.evaluate.length == first["length"]
+        if described.get("sweep", {}).get("key") == "remove":
+            assert row.dense or row.recipe.stages[0].options["remove"] == row.swept
+            assert row.recipe.pattern is None
+        else:
+            assert row.dense or row.recipe.pattern == (row.pattern or row.swept)
 
 
 @pytest.mark.parametrize(("name", "number"), NUMBERS)
@@ -58,13 +56,12 @@ def test_a_row_has_a_figure_for_every_model(name: str, number: str) -> None:
         for entry in row["paper"]:
             if entry is None:
                 continue
-            figures = entry if isinstance(entry, list) else [entry]
             if isinstance(entry, dict):
-                assert entry.keys() <= set(described["sweep"]["values"]), row["method"]
-                figures = list(entry.values())
-            else:
+                assert entry.keys() <= set(row.get("values", described["sweep"]["values"])), row["method"]
+            for each in entry.values() if isinstance(entry, dict) else [entry]:
+                figures = each if isinstance(each, list) else [each]
                 assert len(figures) == len(described["figures"]), row["method"]
-            assert all(isinstance(figure, float | int | None) for figure in figures), row["method"]
+                assert all(isinstance(figure, float | int | None) for figure in figures), row["method"]
 
 
 @pytest.mark.parametrize(("name", "number"), [("fistapruner", "5"), ("lamp", "3"), ("lamp", "8")])
@@ -73,6 +70,14 @@ def test_the_means_a_paper_prints_are_those_of_its_tasks(name: str, number: str)
         *tasks, mean = row["paper"][0]
         if (number, row["method"], mean) != ("3", "LAMP", 0.5696):  # printed so
             assert sum(tasks) / len(tasks) == pytest.approx(mean, abs=2e-4), row["method"]
+
+
+@pytest.mark.parametrize("number", ["1", "A3", "A4", "A5", "A6", "A12"])
+def test_the_means_of_every_share_are_those_of_its_tasks(number: str) -> None:
+    for row in paper.table("policy_gradient", number)["rows"]:
+        entry = row["paper"][0]
+        for _, *tasks, mean in entry.values() if isinstance(entry, dict) else [entry]:
+            assert sum(tasks) / len(tasks) == pytest.approx(mean, abs=1.01e-4), row["method"]
 
 
 def test_figures_belong_to_the_model_they_were_printed_for() -> None:
@@ -87,6 +92,32 @@ def test_figures_belong_to_the_model_they_were_printed_for() -> None:
     lost = {row.label: row.paper for row in paper.rows("sparsellm", "1", "facebook/opt-66b")}
     assert lost["Wanda 70%"] == {}
     assert lost["SparseLLM 70%"] == {"ptb": 13.66, "c4": 11.37}
+
+
+def test_a_swept_value_stands_where_the_settings_have_a_dollar() -> None:
+    found = {row.label: row for row in paper.rows("policy_gradient", "2", wanted=["wanda-sp", "progressive"])}
+    assert found["Wanda-sp 40%"].recipe.stages[0].options == {"remove": "40%"}
+    assert found["Wanda-sp 40%"].paper == {"wikitext2": 78.45}
+    late = found["Policy gradient, random-progressive start 50%"]
+    assert (late.recipe.stages[0].options["remove"], late.recipe.stages[0].options["steps"]) == ("50%", 50000)
+    assert late.paper == {"wikitext2": 86.55}
+
+
+def test_settings_of_a_method_hold_for_the_rows_that_have_it() -> None:
+    rows = {
+        row.label: row.recipe.stages[0].options
+        for row in paper.rows(
+            "policy_gradient",
+            "matrix",
+            settings=["seed=3", "stages.0.wanda-sp.damping=0.5", "stages.0.policy_gradient.group=8"],
+            wanted=["wanda-sp 30%", "flap 30%", "gradient 30%"],
+        )
+    }
+    assert rows["Wanda-sp 30%"] == {"remove": "30%", "damping": 0.5}
+    assert rows["FLAP 30%"] == {"remove": "30%"}
+    assert rows["Policy gradient 30%"]["group"] == 8
+    with pytest.raises(ValueError, match="no row has the method that stages"):
+        paper.rows("policy_gradient", "ablations", settings=["stages.0.slicer.cut=1"], wanted=["per layer"])
 
 
 def test_equal_runs_share_a_folder_and_others_do_not() -> None:
@@ -174,6 +205,38 @@ def test_a_row_that_fails_does_not_stop_the_others(
     assert "| FISTAPruner | 50% |  | 7.00 |" in said.out
     assert "failed: Wanda 50%: no such text" in said.err
     assert "failed: SparseGPT 50% did not verify: it is dense" in said.err
+
+
+def test_seeds_are_averaged_and_what_should_hold_is_said(
+    story: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The random masks are real; the figures of the others, which would take minutes, are made up."""
+    real, made = runner.measured, {"Per layer": 40.0, "Moving average": 30.0, "No baseline": 29.0}
+
+    def measured(row: paper.Row, output: Path) -> dict:
+        if row.method == "Random masks":
+            return real(row, output)
+        figure = made.get(row.method, 35.0) + row.recipe.seed
+        return {"evaluation": {"pruned": {"perplexity": {"small": figure}, "tasks": {}}}, "verified": True}
+
+    monkeypatch.setattr(runner, "measured", measured)
+    command = [str(TINY), "--markdown", "--output", str(tmp_path / "runs"), "--seeds", "0", "2"]
+    command += ["--rows", "random masks 50%", "wanda-sp 50%", "--ablation-seeds", "0", "2"]
+    command += ["--policy", "length=32", "tokens=256", "--set", *story]
+    assert structures.main(command) == 1  # no baseline is better here
+    said = capsys.readouterr().out
+    lines = {line.strip("| ").partition(" |")[0]: line for line in said.splitlines() if line.startswith("| ")}
+    assert lines["Per layer"].strip("| ").split(" | ")[2] == "41.00 ± 1.41"
+    assert float(lines["Random masks"].strip("| ").split(" | ")[-1].split()[0]) == pytest.approx(0.5, abs=0.03)
+    assert "MISSED: Moving average against No baseline at 50%: 31.00, 30.00" in said
+    assert "holds: Policy gradient against Per layer at 50%: 36.00, 41.00" in said
+    assert "LLM-Pruner" not in said  # not measured, so nothing is claimed of it
+
+
+def test_sizes_are_those_of_the_report() -> None:
+    structure = {"removed": [0.3, 0.1], "parameters": {"dense": 7_000_000_000, "pruned": 4_837_000_000}}
+    assert runner.sizes({"structure": structure}) == {"removed": 0.3, "billions": 4.837}
+    assert runner.sizes({}) == {}
 
 
 def test_accuracies_have_a_mean() -> None:

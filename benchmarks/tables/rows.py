@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from sparsekit.plugins import suggest
+from sparsekit.plugins import normal, suggest
 from sparsekit.recipe import Recipe, RecipeError, check_options, load_recipe, resolved
 
 HERE = Path(__file__).parent
+OPTION = re.compile(r"stages\.(\d+)\.([\w-]+)\.")  # how a setting of a method's option begins
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Row:
     @property
     def label(self) -> str:
         """What a user can choose the row by: "SparseGPT 2:4"."""
-        return " ".join(filter(None, (self.method, self.pattern, self.swept)))
+        return _label(self.method, self.pattern, self.swept)
 
     @property
     def folder(self) -> str:
@@ -38,7 +40,8 @@ class Row:
         keys = ("model", "evaluate") if self.dense else plain.keys() - {"output", "memory", "keep"}
         text = json.dumps({key: plain[key] for key in sorted(keys)}, sort_keys=True)
         stages = "dense" if self.dense else "-".join(stage.name for stage in self.recipe.stages)
-        pattern = "" if self.dense else "-" + self.recipe.pattern.replace("%", "").replace(":", "of")
+        pattern = "" if self.dense or self.recipe.pattern is None else f"-{self.recipe.pattern}"
+        pattern = pattern.replace("%", "").replace(":", "of")
         return f"{Path(self.recipe.model.path).name}/{stages}{pattern}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -62,51 +65,81 @@ def table(paper: str, number: str) -> dict[str, Any]:
     return found[number]
 
 
-def rows(paper: str, number: str, model: str | None = None, settings: Sequence[str] = ()) -> list[Row]:
+def rows(
+    paper: str, number: str, model: str | None = None, settings: Sequence[str] = (), wanted: Sequence[str] = ()
+) -> list[Row]:
     """A table's rows for a model, by default the table's first; settings are overrides that come after the row's own.
 
-    A folder counts as the paper's model if its name is the same: `copies/opt-125m` for facebook/opt-125m.
+    wanted: only rows whose label has one of these texts in it; none: all
+
+    A folder counts as the paper's model if its name is the same: `copies/opt-125m` for facebook/opt-125m. A setting of
+    a method's options, such as `stages.0.wanda-sp.shape=free`, holds for the rows that have that method there.
 
     Raises:
         RecipeError: what is wrong with the first row that cannot be run.
+        ValueError: a setting of a method that no row has there, a text that is in no label.
     """
     described = table(paper, number)
     model = model or described["models"][0]["name"]
     last = Path(model).name.lower()
     index = next((i for i, m in enumerate(described["models"]) if Path(m["name"]).name.lower() == last), None)
-    found = []
+    found, labels = [], []
+    unused = {setting for setting in settings if OPTION.match(setting)}
     for row in described["rows"]:
         known = row["paper"][index] if index is not None else None
-        for swept, entry in _swept(described.get("sweep"), row, known):
+        for value, entry in _swept(described.get("sweep"), row, known):
+            labels.append(_label(row["method"], row.get("pattern", ""), value))
+            if wanted and not any(text.lower() in labels[-1].lower() for text in wanted):
+                continue  # it may need a plugin that is not installed
             overrides = [f"model={model}", *described.get("set", [])]
-            if index is not None:
+            if index is not None and "length" in described["models"][index]:
                 length = described["models"][index]["length"]
                 overrides += [f"calibration.length={length}", f"evaluate.length={length}"]
             overrides += [f"pattern={row['pattern']}"] if "pattern" in row else []
-            overrides += [*row.get("set", []), *swept, *settings]
-            recipe = load_recipe(HERE / paper / f"{row['recipe']}.yaml", overrides)
+            overrides += _with(value, described.get("sweep"), row.get("set", []))
+            file = HERE / paper / f"{row['recipe']}.yaml"
+            fitting = _fitting(file, overrides, settings)
+            recipe = load_recipe(file, [*overrides, *fitting])
+            unused -= set(fitting)
             if problems := check_options(recipe):
                 raise RecipeError(problems)
-            shown = swept[0].partition("=")[2] if swept else ""
             figures = _figures(described["figures"], entry)
-            found.append(Row(row["method"], row.get("pattern", ""), shown, row.get("dense", False), recipe, figures))
+            found.append(Row(row["method"], row.get("pattern", ""), value, row.get("dense", False), recipe, figures))
+    for text in wanted:
+        if not any(text.lower() in label.lower() for label in labels):
+            raise ValueError(f"no row has `{text}` in its name; there are {', '.join(labels)}")
+    if unused:
+        raise ValueError(f"no row has the method that {sorted(unused)[0]} sets an option of")
     return found
 
 
-def choose(rows: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
-    """The rows whose label has one of these texts in it; all if none is given. ValueError if a text is in no label."""
-    for text in wanted:
-        if not any(text.lower() in row.label.lower() for row in rows):
-            raise ValueError(f"no row has `{text}` in its name; there are {', '.join(row.label for row in rows)}")
-    return [row for row in rows if not wanted or any(text.lower() in row.label.lower() for text in wanted)]
+def _label(*parts: str) -> str:
+    return " ".join(filter(None, parts))
 
 
-def _swept(sweep: Mapping[str, Any] | None, row: Mapping[str, Any], known: Any) -> Iterator[tuple[list[str], Any]]:
+def _fitting(file: Path, overrides: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """The settings without those of options of methods that this row does not have in that place."""
+    plain = [setting for setting in settings if not OPTION.match(setting)]
+    if len(plain) == len(settings):
+        return plain
+    stages = enumerate(load_recipe(file, [*overrides, *plain]).stages)
+    there = {(str(index), normal(stage.name)) for index, stage in stages}
+    matches = {setting: OPTION.match(setting) for setting in settings}
+    return [s for s, match in matches.items() if not match or (match[1], normal(match[2])) in there]
+
+
+def _swept(sweep: Mapping[str, Any] | None, row: Mapping[str, Any], known: Any) -> Iterator[tuple[str, Any]]:
     if sweep is None or row.get("dense"):
-        yield [], known
+        yield "", known
         return
-    for value in sweep["values"]:
-        yield [f"{sweep['key']}={value}"], (known or {}).get(value)
+    for value in row.get("values", sweep["values"]):
+        yield str(value), (known or {}).get(value)
+
+
+def _with(value: str, sweep: Mapping[str, Any] | None, settings: Sequence[str]) -> list[str]:
+    """A row's settings at a swept value, which stands where they have a `$`, or else is that of the sweep's key."""
+    filled = [setting.replace("$", value) for setting in settings]
+    return filled if not value or sweep is None or filled != list(settings) else [*filled, f"{sweep['key']}={value}"]
 
 
 def _figures(names: Sequence[str], entry: Any) -> dict[str, float]:
