@@ -219,6 +219,16 @@ def test_half_precision_is_kept_bit_for_bit(tmp_path, tokenizer, family, how, dt
         assert torch.equal(buffer, dict(wide.named_buffers())[name])
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="memory maps are told by Linux alone")
+def test_a_file_is_mapped_once(tmp_path, tokenizer):
+    """With a map for each tensor, pages of a large file counted several times in the memory of the process."""
+    folder, *_ = saved(tmp_path, tokenizer, "Llama", "free")
+    model, _ = storage.load(folder)
+    assert next(model.parameters()).device.type == "cpu"
+    with open("/proc/self/maps") as maps:
+        assert sum(str(folder / "model.safetensors") in line for line in maps) == 1
+
+
 @pytest.mark.parametrize("how", ["free", "uniform"])
 def test_tied_embeddings_stay_tied(tmp_path, tokenizer, how):
     folder, *_ = saved(tmp_path, tokenizer, "Llama", how)

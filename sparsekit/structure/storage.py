@@ -178,7 +178,7 @@ def _fill(model: Any, stored: Checkpoint, dtype: torch.dtype | None) -> None:
             raise ValueError(
                 f"{stored.folder}: {name} has shape {stored.shape(name)}, by structure.json {tuple(tensor.shape)}"
             )
-    weights = {name: stored.tensor(name) for name in wanted}
+    weights = stored.tensors(wanted)
     if dtype is not None:
         weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
     model.load_state_dict(weights, strict=False, assign=True)
