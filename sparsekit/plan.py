@@ -151,8 +151,14 @@ def _off_grid(recipe: Recipe) -> list[str]:
 
 
 def _unmerged(recipe: Recipe) -> list[str]:
-    """Stages that would leave an update beside a model that later ones change."""
-    return [
+    """Updates beside a model that would be lost: of the run that this one begins with, of stages before the last."""
+    problems = []
+    if recipe.from_ and (Path(recipe.from_) / "adapter").is_dir():
+        problems.append(
+            f"`from: {recipe.from_}` keeps its update unmerged, in adapter/, and this run would begin without it: run "
+            "that recovery with merge: true, or give the run that it went on from"
+        )
+    return problems + [
         f"stage {index + 1}, `{stage.name}`, has merge: false, but later stages would change the model that its update "
         "belongs to: merge it, or make it the last stage"
         for index, stage in enumerate(recipe.stages[:-1])

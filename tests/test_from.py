@@ -71,3 +71,12 @@ def test_mistakes(tmp_path: Path, text: str, said: str) -> None:
     file.write_text(text.format(run=folder) + MORE)
     done = fit(file)
     assert done.returncode == 2 and said in " ".join(done.stderr.split())
+
+
+def test_an_update_that_is_not_merged_is_not_left_behind_unsaid(tmp_path: Path) -> None:
+    lora = LORA.replace("lora: {", "lora: {merge: false, ")
+    run(tmp_path, "apart", f'model: {TINY}\npattern: "2:4"\nstages: [wanda, {lora}]\n')
+    file = tmp_path / "on.yaml"
+    file.write_text(f"from: {tmp_path / 'apart'}\nstages: [{LORA}]\n{MORE}output: {tmp_path / 'on'}\n")
+    done = fit(file)
+    assert done.returncode == 2 and "keeps its update unmerged" in done.stderr and not (tmp_path / "on").exists()
