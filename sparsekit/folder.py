@@ -15,6 +15,7 @@ from sparsekit import checkpoint, report
 from sparsekit.blocks import Block
 from sparsekit.commits import Commits, unpack, write_json
 from sparsekit.plan import Plan
+from sparsekit.recipe import kind
 
 STATE = "run.json"  # the fingerprint of a run that has begun
 MASKS = "masks.safetensors"  # of pruned weights
@@ -70,7 +71,8 @@ def begin(output: Path, fingerprint: dict[str, Any]) -> bool:
 def fingerprint_of(planned: Plan, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the bits of the result."""
     decisive = {key: value for key, value in planned.resolved.items() if key not in FREE}
-    if planned.recipe.error_correction == "block":  # each block is the same in whatever process it is pruned
+    walks = all(kind(stage) == "solver" for stage in planned.recipe.stages)
+    if walks and planned.recipe.error_correction == "block":  # a block is the same in whatever process it is pruned
         free = ("devices", "num_nodes")
         decisive["trainer"] = {key: value for key, value in decisive["trainer"].items() if key not in free}
     return {

@@ -60,6 +60,12 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def meet() -> None:
+    """Wait until all processes of the group are here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def leave() -> None:
     """End the group of processes; from here on this one works alone."""
     if torch.distributed.is_initialized():

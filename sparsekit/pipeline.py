@@ -53,8 +53,7 @@ class Outcome:
 def prune(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: Meter, console: Console) -> Outcome:
     """Run the recipe's stages on the model, in place.
 
-    With several processes (`trainer.devices`) all of them call this, and all but the first have only what they
-    themselves pruned at the end.
+    With several processes (`trainer.devices`) all of them call this, and after each stage all have the same model.
     """
     outcome = Outcome(adopt(model, planned.blocks))
     if planned.recipe.from_ and (Path(planned.recipe.from_) / folder.MASKS).is_file():
@@ -81,12 +80,11 @@ def prune(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: 
             continue
         if len(commits.done()) < len(outcome.blocks):
             _fit(stages, work, console)
-        if parallel.rank() == 0:
-            for block in outcome.blocks:
-                commits.restore(block)
-            if (commits.folder / NOTES).is_file():
-                for stage, notes in json.loads((commits.folder / NOTES).read_text(encoding="utf-8")).items():
-                    outcome.tell(stage, notes)
+        for block in outcome.blocks:
+            commits.restore(block)
+        if (commits.folder / NOTES).is_file():
+            for stage, notes in json.loads((commits.folder / NOTES).read_text(encoding="utf-8")).items():
+                outcome.tell(stage, notes)
         outcome.masks = commits
     return outcome
 
@@ -133,6 +131,7 @@ def _fit(stages: list[Stage], work: Work, console: Console) -> None:
                 data.close()
             elif not structural(stages[0]):
                 _commit(work)
+            parallel.meet()  # what others committed is there
     finally:
         shutil.rmtree(work.activations, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from sparsekit.dense import weights_and_norms
 from sparsekit.grid import Quantization
 from sparsekit.loggers import problems as missing
 from sparsekit.pattern import Pattern, Unstructured, parse
-from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, kind, resolved, structural
+from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, kind, resolved, walking
 from sparsekit.report import Meter
 from sparsekit.structure.storage import skeleton
 
@@ -117,7 +117,7 @@ def make(recipe: Recipe) -> Plan:
     problems += [
         f"stage {index + 1}, `{stage.name}`, runs in one process: give 1 as trainer.devices and trainer.num_nodes"
         for index, stage in enumerate(recipe.stages)
-        if several and kind(stage) == "stage" and not structural(stage)
+        if several and walking(stage)
     ]
     problems += missing(recipe.loggers) + _off_grid(recipe) + _unmerged(recipe)
     if problems:

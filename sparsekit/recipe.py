@@ -158,7 +158,7 @@ def _order_problems(stages: Sequence[Stage], places: Sequence[str], earlier: str
     problems = []
     for stage, place in zip(stages, places, strict=True):
         if kind(stage) == "stage":
-            if earlier and "solver" in _options_of(stage):
+            if earlier and walking(stage):
                 problems.append(f"{place}, prunes the dense model, so `{earlier}` before it would be lost: remove it")
             if earlier and structural(stage):
                 problems.append(f"{place}, removes structures, which must come before `{earlier}`: move it there")
@@ -178,6 +178,11 @@ def _order_problems(stages: Sequence[Stage], places: Sequence[str], earlier: str
             problems.append(f"{place}, only improves the answer of an earlier stage: put one, such as wanda, before it")
         earlier = stage.name
     return problems
+
+
+def walking(stage: Stage) -> bool:
+    """Whether a stage prunes the dense model block by block, with solvers of its own: it has an option `solver`."""
+    return kind(stage) == "stage" and "solver" in _options_of(stage)
 
 
 def structural(stage: Stage) -> bool:

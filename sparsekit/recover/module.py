@@ -59,7 +59,7 @@ class Recovery(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         """The loss of a batch: tokens and labels, each (sequences, length), and the numbers of their rows."""
         self.switch(True)
-        torch.manual_seed(self.seed + index)
+        torch.manual_seed(self.seed + index * self.team.size + self.team.rank)
         loss, text = self.objective(self.model, *batch)
         self.losses.append(text)
         return loss
@@ -79,7 +79,8 @@ class Recovery(LightningModule):
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         mine = rows[self.team.rank :: self.team.size]
         with self.trainer.precision_plugin.val_step_context():
-            for ids, labels in zip(mine.ids.split(batch), mine.labels.split(batch), strict=True):
+            for start in range(0, len(mine.ids), batch):  # a process may have no rows
+                ids, labels = mine.ids[start : start + batch], mine.labels[start : start + batch]
                 logits = self.model(input_ids=ids.to(self.device), use_cache=False).logits
                 total, count = text_loss(logits, labels.to(self.device))
                 sums += torch.tensor([float(total), count], dtype=torch.float64).to(sums)

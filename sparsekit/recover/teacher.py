@@ -57,9 +57,12 @@ class Cached(Callback):
         self.top, self.batch, self.temperature, self.console = top, batch, temperature, console
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        """Write the file, unless it is there."""
-        if self.file.is_file():
-            return
+        """Write the file, unless it is there; of several processes the first does."""
+        if trainer.is_global_zero and not self.file.is_file():
+            self._write(trainer, module)
+        trainer.strategy.barrier()
+
+    def _write(self, trainer: Trainer, module: Any) -> None:
         self.console.print(f"what the dense model says of {self.rows.ids.numel()} tokens is kept in {self.file}")
         logs, indices = [], []
         with trainer.precision_plugin.val_step_context():
