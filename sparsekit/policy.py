@@ -151,7 +151,10 @@ class PolicyGradient(LightningModule):
         elif self.projection == "score-const":
             yield bernoulli.score_const(self.groups, self.keep_at_start)
         else:
-            for across in ("block", "model") if self.across == "best" else (self.across,):
+            ways = ("block", "model") if self.across == "best" else (self.across,)
+            if all(part.count == 1 for part in self.units.parts):
+                ways = ("model",)  # alone in its block, every unit would be like any other
+            for across in ways:
                 yield bernoulli.sigmoid_norm(
                     self.units,
                     self.groups,
@@ -159,6 +162,7 @@ class PolicyGradient(LightningModule):
                     self.allowed,
                     across=across,
                     sharpness=self.sharpness,
+                    ranks=self.projection == "sigmoid-rank",
                 )
 
     def _limit(self, budget: Budget, step: int) -> float:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import build
+from families import SETTINGS, build
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
@@ -109,6 +109,28 @@ def test_scores_become_probabilities_in_the_budget(small):
         assert (order[0].diff()[order[1].diff() > 0.5] >= 0).all()
     constant = bernoulli.score_const(Groups.by_score(units, scores, 1), keep)
     assert sorted({round(each, 6) for each in constant.tolist()}) == [0.2, 0.8]
+
+
+def test_one_outlier_does_not_make_layers_alike():
+    """Layer perplexity is tenfold without the first layer; the order of the others still tells which to try."""
+    model = build("Llama", settings=SETTINGS["Llama"] | {"num_hidden_layers": 8})
+    units = find(model, discover(model, TEXT[:1, :8]), ["layers"])
+    scores = torch.tensor([900.0, 3.1, 2.2, 2.4, 2.0, 2.3, 2.1, 5.0]).double()
+    groups = Groups.by_score(units, scores, 1)
+    keep = choose(units, scores, 0.4)
+    allowed = bernoulli.budgets(units, groups, keep, "free", False)
+    norm, rank = (
+        bernoulli.sigmoid_norm(units, groups, scores, allowed, across="model", sharpness=8.0, ranks=ranks)
+        for ranks in (False, True)
+    )
+    assert float(norm[2:7].max() - norm[2:7].min()) < 0.01
+    assert torch.equal(rank.argsort(), scores.argsort()) and float(rank[1] - rank[4]) > 0.9
+    for start in (norm, rank):
+        assert float((start * allowed[0].weight).sum() / allowed[0].weight.sum()) == pytest.approx(allowed[0].limit)
+    for across in ("block", "best"):
+        options = {"across": across, "projection": "sigmoid-rank", "sharpness": 8.0, "learning_rate": 0.0}
+        module = learn((model, discover(model, TEXT[:1, :8]), units), 1, score=lambda _: scores, remove=0.4, **options)
+        torch.testing.assert_close(module.probabilities.detach(), rank.float())
 
 
 def learn(small, steps=30, loader=None, callbacks=(), resume=None, score=None, loss=None, testing=TEXT[:2], **options):

@@ -38,7 +38,7 @@ def policy_gradient(
     budgets: Literal["separate", "joint"] = "separate",
     initial: Initial | None = None,
     tokens: int = 131072,
-    projection: Literal["sigmoid-norm", "score-const"] = "sigmoid-norm",
+    projection: Literal["sigmoid-norm", "sigmoid-rank", "score-const"] | None = None,
     across: Literal["best", "block", "model"] = "best",
     sharpness: float = 8.0,
     group: int = 32,
@@ -72,9 +72,11 @@ def policy_gradient(
     initial: the scores that s starts from; null: wanda-sp for heads and channels, else layer-perplexity. random, or
         random-progressive, which begins by removing 5 % and goes on
     tokens: of calibration text for these scores and for least squares, at most
-    projection: of scores to probabilities, sigmoid-norm (Eq. A10) or score-const (A11)
-    across: where sigmoid-norm takes mean and deviation: block, as published; model, for scores that compare between
-        blocks; best, whichever of the two chooses the better mask on held-out text
+    projection: of scores to probabilities: sigmoid-norm (Eq. A10), sigmoid-rank, the same from ranks, for scores with
+        outliers, or score-const (A11); null: sigmoid-norm for heads and channels, else sigmoid-rank
+    across: where sigmoid-norm takes mean and deviation, or sigmoid-rank its ranks: block, as published; model, for
+        scores that compare between blocks, and always for parts and layers, of which a block has one; best, whichever
+        of the two chooses the better mask on held-out text
     sharpness: of the sigmoid, 1 as published; larger ones draw masks nearer to the best one known
     group: channels that share a probability, neighbours in the initial scores; 1 as published
     steps, masks, batch, length: masks are drawn in a step, each measured on `batch` sequences of `length` tokens
@@ -124,7 +126,7 @@ def policy_gradient(
         learning_rate=learning_rate,
         shape=shape,
         budgets=budgets,
-        projection=projection,
+        projection=projection or ("sigmoid-norm" if _fine(kinds) else "sigmoid-rank"),
         across=across,
         sharpness=sharpness,
         group=group,

@@ -100,18 +100,25 @@ def sigmoid_norm(
     *,
     across: str = "block",
     sharpness: float = 1.0,
+    ranks: bool = False,
 ) -> Tensor:
     """Probabilities (groups,) from scores (units,): z-scores, through a sigmoid, moved into the budget.
 
     across: z-scores are taken in each part of each block, as published, so that only the order inside a block counts;
         model: over all parts of a kind, for scores that can be compared between blocks
     sharpness: 1 is the paper's Eq. A10; larger ones are nearer to the mask that the scores alone would choose.
+    ranks: z is what a normal variable of that rank has. One outlier, such as a first layer without which the loss is
+        tenfold, would leave all others the same z-score.
     """
     z = torch.zeros(groups.count, dtype=torch.float64)
     means = groups.mean(scores.double())
     which, count = (units.part, len(units.parts)) if across == "block" else (units.kind, len(units.kinds))
     for number in range(count):
         mine = groups.sum((which == number).double()) > 0
+        if ranks:
+            places = means[mine].argsort(stable=True).argsort()
+            z[mine] = torch.special.ndtri((places.double() + 0.5) / len(places))
+            continue
         spread = means[mine].std() if int(mine.sum()) > 1 else torch.tensor(0.0)
         z[mine] = (means[mine] - means[mine].mean()) / (spread if spread > 0 else 1.0)
     start = torch.empty_like(z)
