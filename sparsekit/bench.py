@@ -55,6 +55,9 @@ def bench(
     specs = [{"path": model} if isinstance(model, str) else dict(model) for model in models]
     names = [str(spec["path"]) for spec in specs]
     folders = [checkpoint.locate(spec) for spec in specs]
+    for place in folders:
+        if checkpoint.automatic(place).__name__ != "AutoModelForCausalLM":
+            raise ValueError(f"{place} sees images; bench measures how language models read and write text")
     device = device or str(torch.accelerator.current_accelerator() or "cpu")
     tasks = [
         {"op": "memory", "batch": max(batches), "prompt": prompt, "new": new},

@@ -3,11 +3,14 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from sparsekit.images import sees_images
 
 
 class Linear:
@@ -170,6 +173,14 @@ def _to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> A
     return value
 
 
+def _run(model: Any, given: Tensor, *, use_cache: bool) -> None:
+    if not sees_images(model):
+        model(input_ids=given, use_cache=use_cache)
+        return
+    encode = getattr(model, "get_image_embeddings", model)  # what follows SAM's image encoder asks for points
+    encode(pixel_values=given.to(model.dtype))
+
+
 def find(model: nn.Module) -> list[Block]:
     """The model's blocks: the list of modules that holds the most weight in linears.
 
@@ -194,20 +205,27 @@ def find(model: nn.Module) -> list[Block]:
 def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
     """The model's blocks with their groups, seen in one forward pass of `tokens` (sequences, length), best a few.
 
-    Works on the meta device too. Linears that the pass does not reach are left as they are and named in `skipped`, and
-    so are fused experts (parameters with three dimensions): each expert sees only some tokens.
+    A vision model's are pixels (images, channels, height, width), here and in `first_inputs`. Works on the meta device
+    too. Linears that the pass does not reach are left as they are and named in `skipped`, and so are fused experts
+    (parameters with three dimensions): each expert sees only some tokens.
 
     Raises:
-        ValueError: no blocks, or a block runs more than once in a forward pass.
+        ValueError: no blocks, a block runs more than once in a forward pass, or gives hidden states of another shape.
     """
     blocks = find(model)
     keep: list[Tensor] = []  # inputs stay alive, so that no two of them share an address
     hooks = []
     runs = dict.fromkeys((block.index for block in blocks), 0)
 
-    def ran(block: Block, out: Any) -> None:
+    def ran(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         runs[block.index] += 1
         block.tuple_length = len(out) if isinstance(out, tuple) else 0
+        before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+        if before.shape != after.shape:
+            raise ValueError(
+                f"{block.name} turns hidden states {tuple(before.shape)} into {tuple(after.shape)}: models of several "
+                "stages (Swin) cannot be pruned block by block"
+            )
 
     def reached(block: Block, name: str, seen: dict[Any, list[str]], inputs: Tensor) -> None:
         keep.append(inputs)
@@ -218,7 +236,8 @@ def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
         seen[key].append(name)
 
     for block in blocks:
-        hooks.append(block.module.register_forward_hook(lambda _, __, out, block=block: ran(block, out)))
+        see = partial(lambda block, _, *seen: ran(block, *seen), block)
+        hooks.append(block.module.register_forward_hook(see, with_kwargs=True))
         seen: dict[Any, list[str]] = {}
         for name, linear in block.linears.items():
             hooks.append(
@@ -227,7 +246,7 @@ def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
                 )
             )
     try:
-        model(input_ids=tokens, use_cache=True)
+        _run(model, tokens, use_cache=True)
     finally:
         for handle in hooks:
             handle.remove()
@@ -289,7 +308,7 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
         for block in blocks:
             block.module.forward = stand_in(block)  # type: ignore[method-assign]
         try:
-            model(input_ids=tokens[start : start + batch], use_cache=False)
+            _run(model, tokens[start : start + batch], use_cache=False)
         except _Stop:
             pass
         finally:

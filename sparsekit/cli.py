@@ -53,8 +53,8 @@ def fit(given: argparse.Namespace) -> int:
 
 def evaluate(given: argparse.Namespace) -> int:
     """`sparsekit eval`: perplexities and tasks of any checkpoint, beside another one where asked."""
-    if not given.perplexity and not given.task:
-        raise ValueError("nothing to measure: give --perplexity (a source or a file), --task, or both")
+    if not given.perplexity and not given.task and not given.accuracy:
+        raise ValueError("nothing to measure: give --perplexity (a source or a file), --task, or --accuracy")
     from rich.console import Console
     from rich.table import Table
 
@@ -62,7 +62,7 @@ def evaluate(given: argparse.Namespace) -> int:
     from sparsekit.evaluate import check
 
     texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
-    settings = {"perplexity": texts, "tasks": given.task, "length": given.length}
+    settings = {"perplexity": texts, "tasks": given.task, "accuracy": given.accuracy, "length": given.length}
     check(settings)
     dense = given.against or folder.source_of(given.path)
     models = {given.path: given.path} | ({dense if isinstance(dense, str) else dense["path"]: dense} if dense else {})
@@ -84,10 +84,12 @@ def evaluate(given: argparse.Namespace) -> int:
 def verify(given: argparse.Namespace) -> int:
     """`sparsekit verify`: prove from disk that a checkpoint is what it should be."""
     from sparsekit.checkpoint import locate
+    from sparsekit.quiet import quiet
     from sparsekit.verify import verify as check
 
     source = locate(given.against) if given.against else None
-    found = check(locate(given.path), pattern=given.pattern, against=source)
+    with quiet():
+        found = check(locate(given.path), pattern=given.pattern, against=source)
     for failure in found.failures:
         print(f"FAILED  {failure}")
     asked = f", {given.pattern}" if given.pattern else ""
@@ -241,6 +243,14 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
     _add_texts(add)
     add.add_argument("--task", nargs="+", action="extend", default=[], metavar="TASK", help="a task of lm-eval")
+    add.add_argument(
+        "--accuracy",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FOLDER",
+        help="labelled images, for vision models",
+    )
     add.add_argument("--against", metavar="PATH", help="measure this model too; for a run's result, its source is")
 
     add = commands.add_parser("verify", help="prove from disk that a checkpoint is sparse and sound")

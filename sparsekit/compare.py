@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.folder import REPORT, STATE
+from sparsekit.images import named
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Run:
         given = self.report["recipe"]["evaluate"]
         texts = zip(self.pruned.get("perplexity", {}), given.get("perplexity") or [], strict=True)
         tasks = {task["name"]: task for task in given.get("tasks") or [] if isinstance(task, dict)}
+        tasks |= {named(entry): entry for entry in given.get("accuracy") or []}
         return {"perplexity": dict(texts), "tasks": tasks}
 
     @cached_property

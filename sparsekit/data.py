@@ -237,9 +237,20 @@ def resolve(settings: Mapping[str, Any], known: Sequence[str] = CALIBRATION) -> 
             raise ValueError(f"source `{name}`: unknown option `{key}`, {plugins.suggest(key, valid)}")
     if problems := plugins.check_options(function, given, f"source `{name}`"):
         raise ValueError("; ".join(problems))
-    if "path" in given:
+    if "path" in given and plugins.normal(name) in FORMATS.values():
         _file(given["path"])
     return function, {plugins.normal(key): value for key, value in given.items()}
+
+
+def corpus(settings: Mapping[str, Any], split: str, known: Sequence[str] = CALIBRATION) -> Corpus:
+    """The text that settings name, as `resolve` takes them. Raises ValueError also for a source that gives no text."""
+    function, options = resolve(settings, known)
+    found = function(split, **options)
+    if not isinstance(found, Corpus):
+        raise ValueError(
+            f"the source `{settings['source']}` gives images, and text is asked for here: name another one"
+        )
+    return found
 
 
 def calibration_tokens(
@@ -252,13 +263,13 @@ def calibration_tokens(
     positions: size of the model's position table. vocab: rows of its embedding.
     Raises ValueError if settings, text, tokenizer and model do not fit each other.
     """
-    function, options = resolve(settings)
+    resolve(settings)
     numbers = {"samples": 128, "length": 2048, "seed": 0} | {k: settings[k] for k in CALIBRATION if k in settings}
     for key, least in {"samples": 1, "length": 2, "seed": 0}.items():
         if type(numbers[key]) is not int or numbers[key] < least:
             raise ValueError(f"calibration `{key}` is {numbers[key]!r}, must be a whole number of at least {least}")
     check_length(numbers["length"], positions, "calibration")
-    tokens = sample(function("calibration", **options), tokenizer, **numbers)
+    tokens = sample(corpus(settings, "calibration"), tokenizer, **numbers)
     if vocab is not None and int(tokens.max()) >= vocab:
         raise ValueError(
             f"the tokenizer gives token {int(tokens.max())}, but the model embeds {vocab}: they do not fit"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sparsekit import data, plugins
+from sparsekit import data, images, plugins
 
 PERPLEXITY = ("name", "length", "windows")  # keys of a perplexity entry that belong to no source
 TASK = {"name", "path", "prompt", "choices", "label"}  # keys a local task must have; `limit` it may have
@@ -67,10 +67,13 @@ def evaluate(
       perplexity: a list of source names, paths to local files, or {source, name, length, windows, options...}.
       length: tokens of a window, 2048 unless told; never more than the model has positions (ValueError).
       tasks: see `tasks`. limit: documents per task, None for all. batch: sequences per forward pass, 1 unless told.
+      accuracy: of a vision model, whose image processor is the tokenizer here: see `images.labelled`; among the tasks.
     found: what `texts` gave for these settings, where it was called before.
     """
     check(settings)
-    batch = settings.get("batch") or 1
+    batch, limit = settings.get("batch") or 1, settings.get("limit")
+    if images.sees_images(model) and (settings.get("perplexity") or settings.get("tasks")):
+        raise ValueError(f"{type(model).__name__} sees images, and perplexity and tasks are of text: measure accuracy")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     found = texts(settings, tokenizer, positions) if found is None else found
     seen = {name: losses(model, tokens, batch=batch) for name, tokens in found.items()}
@@ -90,9 +93,15 @@ def evaluate(
             }
             for name, tokens in found.items()
         },
-        "tasks": tasks(model, tokenizer, settings["tasks"], limit=settings.get("limit"), batch=batch)
-        if settings.get("tasks")
-        else {},
+        "tasks": {
+            **(tasks(model, tokenizer, settings["tasks"], limit=limit, batch=batch) if settings.get("tasks") else {}),
+            **{
+                images.named(entry): images.accuracy(
+                    model, tokenizer, images.labelled(entry), batch=batch, limit=images.limit_of(entry) or limit
+                )
+                for entry in settings.get("accuracy") or []
+            },
+        },
     }
 
 
@@ -107,14 +116,13 @@ def texts(settings: Mapping[str, Any], tokenizer: Any, positions: int | None = N
         name, entry = _name(entry), _mapping(entry)
         length = entry.get("length") or settings.get("length") or 2048
         data.check_length(length, positions, f"perplexity of {name}:")
-        source, options = data.resolve(entry, PERPLEXITY)
-        found[name] = data.windows(source("test", **options), tokenizer, length, entry.get("windows"))
+        found[name] = data.windows(data.corpus(entry, "test", PERPLEXITY), tokenizer, length, entry.get("windows"))
     return found
 
 
 def check(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for what can be seen to be wrong without a model, a tokenizer, network or lm-eval."""
-    known = ("perplexity", "length", "tasks", "limit", "batch")
+    known = ("perplexity", "length", "tasks", "accuracy", "limit", "batch")
     for key in settings:
         if key not in known:
             raise ValueError(f"evaluate: unknown key `{key}`, {plugins.suggest(key, known)}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit import plugins
+from sparsekit import images, plugins
 from sparsekit.allocate.mixture import mixture
 from sparsekit.blocks import Block, adopt, discover
 from sparsekit.checkpoint import locate
@@ -48,13 +48,23 @@ class Plan:
     @property
     def batch(self) -> int:
         """Sequences that go through a block at once."""
-        calibration = self.recipe.calibration
-        return calibration.batch or max(1, BATCH_TOKENS // calibration.length)
+        return self.recipe.calibration.batch or max(1, BATCH_TOKENS // self.length)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a calibration sequence, or patches of an image."""
+        return images.patches(self.model.config) if self.images else self.recipe.calibration.length
+
+    @property
+    def images(self) -> bool:
+        """Whether the model is given images, and not text."""
+        return images.sees_images(self.model)
 
     @property
     def config(self) -> Any:
-        """The language model's configuration."""
-        return self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        """The language model's configuration, or the image encoder's."""
+        whole: Any = self.model.config
+        return images.vision(whole) if self.images else whole.get_text_config()
 
     @property
     def positions(self) -> int | None:
@@ -91,7 +101,7 @@ class Plan:
 
     def refit(self, model: nn.Module) -> None:
         """Follow a model out of which structures were cut: its blocks, and the patterns of its linears."""
-        self.blocks = discover(model, sample(str(next(model.parameters()).device)))
+        self.blocks = discover(model, sample(model))
         self.patterns = allocate(self.recipe, self.blocks)
 
     def packages(self) -> tuple[str, ...]:
@@ -126,7 +136,13 @@ def make(recipe: Recipe) -> Plan:
     folder = locate(recipe.from_) if recipe.from_ else dense
     model = skeleton(folder, trust_remote_code=recipe.model.trust_remote_code)
     model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
-    blocks = discover(model, sample("meta"))
+    if images.sees_images(model):
+        _refuse_text(recipe, model)
+    elif recipe.evaluate.accuracy:
+        raise ValueError(
+            f"{type(model).__name__} reads text, so evaluate.accuracy has nothing to measure; leave it out"
+        )
+    blocks = discover(model, sample(model))
     planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks))
     if planned.quantization is not None:
         for block in blocks:
@@ -166,9 +182,28 @@ def _unmerged(recipe: Recipe) -> list[str]:
     ]
 
 
-def sample(device: str) -> Tensor:
-    """Tokens (1, few) for the forward pass that looks for groups."""
-    return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=device)
+def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
+    """Raise ValueError for what a recipe of a vision model asks for and only language models have."""
+    for index, stage in enumerate(recipe.stages):
+        if kind(stage) == "stage" and not walking(stage):
+            raise ValueError(
+                f"stage {index + 1}, `{stage.name}`, is for language models, and {type(model).__name__} sees images: "
+                "its weights are pruned by solvers, alone or in `lamp`"
+            )
+    for key in ("perplexity", "tasks"):
+        if getattr(recipe.evaluate, key):
+            raise ValueError(
+                f"evaluate.{key} is for language models, and {type(model).__name__} sees images: give "
+                "evaluate.accuracy, a folder of images with a folder for each class"
+            )
+
+
+def sample(model: Any) -> Tensor:
+    """What the forward pass that looks for groups is given: tokens (1, few), or an image, on the model's device."""
+    if not images.sees_images(model):
+        return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=model.device)
+    size = images.side(images.vision(model.config).image_size)
+    return torch.zeros(1, images.channels_of(model.config), *size, dtype=model.dtype, device=model.device)
 
 
 def allocate(

@@ -52,7 +52,7 @@ def estimates(plan: Plan) -> dict[str, str]:
     largest = max(sum(p.numel() for p in block.module.parameters()) for block in plan.blocks)
     grams = max(sum(_width(block, names) ** 2 for names in block.groups) for block in plan.blocks)
     widest = max(_width(block, names) for block in plan.blocks for names in block.groups)
-    tokens = calibration.samples * calibration.length
+    tokens = calibration.samples * plan.length
     streams = 2 if plan.recipe.error_correction == "model" else 1
     activations = tokens * config.hidden_size * dtype.itemsize * streams
     pruned = sum(linear.weight.numel() for block in plan.blocks for linear in block.linears.values())

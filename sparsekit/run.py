@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from sparsekit import checkpoint, data, evaluate, folder, page, plan, preview, recipe, report, result
+from sparsekit import checkpoint, data, evaluate, folder, images, page, plan, preview, recipe, report, result
 from sparsekit.commits import Commits, write_atomically, write_json
 from sparsekit.pattern import Pattern, parse
 from sparsekit.plan import Plan
@@ -85,7 +85,7 @@ def _fit(
     recipe_ = planned.recipe
     trust = recipe_.model.trust_remote_code
     settings = recipe_.evaluate.model_dump(exclude={"dense", "samples"})
-    measured = bool(settings["perplexity"] or settings["tasks"])
+    measured = bool(settings["perplexity"] or settings["tasks"] or settings["accuracy"])
     evaluation: dict[str, Any] = {}
     with meter.stage("load"):
         dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
@@ -158,7 +158,7 @@ def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str
     try:
         with parallel.alone():
             found: dict[str, Any] = evaluate.evaluate(model.to(planned.device), tokenizer, settings, texts)
-            if planned.recipe.evaluate.samples:
+            if planned.recipe.evaluate.samples and not planned.images:
                 found["samples"] = samples(model, tokenizer)
             return found
     finally:
@@ -197,8 +197,10 @@ def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, co
 
 
 def _tokens(planned: Plan, tokenizer: Any) -> Tensor:
-    """The calibration tokens (samples, length)."""
+    """The calibration tokens (samples, length), or pixels (samples, channels, height, width)."""
     settings = planned.recipe.calibration.model_dump(exclude={"batch"})
+    if planned.images:
+        return images.calibration_images(settings, tokenizer, images.channels_of(planned.config))
     return data.calibration_tokens(settings, tokenizer, planned.positions, planned.config.vocab_size)
 
 
@@ -206,6 +208,8 @@ def _texts(planned: Plan, tokenizer: Any) -> dict[str, Tensor]:
     """The windows of every perplexity set, read before the model is, so that a mistake costs no time."""
     settings = planned.recipe.evaluate.model_dump(exclude={"dense", "samples"})
     evaluate.check(settings)
+    for entry in settings["accuracy"]:
+        images.labelled(entry).classes(planned.model)
     return evaluate.texts(settings, tokenizer, planned.positions)
 
 

@@ -54,11 +54,17 @@ def expand(keys: Keys, value: Any, inner: str | int = "") -> Any:
             return {"path": value}
         case ("evaluate", "perplexity", _) if isinstance(value, str):
             return {"source": value}
+        case ("evaluate", "accuracy", _) if isinstance(value, str):
+            return {"path": value}
     return value
 
 
 def _source_alone(value: Any) -> Any:
     return expand(("evaluate", "perplexity", 0), value)
+
+
+def _path_alone(value: Any) -> Any:
+    return expand(("evaluate", "accuracy", 0), value)
 
 
 def _local_file(value: Any) -> Any:
@@ -180,6 +186,24 @@ class Task(Section):
     limit: int | None = Field(default=None, gt=0, description="documents; null: as evaluate.limit")
 
 
+class ImageSet(Section):
+    """Labelled images to measure accuracy on."""
+
+    path: str = Field(
+        min_length=1, description="a folder with a folder for each class, a Parquet file, or a hub data set"
+    )
+    name: str | None = Field(default=None, min_length=1, description="in the results; null: of the folder")
+    part: str | None = Field(default=None, description="of the data set; null: test, validation, or the only one")
+    image: str = Field(default="image", description="the column of images")
+    label: str = Field(default="label", description="the column of labels")
+    limit: int | None = Field(default=None, gt=0, description="images; null: as evaluate.limit")
+
+    @property
+    def called(self) -> str:
+        """Its name in the results."""
+        return self.name or Path(self.path).name
+
+
 def _called_once(texts: list[TextSet]) -> list[TextSet]:
     names = [text.called for text in texts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -201,8 +225,11 @@ class Evaluate(Section):
         AfterValidator(_called_once),
     ] = Field(default_factory=list, description="sources or local files")
     tasks: list[AnyTask] = Field(default_factory=list, description="tasks of lm-eval by name or YAML file, or your own")
+    accuracy: list[Annotated[ImageSet, BeforeValidator(_path_alone, json_schema_input_type=str | ImageSet)]] = Field(
+        default_factory=list, description="labelled images, for vision models"
+    )
     length: int = Field(default=2048, gt=1, description="tokens of a perplexity window")
-    limit: int | None = Field(default=None, gt=0, description="documents of each task; null: all")
+    limit: int | None = Field(default=None, gt=0, description="documents of each task, or images; null: all")
     batch: int = Field(default=1, gt=0, description="sequences at a time")
     dense: bool = Field(default=True, description="measure the model before pruning too")
     samples: bool = Field(default=True, description="have the models go on with a few prompts, to be read side by side")
@@ -234,6 +261,7 @@ SECTIONS: dict[tuple[str | int, ...], type[Section]] = {
     ("trainer",): TrainerOptions,
     ("evaluate",): Evaluate,
     ("evaluate", "tasks"): Task,
+    ("evaluate", "accuracy"): ImageSet,
 }
 TYPES = {"string_type": "a text", "int_type": "a whole number", "bool_type": "true or false", "list_type": "a list"}
 TYPES |= {"model_type": "a mapping", "too_short": "at least one", "string_too_short": "a text of at least one letter"}

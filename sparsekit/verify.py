@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.blocks import Linear, find
-from sparsekit.checkpoint import Checkpoint, missing
+from sparsekit.checkpoint import Checkpoint, Loaded, missing
 from sparsekit.grid import Quantization
 from sparsekit.pattern import NM, Unstructured, parse
 from sparsekit.structure.proof import prove
@@ -61,11 +62,15 @@ def verify(
         ValueError: the folder is no checkpoint, a file is truncated, or the pattern cannot be read.
     """
     checkpoint = Checkpoint(path)
-    source = Checkpoint(against) if against is not None else None
     asked = parse(pattern) if pattern is not None else None
     model = skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     prefix = str(model.base_model_prefix)
     linears = {linear.name: linear for block in find(model) for linear in block.linears.values()}
+    kind: Any = Checkpoint
+    if not checkpoint.names(prefix) >= {f"{name}.weight" for name in linears}:
+        kind = partial(Loaded, trust_remote_code=trust_remote_code)
+        checkpoint = kind(path)
+    source = kind(against) if against is not None else None
     if patterns is not None:
         linears = {name: linear for name, linear in linears.items() if name in patterns}
     result = Verification()

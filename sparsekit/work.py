@@ -163,7 +163,9 @@ class Work:
         )
         return units, ending
 
-    def _source(self) -> Callable[[Linear], Tensor]:
+    def _source(self) -> Callable[[Linear], Tensor] | None:
         source = checkpoint.Checkpoint(self.planned.folder)
         prefix = str(self.model.base_model_prefix)
+        if not source.names(prefix) >= {f"{name}.weight" for block in self.blocks for name in block.linears}:
+            return None  # stored under other names; in memory are the source's weights, as nothing was pruned yet
         return lambda linear: linear.stored(source.tensor(source.key(f"{linear.name}.weight", prefix)))

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sparsekit").rglob("*.py"))
 FLOORS = [
-    "__init__ pattern statistics grid store plugins data evaluate report yamltree values schedule",
+    "__init__ pattern statistics grid store plugins data images evaluate report yamltree values schedule",
     "solvers allocate structure blocks checkpoint commits dense stream team reconstruct feedforward testing quiet",
     "walk progress parallel remove loggers policy recover",
     "stages sections recipe plan preview folder work pipeline run verify export result "

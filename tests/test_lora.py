@@ -32,7 +32,7 @@ def work_on(folder, output, *, pattern="50%", dtype=torch.float32):
     """What a stage is given of a model that magnitude has pruned; pattern None: nothing was."""
     model, tokenizer = checkpoint.load(folder)
     model.to(dtype)
-    blocks = discover(model, sample("cpu"))
+    blocks = discover(model, sample(model))
     masks = {}
     for block in blocks if pattern else ():
         for name, linear in block.linears.items():

@@ -133,8 +133,7 @@ def _documents(settings: dict[str, Any], tokenizer: Any, seed: int) -> tuple[Ite
         kind = format_of(records.column_names, settings.get("format", "auto"))
         if kind != "text":
             return (example(records[i], kind, tokenizer) for i in _shuffled(len(records), seed)), False
-    function, options = data.resolve(settings, ("format", *data.CALIBRATION, "batch"))
-    corpus = function("calibration", **options)
+    corpus = data.corpus(settings, "calibration", ("format", *data.CALIBRATION, "batch"))
     if corpus.sampling == "windows":
         return _pieces(corpus, tokenizer), True
     texts = (corpus.documents[i] for i in _shuffled(len(corpus.documents), seed))

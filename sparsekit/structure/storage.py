@@ -144,6 +144,13 @@ def loading(folder: str | Path) -> str:
     shape = Shape.read(folder)
     if shape is not None and shape.layout == "own":
         return f'import sparsekit\nmodel, tokenizer = sparsekit.load("{folder}")'
+    loader = checkpoint.automatic(Path(folder)).__name__
+    if loader != "AutoModelForCausalLM":
+        return (
+            f"from transformers import AutoImageProcessor, {loader}\n"
+            f'model = {loader}.from_pretrained("{folder}")\n'
+            f'processor = AutoImageProcessor.from_pretrained("{folder}")'
+        )
     trust = ", trust_remote_code=True" if shape is not None and shape.layout == "generated" else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
