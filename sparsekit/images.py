@@ -51,6 +51,8 @@ class Images:
         config = model.config
         kind = self.rows.features.get(self.label)
         names = getattr(kind, "names", None)
+        if names is None and "int" in str(getattr(kind, "dtype", "")):
+            return list(range(config.num_labels))
         if names is None:
             raise ValueError(
                 f"{self.name} has no labels called `{self.label}` to compare with; give a folder with a folder for "
@@ -169,7 +171,9 @@ def accuracy(
     count = min(limit or len(found), len(found))
     chosen = [index * len(found) // count for index in range(count)]
     right = MulticlassAccuracy(model.config.num_labels, average="micro", sync_on_compute=False).to(model.device)
-    labels = found.rows[found.label]
+    labels = list(found.rows[found.label])
+    if strange := {label for label in labels if label is None or not 0 <= label < len(classes)}:
+        raise ValueError(f"{found.name} has images with the label {strange.pop()}, which is no class: leave them out")
     channels = channels_of(model.config)
     for start in range(0, count, batch):
         part = chosen[start : start + batch]

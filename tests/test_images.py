@@ -237,6 +237,22 @@ def test_classes_go_by_name_or_else_by_order(digits):
         found.classes(model)
 
 
+def test_images_in_a_parquet_file(tmp_path, digits):
+    """As data sets on the hub are stored; labels are numbers, and -1 where there is none."""
+    import datasets
+
+    model = transformers.AutoModelForImageClassification.from_pretrained(TINY).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(TINY)
+    rows = images.images("test", path=str(digits)).rows.select(range(0, 449, 15))
+    rows = rows.rename_column("image", "picture").cast_column("label", datasets.Value("int64"))
+    rows.to_parquet(tmp_path / "digits.parquet")
+    entry = {"path": str(tmp_path / "digits.parquet"), "image": "picture"}
+    assert images.accuracy(model, processor, images.labelled(entry))["acc"] > 0.9
+    rows.map(lambda row: {"label": -1}).to_parquet(tmp_path / "digits.parquet")
+    with pytest.raises(ValueError, match="label -1, which is no class"):
+        images.accuracy(model, processor, images.labelled(entry))
+
+
 def test_other_labels_are_another_accuracy(digits):
     model = transformers.AutoModelForImageClassification.from_pretrained(TINY).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(TINY)
