@@ -40,13 +40,13 @@ def policy_gradient(
     tokens: int = 131072,
     projection: Literal["sigmoid-norm", "sigmoid-rank", "score-const"] | None = None,
     across: Literal["best", "block", "model"] = "best",
-    sharpness: float = 8.0,
+    sharpness: float | None = None,
     group: int = 32,
     steps: int = 600,
     masks: int = 4,
     batch: int = 2,
     length: int = 128,
-    learning_rate: float = 0.05,
+    learning_rate: float | None = None,
     baseline: Literal["leave-one-out", "moving-average", "initial", "none"] = "leave-one-out",
     window: int = 5,
     antithetic: bool = True,
@@ -77,10 +77,11 @@ def policy_gradient(
     across: where sigmoid-norm takes mean and deviation, or sigmoid-rank its ranks: block, as published; model, for
         scores that compare between blocks, and always for parts and layers, of which a block has one; best, whichever
         of the two chooses the better mask on held-out text
-    sharpness: of the sigmoid, 1 as published; larger ones draw masks nearer to the best one known
+    sharpness: of the sigmoid, 1 as published; larger ones draw masks nearer to the best one known; null: 8 for heads
+        and channels, 4 for parts and layers, which are few
     group: channels that share a probability, neighbours in the initial scores; 1 as published
     steps, masks, batch, length: masks are drawn in a step, each measured on `batch` sequences of `length` tokens
-    learning_rate: falls to 0 along a cosine
+    learning_rate: falls to 0 along a cosine; null: 0.05 for heads and channels, 0.2 for parts and layers
     baseline: what is subtracted from losses: leave-one-out (the mean of the other masks), moving-average (Eq. 8, over
         `window` steps), initial (the loss of the same text under the mask that the start would choose, and then the
         moving average), none
@@ -123,12 +124,12 @@ def policy_gradient(
         steps=steps,
         masks=masks,
         batch=batch,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate or (0.05 if _fine(kinds) else 0.2),
         shape=shape,
         budgets=budgets,
         projection=projection or ("sigmoid-norm" if _fine(kinds) else "sigmoid-rank"),
         across=across,
-        sharpness=sharpness,
+        sharpness=sharpness or (8.0 if _fine(kinds) else 4.0),
         group=group,
         baseline=baseline,
         window=window,
@@ -165,7 +166,7 @@ def check(options: Mapping[str, Any]) -> None:
     if not (options["floor"] < 0.5 and options["held_out"] < 1):
         raise ValueError(f"floor is {options['floor']} (below 0.5), held_out {options['held_out']} (below 1)")
     for name in ("learning_rate", "sharpness"):
-        if not 0 < options[name] < math.inf:
+        if options[name] is not None and not 0 < options[name] < math.inf:
             raise ValueError(f"{name} is {options[name]}; it must be above 0")
 
 
