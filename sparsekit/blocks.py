@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -236,8 +235,9 @@ def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
         seen[key].append(name)
 
     for block in blocks:
-        see = partial(lambda block, _, *seen: ran(block, *seen), block)
-        hooks.append(block.module.register_forward_hook(see, with_kwargs=True))
+        hooks.append(
+            block.module.register_forward_hook(lambda _, *call, block=block: ran(block, *call), with_kwargs=True)
+        )
         seen: dict[Any, list[str]] = {}
         for name, linear in block.linears.items():
             hooks.append(

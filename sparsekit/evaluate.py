@@ -134,6 +134,9 @@ def check(settings: Mapping[str, Any]) -> None:
         whole += [(f"{_name(entry)}: {key}", _mapping(entry).get(key)) for key in ("length", "windows")]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"evaluate: two perplexity sets are called `{twice.pop()}`: give one of them another `name`")
+    sets = [images.named(entry) for entry in settings.get("accuracy") or []]
+    if twice := {name for name in sets if sets.count(name) > 1}:
+        raise ValueError(f"evaluate: two sets of images are called `{twice.pop()}`: give one of them another `name`")
     for task in settings.get("tasks") or []:
         _check_task(task)
     for key, value in whole:

@@ -204,11 +204,12 @@ class ImageSet(Section):
         return self.name or Path(self.path).name
 
 
-def _called_once(texts: list[TextSet]) -> list[TextSet]:
-    names = [text.called for text in texts]
+def _called_once(sets: list[Any]) -> list[Any]:
+    names = [each.called for each in sets]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"several perplexity sets are called `{twice[0]}`: give each another `name`")
-    return texts
+        what = "perplexity sets" if isinstance(sets[0], TextSet) else "sets of images"
+        raise ValueError(f"several {what} are called `{twice[0]}`: give each another `name`")
+    return sets
 
 
 AnyTask = Annotated[
@@ -225,9 +226,10 @@ class Evaluate(Section):
         AfterValidator(_called_once),
     ] = Field(default_factory=list, description="sources or local files")
     tasks: list[AnyTask] = Field(default_factory=list, description="tasks of lm-eval by name or YAML file, or your own")
-    accuracy: list[Annotated[ImageSet, BeforeValidator(_path_alone, json_schema_input_type=str | ImageSet)]] = Field(
-        default_factory=list, description="labelled images, for vision models"
-    )
+    accuracy: Annotated[
+        list[Annotated[ImageSet, BeforeValidator(_path_alone, json_schema_input_type=str | ImageSet)]],
+        AfterValidator(_called_once),
+    ] = Field(default_factory=list, description="labelled images, for vision models")
     length: int = Field(default=2048, gt=1, description="tokens of a perplexity window")
     limit: int | None = Field(default=None, gt=0, description="documents of each task, or images; null: all")
     batch: int = Field(default=1, gt=0, description="sequences at a time")

@@ -264,6 +264,15 @@ def test_other_labels_are_another_accuracy(digits):
     assert images.accuracy(model, processor, found, batch=32, limit=100)["acc"] < 0.1
 
 
+def test_two_sets_of_one_name_do_not_hide_each_other(tmp_path, digits, capsys):
+    from sparsekit.cli import main
+
+    done = fit(recipe_of(tmp_path, digits, "run", "2:4", "[wanda]"), "--set", "evaluate={accuracy: [a/val, b/val]}")
+    assert done.returncode == 2 and "several sets of images are called `val`" in " ".join(done.stderr.split())
+    assert main(["eval", str(TINY), "--accuracy", "a/val", "b/val"]) == 2
+    assert "two sets of images are called `val`" in capsys.readouterr().err
+
+
 def test_a_path_alone_is_a_set_of_images():
     assert (
         recipe.Recipe.model_validate(
