@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sparsekit import checkpoint, data
-from sparsekit.blocks import discover, first_inputs
-from sparsekit.commits import write_atomically, write_tensors
-from sparsekit.plan import BATCH_TOKENS, SAMPLE_LENGTH
-from sparsekit.statistics import Stats
+from sparsekit.data import Corpus, check_length, resolve, sample
+from sparsekit.maths import Stats
+from sparsekit.model import discover, first_inputs, load_plain, locate
+from sparsekit.run import BATCH_TOKENS, SAMPLE_LENGTH
+from sparsekit.system import write_atomically, write_tensors
 
 HELD_OUT = 5  # one in so many documents of a local file, the last ones, is not calibrated on
 PARTS = ("gram", "total", "tokens")
@@ -45,20 +45,20 @@ def capture(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> 
     settings: model and text as in a recipe; blocks: their numbers; samples and held_out: sequences; length; seed.
     Raises ValueError if model, text or blocks are not there, or the text is too short.
     """
-    folder = checkpoint.locate(settings["model"])
+    folder = locate(settings["model"])
     trust = isinstance(settings["model"], dict) and bool(settings["model"].get("trust_remote_code"))
-    model, tokenizer = checkpoint.load(folder, trust_remote_code=trust)
+    model, tokenizer = load_plain(folder, trust_remote_code=trust)
     model.to(device)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
-    data.check_length(settings["length"], positions, "calibration")
+    check_length(settings["length"], positions, "calibration")
     calibration, held_out = split(settings["text"])
     cut = {"length": settings["length"], "seed": settings["seed"]}
-    seen = inputs(model, data.sample(calibration, tokenizer, samples=settings["samples"], **cut), settings["blocks"])
-    other = inputs(model, data.sample(held_out, tokenizer, samples=settings["held_out"], **cut), settings["blocks"])
+    seen = inputs(model, sample(calibration, tokenizer, samples=settings["samples"], **cut), settings["blocks"])
+    other = inputs(model, sample(held_out, tokenizer, samples=settings["held_out"], **cut), settings["blocks"])
     return [Group(weights, stats, other[names][1]) for names, (weights, stats) in seen.items()]
 
 
-def split(text: str | Mapping[str, Any]) -> tuple[data.Corpus, data.Corpus]:
+def split(text: str | Mapping[str, Any]) -> tuple[Corpus, Corpus]:
     """Text to calibrate on, and text of the same kind that is held out.
 
     Held out is the source's test text, cut as its calibration text is. Where that is the same text, as with a local
@@ -68,7 +68,7 @@ def split(text: str | Mapping[str, Any]) -> tuple[data.Corpus, data.Corpus]:
         ValueError: there is no such source, or a local file is a single document.
     """
     settings = {"source": text} if isinstance(text, str) else text
-    function, options = data.resolve(settings)
+    function, options = resolve(settings)
     corpus, test = (function(part, **options) for part in ("calibration", "test"))
     count = len(corpus.documents)
     if count != len(test.documents) or list(corpus.documents) != list(test.documents):

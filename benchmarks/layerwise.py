@@ -23,10 +23,8 @@ from torch import Tensor
 from benchmarks.captured import Group, cached, capture
 from benchmarks.show import show
 from benchmarks.solvers import from_recipe, from_text, installed, value
-from sparsekit.commits import write_json
-from sparsekit.pattern import Pattern, parse
-from sparsekit.quiet import quiet
-from sparsekit.report import hardware, versions
+from sparsekit.maths import Pattern, parse
+from sparsekit.system import hardware, session, versions, write_json
 
 BASELINE = "sparsegpt"
 COLUMNS = ["solver", "pattern", "error", "held out", "mean ratio", "ratio of means"]
@@ -166,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "blocks": sorted(set(given.blocks)),
             **{key: getattr(given, key) for key in ("samples", "held_out", "length", "seed")},
         }
-        with quiet():
+        with session():
             groups = cached(given.cache, settings) if given.cache else capture(settings, given.device)
         for text in given.patterns:
             for group in groups:

@@ -21,11 +21,10 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.walk_cost import touch
-from sparsekit import checkpoint, pipeline, plan
-from sparsekit.quiet import quiet
+from sparsekit.model import Checkpoint
 from sparsekit.recipe import load_recipe
-from sparsekit.report import Meter
-from sparsekit.store import give_back
+from sparsekit.run import Plan, make_plan, run_stages
+from sparsekit.system import Meter, give_back, session
 
 RECIPE = """\
 model: {model}
@@ -57,7 +56,7 @@ def walk(folder: Path, model_folder: Path, given: argparse.Namespace) -> dict[st
     """Walk over a model; bytes of memory before, at the peak, and seconds."""
     text = RECIPE.format(model=model_folder, output=folder / "run", **vars(given))
     (folder / "recipe.yaml").write_text(text)
-    planned = plan.make(load_recipe(folder / "recipe.yaml"))
+    planned = make_plan(load_recipe(folder / "recipe.yaml"))
     model, _ = _load(planned)
     touch(model)
     tokens = torch.randint(0, 512, (given.samples, given.length), generator=torch.Generator().manual_seed(0))
@@ -76,14 +75,14 @@ def walk(folder: Path, model_folder: Path, given: argparse.Namespace) -> dict[st
     thread.start()
     start = time.perf_counter()
     with Meter() as meter:
-        pipeline.prune(planned, model, tokens, folder / "run", meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
+        run_stages(planned, model, tokens, folder / "run", meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
     seconds = time.perf_counter() - start
     done.set()
     thread.join()
     return {"before": before, "peak": seen[0], "seconds": seconds}
 
 
-def _load(planned: plan.Plan) -> tuple[torch.nn.Module, None]:
+def _load(planned: Plan) -> tuple[torch.nn.Module, None]:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(planned.folder).eval(), None
@@ -98,17 +97,13 @@ def main() -> None:
     parser.add_argument("--solver", default="sparsegpt")
     parser.add_argument("--budget", default="20MB")
     given = parser.parse_args()
-    with quiet(), tempfile.TemporaryDirectory() as name:
+    with session(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "small").mkdir()
         small = argparse.Namespace(**vars(given) | {"samples": 2})
         walk(folder / "small", build(folder / "small-model", 64, 2), small)  # libraries fill their own caches
         model = build(folder / "model", given.width, given.blocks)
-        block = sum(
-            checkpoint.Checkpoint(model).tensor(key).nbytes
-            for key in checkpoint.Checkpoint(model)
-            if ".layers.0." in key
-        )
+        block = sum(Checkpoint(model).tensor(key).nbytes for key in Checkpoint(model) if ".layers.0." in key)
         (folder / "large").mkdir()
         seen = walk(folder / "large", model, given)
     budget = given.samples * given.length * given.width * 4

@@ -23,12 +23,11 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from benchmarks.show import show
-from sparsekit import checkpoint
-from sparsekit.blocks import discover
-from sparsekit.evaluate import losses
-from sparsekit.policy import PolicyGradient
-from sparsekit.quiet import quiet
-from sparsekit.structure.units import find
+from sparsekit.measure import losses
+from sparsekit.model import discover, load_plain, locate
+from sparsekit.model.structure import find_units
+from sparsekit.system import session
+from sparsekit.train import PolicyGradient
 
 COLUMNS = ["", "seconds", "ratio", "peak memory", "ratio", "over the model", "ratio"]
 
@@ -55,8 +54,8 @@ class Turns(Callback):
 
 def run(given: argparse.Namespace) -> tuple[list[float], list[float], int, int]:
     """Seconds of every step and of its bare passes, peak memory and that of the loaded model in bytes."""
-    with quiet():
-        model, _ = checkpoint.load(checkpoint.locate(given.model), dtype="float32")
+    with session():
+        model, _ = load_plain(locate(given.model), dtype="float32")
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     text = torch.randint(0, vocabulary, (8 * given.batch, given.length), generator=generator)
@@ -70,7 +69,7 @@ def run(given: argparse.Namespace) -> tuple[list[float], list[float], int, int]:
         module = PolicyGradient(
             model,
             blocks,
-            find(model, blocks, ["heads", "channels"]),
+            find_units(model, blocks, ["heads", "channels"]),
             text,
             text[:0],
             score=None,

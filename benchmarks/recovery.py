@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.show import show
-from sparsekit import checkpoint
-from sparsekit.blocks import find
-from sparsekit.pattern import parse
-from sparsekit.quiet import quiet
-from sparsekit.recover.lowrank import attach
+from sparsekit.maths import parse
+from sparsekit.model import find_blocks, load_plain, locate
+from sparsekit.system import session
+from sparsekit.train import attach_updates
 
 KINDS = ["peft", "dense", "masked", "scale", "prune"]
 COLUMNS = ["update", "step", "ratio", "ratio of fastest", "peak memory", "ratio of memory"]
@@ -37,11 +36,11 @@ COLUMNS = ["update", "step", "ratio", "ratio of fastest", "peak memory", "ratio 
 
 def pruned(given: argparse.Namespace) -> Any:
     """The model's first blocks, 50 % of each row gone."""
-    with quiet():
-        model, _ = checkpoint.load(checkpoint.locate(given.model), dtype="float32")
-    layers = model.get_submodule(find(model)[0].name.rpartition(".")[0])
+    with session():
+        model, _ = load_plain(locate(given.model), dtype="float32")
+    layers = model.get_submodule(find_blocks(model)[0].name.rpartition(".")[0])
     del layers[given.blocks :]  # type: ignore[operator]
-    for block in find(model):
+    for block in find_blocks(model):
         for linear in block.linears.values():
             linear.write_pruned(linear.weight * parse("50%").keep(linear.weight.abs(), per="row"))
     return model
@@ -50,14 +49,14 @@ def pruned(given: argparse.Namespace) -> Any:
 def stepper(model: Any, kind: str, given: argparse.Namespace) -> Callable[[], None]:
     """A function that takes one training step. kind: peft is its own LoRA, dense ours without masks."""
     model.requires_grad_(False)
-    linears = [linear for block in find(model) for linear in block.linears.values()]
+    linears = [linear for block in find_blocks(model) for linear in block.linears.values()]
     if kind == "peft":
         config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=[linear.name for linear in linears])
         peft.inject_adapter_in_model(config, model)
     else:
         masks = {} if kind == "dense" else {linear.name: linear.weight != 0 for linear in linears}
         variant: Any = "masked" if kind == "dense" else kind
-        for layer in attach(model, linears, masks, variant=variant).values():
+        for layer in attach_updates(model, linears, masks, variant=variant).values():
             layer.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     generator = torch.Generator().manual_seed(0)

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsekit import plugins
-from sparsekit.recipe import RecipeError, Stage, check_options, kind, load_recipe
-from sparsekit.solvers.chain import chain
-from sparsekit.yamltree import Tree, override
+from sparsekit import registry
+from sparsekit.maths import chain
+from sparsekit.recipe import RecipeError, Stage, Tree, check_options, kind, load_recipe, override
 
 STARTS = ("wanda", "sparsegpt")  # what a solver that only continues a chain is put after
 
@@ -18,8 +17,8 @@ STARTS = ("wanda", "sparsegpt")  # what a solver that only continues a chain is 
 def installed() -> list[str]:
     """Every installed solver: those that can begin alone, the others after each of STARTS."""
     found = []
-    for name in plugins.names("solvers"):
-        alone = plugins.start(plugins.load("solvers", name)) != "required"
+    for name in registry.names("solvers"):
+        alone = registry.start(registry.load("solvers", name)) != "required"
         found += [name] if alone else [f"{start}+{name}" for start in STARTS]
     return found
 
@@ -69,19 +68,19 @@ def value(text: str) -> Any:
 
 
 def _chained(stages: Sequence[Stage], where: str) -> Callable[..., Tensor]:
-    functions = [plugins.load("solvers", stage.name) for stage in stages]
+    functions = [registry.load("solvers", stage.name) for stage in stages]
     problems = [
         problem
         for stage, function in zip(stages, functions, strict=True)
-        for problem in plugins.check_options(function, stage.options, where)
+        for problem in registry.check_options(function, stage.options, where)
     ]
     if problems:
         raise ValueError("; ".join(problems))
-    if plugins.start(functions[0]) == "required":
+    if registry.start(functions[0]) == "required":
         raise ValueError(f"{where}: {stages[0].name} only improves an earlier answer; write wanda+{stages[0].name}")
     return chain(
         *(
-            partial(function, **{plugins.normal(name): option for name, option in stage.options.items()})
+            partial(function, **{registry.normal(name): option for name, option in stage.options.items()})
             for stage, function in zip(stages, functions, strict=True)
         )
     )

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparsekit import checkpoint, data, pipeline, plan
-from sparsekit.blocks import discover, first_inputs
-from sparsekit.quiet import quiet
+from sparsekit.data import calibration_tokens
+from sparsekit.model import discover, first_inputs, load_plain
 from sparsekit.recipe import load_recipe
-from sparsekit.report import Meter, hardware, versions
+from sparsekit.run import make_plan, run_stages
+from sparsekit.system import Meter, hardware, session, versions
 
 
 @torch.no_grad()
@@ -52,14 +52,14 @@ def bare_work(model: Any, tokens: torch.Tensor, batch: int, limit: int | None) -
 
 def walk(recipe: str, overrides: list[str], tokens: torch.Tensor, limit: int | None) -> dict[str, float]:
     """Seconds of a whole walk, and of its parts."""
-    with tempfile.TemporaryDirectory() as folder, quiet(), Meter() as meter:
-        planned = plan.make(load_recipe(recipe, [*overrides, f"output={folder}"]))
-        model, _ = checkpoint.load(planned.folder)
+    with tempfile.TemporaryDirectory() as folder, session(), Meter() as meter:
+        planned = make_plan(load_recipe(recipe, [*overrides, f"output={folder}"]))
+        model, _ = load_plain(planned.folder)
         touch(model)
         _cut(model, planned.blocks[0].name, limit)
         planned.blocks = planned.blocks[:limit]
         start = time.perf_counter()
-        pipeline.prune(planned, model, tokens, Path(folder), meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
+        run_stages(planned, model, tokens, Path(folder), meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
         return {"total": time.perf_counter() - start} | meter.seconds
 
 
@@ -86,12 +86,12 @@ def main() -> None:
     given = parser.parse_args()
     overrides = [f"model={given.model}", f"pattern={given.pattern}"]
     overrides += [f"calibration.samples={given.samples}", f"calibration.length={given.length}"]
-    with quiet():
-        planned = plan.make(load_recipe(given.recipe, overrides))
-        model, tokenizer = checkpoint.load(planned.folder)
+    with session():
+        planned = make_plan(load_recipe(given.recipe, overrides))
+        model, tokenizer = load_plain(planned.folder)
         touch(model)
         settings = {"source": "python-docs", "samples": given.samples, "length": given.length}
-        tokens = data.calibration_tokens(settings, tokenizer)
+        tokens = calibration_tokens(settings, tokenizer)
     results: dict[str, Any] = {"settings": vars(given), "hardware": hardware(), "versions": versions()}
     walk(given.recipe, [*overrides, f"stages=[{given.solvers[0]}]"], tokens, 1)  # imports, first files, warm caches
     before = bare_work(model, tokens, planned.batch, given.blocks)

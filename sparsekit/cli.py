@@ -46,9 +46,9 @@ def fit(given: argparse.Namespace) -> int:
     recipe = load_recipe(given.recipe, given.set)
     if problems := check_options(recipe):
         raise RecipeError(problems)
-    from sparsekit import run
+    from sparsekit.run import fit
 
-    return run.fit(recipe, resume=given.resume, dry_run=given.dry_run)
+    return fit(recipe, resume=given.resume, dry_run=given.dry_run)
 
 
 def evaluate(given: argparse.Namespace) -> int:
@@ -58,16 +58,17 @@ def evaluate(given: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from sparsekit import folder, run
-    from sparsekit.evaluate import check
+    from sparsekit.measure import check_evaluation
+    from sparsekit.results import source_of
+    from sparsekit.run import evaluate_path
 
     texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
     settings = {"perplexity": texts, "tasks": given.task, "accuracy": given.accuracy, "length": given.length}
-    check(settings)
-    dense = given.against or folder.source_of(given.path)
+    check_evaluation(settings)
+    dense = given.against or source_of(given.path)
     models = {given.path: given.path} | ({dense if isinstance(dense, str) else dense["path"]: dense} if dense else {})
     paths = list(models)
-    found = {path: run.evaluate_path(model, settings) for path, model in models.items()}
+    found = {path: evaluate_path(model, settings) for path, model in models.items()}
     table = Table("", *paths)
     for name, context in found[given.path]["context"].items():
         what = f"perplexity {name}, {context['windows']} x {context['length']} tokens"
@@ -83,12 +84,12 @@ def evaluate(given: argparse.Namespace) -> int:
 
 def verify(given: argparse.Namespace) -> int:
     """`sparsekit verify`: prove from disk that a checkpoint is what it should be."""
-    from sparsekit.checkpoint import locate
-    from sparsekit.quiet import quiet
-    from sparsekit.verify import verify as check
+    from sparsekit.model import locate
+    from sparsekit.results import verify as check
+    from sparsekit.system import session
 
     source = locate(given.against) if given.against else None
-    with quiet():
+    with session():
         found = check(locate(given.path), pattern=given.pattern, against=source)
     for failure in found.failures:
         print(f"FAILED  {failure}")
@@ -104,15 +105,16 @@ def compare(given: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from sparsekit import commits, leaderboard
+    from sparsekit.results import board_markdown, leaderboard, show_board
+    from sparsekit.system import write_json
 
-    board = leaderboard.leaderboard(given.runs, by=given.by)
+    board = leaderboard(given.runs, by=given.by)
     if given.json:
-        commits.write_json(Path(given.json), board)
+        write_json(Path(given.json), board)
     if given.markdown:
-        print(leaderboard.markdown(board))
+        print(board_markdown(board))
     else:
-        leaderboard.show(board, Console())
+        show_board(board, Console())
     return 0
 
 
@@ -122,24 +124,26 @@ def bench(given: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from sparsekit import bench, commits, page
+    from sparsekit.results import bench, bench_table, models_of
+    from sparsekit.results.page import add_to_report, require_finished
+    from sparsekit.system import write_json
 
     if given.save:
-        page.require(Path(given.path))
+        require_finished(Path(given.path))
     texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
     console = Console(highlight=False, markup=False)
-    result = bench.bench(
-        bench.models_of(given.path, given.against),
+    result = bench(
+        models_of(given.path, given.against),
         **{key: getattr(given, key) for key in ("prompt", "new", "repeat")},
         batches=given.batch,
         evaluation={"perplexity": texts, "length": given.length} if texts else None,
         say=lambda line: console.print(line, style="dim"),
     )
-    console.print(bench.table(result))
+    console.print(bench_table(result))
     if given.json:
-        commits.write_json(Path(given.json), result)
+        write_json(Path(given.json), result)
     if given.save:
-        console.print(f"kept in {page.add(Path(given.path), {'speed': result})}")
+        console.print(f"kept in {add_to_report(Path(given.path), {'speed': result})}")
     return 0
 
 
@@ -147,9 +151,9 @@ def report(given: argparse.Namespace) -> int:
     """`sparsekit report`: write the page of a finished run again."""
     from pathlib import Path
 
-    from sparsekit import page
+    from sparsekit.results.page import write_page
 
-    print(page.write(Path(given.run)))
+    print(write_page(Path(given.run)))
     return 0
 
 
@@ -157,29 +161,29 @@ def methods(given: argparse.Namespace) -> int:
     """`sparsekit methods`: everything installed, read from source text so that nothing is imported."""
     from rich.console import Console
 
-    from sparsekit import plugins
+    from sparsekit import registry
 
     console = Console(highlight=False, soft_wrap=True)
-    found = [(group, entry) for group in plugins.GROUPS for entry in plugins.entries(group)]
+    found = [(group, entry) for group in registry.GROUPS for entry in registry.entries(group)]
     if given.name is not None:
-        chosen = [pair for pair in found if plugins.normal(pair[1].name) == plugins.normal(given.name)]
+        chosen = [pair for pair in found if registry.normal(pair[1].name) == registry.normal(given.name)]
         if not chosen:
             valid = [entry.name for _, entry in found]
-            raise plugins.UnknownName(f"unknown method `{given.name}`, {plugins.suggest(given.name, valid)}")
+            raise registry.UnknownName(f"unknown method `{given.name}`, {registry.suggest(given.name, valid)}")
         for group, entry in chosen:
             _show_method(console, group, entry)
         return 0
     width = max((len(entry.name) for _, entry in found), default=0)
-    for group in plugins.GROUPS:
+    for group in registry.GROUPS:
         console.print(f"{group}", style="bold")
-        for entry in plugins.entries(group):
-            read = plugins.describe(entry)
+        for entry in registry.entries(group):
+            read = registry.describe(entry)
             console.print(f"  {entry.name:<{width}}  {read.summary}", markup=False)
             known = ", ".join(option.name for option in read.options)
             chain = CHAIN[read.start] if group == "solvers" else ""
-            notes = [chain, f"options: {known}" if known else "", plugins.package(entry), read.source]
+            notes = [chain, f"options: {known}" if known else "", registry.package(entry), read.source]
             console.print(f"  {'':<{width}}  {' | '.join(filter(None, notes))}", style="dim", markup=False)
-        if not plugins.entries(group):
+        if not registry.entries(group):
             console.print("  none installed")
     return 0
 
@@ -188,12 +192,12 @@ CHAIN = {"none": "begins a chain", "optional": "begins or continues a chain", "r
 
 
 def _show_method(console: "Console", group: str, entry: "EntryPoint") -> None:
-    from sparsekit import plugins
+    from sparsekit import registry
 
-    read = plugins.describe(entry)
+    read = registry.describe(entry)
     chain = f", {CHAIN[read.start]}" if group == "solvers" else ""
     console.print(f"{entry.name}", style="bold", end="")
-    console.print(f"  ({group[:-1]}{chain}; {plugins.package(entry)})\n\n{read.doc}\n", markup=False)
+    console.print(f"  ({group[:-1]}{chain}; {registry.package(entry)})\n\n{read.doc}\n", markup=False)
     console.print("options:" if read.options else "options: none", style="bold")
     for option in read.options:
         kind = f": {option.type}" if option.type else ""
@@ -206,9 +210,9 @@ def schema(given: argparse.Namespace) -> int:
     """`sparsekit schema`: JSON Schema of recipes, with the installed names."""
     import json
 
-    from sparsekit.recipe import schema as recipe_schema
+    from sparsekit.recipe import json_schema
 
-    print(json.dumps(recipe_schema(), indent=2))
+    print(json.dumps(json_schema(), indent=2))
     return 0
 
 

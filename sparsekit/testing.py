@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from sparsekit.pattern import NM, Pattern, Unstructured, parse
+from sparsekit.maths import NM, Pattern, Stats, Unstructured, parse
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
-from sparsekit.statistics import Stats
 
 PATTERNS = ("50%", "70%", "2:4", "4:8", "1:4")
 _SHAPES = ((96, 40), (24, 160))  # (out, in): tall, wide; neither width is a multiple of 128

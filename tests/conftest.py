@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from sparsekit.system import begin_vector_maths
+
+begin_vector_maths()  # as every way into sparsekit does; tests compute without one
+
 
 @pytest.fixture
 def shared() -> Path:

@@ -11,16 +11,15 @@ import torch
 from families import SETTINGS, build
 from test_run import bits, fit, process, recipe
 
-from sparsekit import plan, plugins
-from sparsekit.allocate.budget import conserve
-from sparsekit.allocate.depth import depth
-from sparsekit.allocate.mixture import mixture
-from sparsekit.allocate.owl import owl
-from sparsekit.allocate.rearrange import rearrange
-from sparsekit.blocks import discover
-from sparsekit.dense import weights_and_norms
-from sparsekit.pattern import NM, Unstructured, parse
+from sparsekit import registry
+from sparsekit.allocators.depth import depth
+from sparsekit.allocators.owl import owl
+from sparsekit.allocators.rearrange import rearrange
+from sparsekit.maths import NM, Unstructured, conserve, mixture, parse
+from sparsekit.model import discover
 from sparsekit.recipe import load_recipe
+from sparsekit.run.plan import allocate as allocate_patterns
+from sparsekit.walk import weights_and_norms
 
 TOKENS = torch.randint(1, 96, (5, 24), generator=torch.Generator().manual_seed(1))
 BY_OWL = ["--set", "pattern=60%", "allocation={owl: {threshold: 3}}", "stages=[wanda]", "keep=true"]
@@ -320,12 +319,12 @@ def test_the_dense_pass_is_lazy_and_refuses_what_is_not_finite(tmp_path):
 
 
 def test_groups_and_dense_are_no_options():
-    entry = plugins.find("allocators", "owl")
-    assert [option.name for option in plugins.describe(entry).options] == ["threshold", "spread"]
-    assert list(plugins.options(owl)) == ["threshold", "spread"] and plugins.asks(owl) == ("groups", "dense")
-    assert set(plugins.option_problems(owl, {"dense": [], "groups": []})) == {"dense", "groups"}
-    assert plugins.asks(depth) == plugins.asks(rearrange) == ("groups",)
-    assert plugins.asks(plugins.load("allocators", "uniform")) == ()
+    entry = registry.find("allocators", "owl")
+    assert [option.name for option in registry.describe(entry).options] == ["threshold", "spread"]
+    assert list(registry.options(owl)) == ["threshold", "spread"] and registry.asks(owl) == ("groups", "dense")
+    assert set(registry.option_problems(owl, {"dense": [], "groups": []})) == {"dense", "groups"}
+    assert registry.asks(depth) == registry.asks(rearrange) == ("groups",)
+    assert registry.asks(registry.load("allocators", "uniform")) == ()
 
 
 def plain(linears, sparsity, *, bad: bool = False):
@@ -341,8 +340,8 @@ def allocate(tmp_path, monkeypatch):
         file = recipe(tmp_path)
         blocks = discover(build(family, "meta").bfloat16(), TOKENS[:1, :8].to("meta"))
         if function is not None:
-            monkeypatch.setattr(plugins, "load", lambda group, name: function)
-        return plan.allocate(load_recipe(file, [f"pattern={pattern}", f"allocation={rule}"]), blocks, dense)
+            monkeypatch.setattr(registry, "load", lambda group, name: function)
+        return allocate_patterns(load_recipe(file, [f"pattern={pattern}", f"allocation={rule}"]), blocks, dense)
 
     return run
 
@@ -408,7 +407,8 @@ def test_a_killed_run_goes_on_with_the_same_patterns(by_owl, tmp_path):
     """Killed in the second block: the allocation is read, not computed, and the result is the same bit for bit."""
     code = """
     import sys
-    from sparsekit import cli, commits
+    from sparsekit import cli
+    from sparsekit.walk import commits
     import os, signal
     real, calls = commits.Commits.commit, []
     def commit(self, block):
@@ -455,9 +455,9 @@ def test_a_dry_run_names_the_blocks_that_are_alike(tmp_path, monkeypatch):
     def every_third(linears, sparsity, *, by: float = 0.25):
         return conserve({name: by * (name.split(".")[2] in "03") for name in linears}, linears, sparsity)
 
-    real = plugins.load
+    real = registry.load
     monkeypatch.setattr(
-        plugins, "load", lambda group, name: every_third if group == "allocators" else real(group, name)
+        registry, "load", lambda group, name: every_third if group == "allocators" else real(group, name)
     )
     done = fit(recipe(tmp_path), "--dry-run", "--set", "pattern=4:8")
     assert done.returncode == 0, done.stderr

@@ -13,8 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sparsekit import bench, checkpoint, cli, timing
-from sparsekit.samples import PROMPTS, samples
+from sparsekit import cli
+from sparsekit.measure import PROMPTS, samples
+from sparsekit.measure.timing import latency
+from sparsekit.model import load_plain
+from sparsekit.results import bench, models_of
+from sparsekit.results.benchmark import _workers, bench_rows
 
 SIZES = {"prompt": 5, "new": 3}
 
@@ -47,7 +51,7 @@ def whole(self: Any, input_ids: Tensor, past_key_values: Any = None, use_cache: 
 @pytest.mark.parametrize(("answer", "kept"), [(short, 1), (whole, 0)])
 def test_latency_generates_as_generate_does(answer: Callable[..., Any], kept: int) -> None:
     model = Recorded(answer)
-    times = timing.latency(model, batch=2, **SIZES)
+    times = latency(model, batch=2, **SIZES)
     first, *rest = model.calls
     assert first["ids"].shape == (2, 5) and first["past"] is None and len(rest) == 3
     assert all(call["cache"] and call["keep"] == kept for call in model.calls)
@@ -74,9 +78,9 @@ def test_models_work_in_turn_and_ratios_are_taken_within_a_turn(monkeypatch: pyt
 
         yield ask
 
-    monkeypatch.setattr(bench, "_workers", workers)
-    monkeypatch.setattr(checkpoint, "locate", lambda spec: Path(spec["path"]))
-    result = bench.bench(["a", {"path": "b"}], batches=[4], repeat=3, device="cpu", **SIZES)
+    monkeypatch.setattr("sparsekit.results.benchmark._workers", workers)
+    monkeypatch.setattr("sparsekit.results.benchmark.locate", lambda spec: Path(spec["path"]))
+    result = bench(["a", {"path": "b"}], batches=[4], repeat=3, device="cpu", **SIZES)
     assert asked[:4] == [(0, "memory"), (0, "facts"), (1, "memory"), (1, "facts")]
     assert asked[4:] == [(0, "latency"), (1, "latency")] * 4
     own, dense = result["models"]
@@ -109,7 +113,7 @@ def test_a_real_model_in_its_own_process(models: Path, tmp_path: Path, capsys: p
 
 def test_mistakes_and_deaths_of_a_process_are_told(models: Path) -> None:
     place = models / "tiny-llama"
-    with bench._workers([{"path": str(place)}], [place], "cpu") as ask:
+    with _workers([{"path": str(place)}], [place], "cpu") as ask:
         with pytest.raises(ValueError, match="tokens of prompt and 2 new ones were asked for; give a smaller --prompt"):
             ask(0, {"op": "memory", "batch": 1, "prompt": 10**6, "new": 2})
         assert ask(0, {"op": "facts"})["class"] == "LlamaForCausalLM"  # it goes on
@@ -124,9 +128,9 @@ def test_a_run_is_measured_against_what_it_was_made_from(tmp_path: Path) -> None
     source = {"path": "some/model", "dtype": "bfloat16", "trust_remote_code": True}
     (tmp_path / "report.json").write_text(json.dumps({"recipe": {"model": source}}))
     own = {"path": str(tmp_path), "trust_remote_code": True}
-    assert bench.models_of(str(tmp_path)) == [own, source]
-    assert bench.models_of(str(tmp_path), "other") == [own, "other"]
-    assert bench.models_of("x") == [{"path": "x", "trust_remote_code": False}]
+    assert models_of(str(tmp_path)) == [own, source]
+    assert models_of(str(tmp_path), "other") == [own, "other"]
+    assert models_of("x") == [{"path": "x", "trust_remote_code": False}]
 
 
 def test_a_result_is_kept_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,11 +143,11 @@ def test_a_result_is_kept_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "faster": {"prefill": {"1": 1.25}, "decode": {"1": 1.5}},
         "spread": {"prefill": {"1": [1.2, 1.3]}, "decode": {"1": [1.4, 1.6]}},
     }
-    lines = {what: rest for what, *rest in bench.rows(result)}
+    lines = {what: rest for what, *rest in bench_rows(result)}
     assert lines["of them not zero"] == ["5", "10", "0.500"]
     assert lines["prefill of 128 tokens, batch 1"] == ["200.0 ms", "200.0 ms", "1.25 x as fast (1.20 to 1.30)"]
-    assert {len(row) for row in bench.rows(result)} == {4}
-    monkeypatch.setattr(bench, "bench", lambda *_, **__: result)
+    assert {len(row) for row in bench_rows(result)} == {4}
+    monkeypatch.setattr("sparsekit.results.bench", lambda *_, **__: result)
     assert cli.main(["bench", str(tmp_path), "--save"]) == 2  # said before anything is measured
     (tmp_path / "report.json").write_text(json.dumps({"recipe": {"model": {"path": "m"}}, "verified": True}))
     assert cli.main(["bench", str(tmp_path), "--save"]) == 0
@@ -157,7 +161,7 @@ def test_a_result_is_kept_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_samples_are_the_likeliest_tokens(models: Path, name: str) -> None:
-    model, tokenizer = checkpoint.load(models / name)
+    model, tokenizer = load_plain(models / name)
     model.train()
     found = samples(model, tokenizer, ["The function returns", "class Point:"], 6)
     assert model.training
@@ -174,7 +178,7 @@ def test_samples_are_the_likeliest_tokens(models: Path, name: str) -> None:
 
 
 def test_samples_end_where_positions_do(models: Path) -> None:
-    model, tokenizer = checkpoint.load(models / "tiny-llama")
+    model, tokenizer = load_plain(models / "tiny-llama")
     positions = model.config.max_position_embeddings
     with pytest.raises(ValueError, match="give a prompt of at least one token that leaves room"):
         samples(model, tokenizer, ["word " * positions], 4)

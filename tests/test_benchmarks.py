@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsekit import plugins
-from sparsekit.data import Corpus, python_docs, sample
-from sparsekit.pattern import parse
+from sparsekit import registry
+from sparsekit.data import Corpus, sample
+from sparsekit.data.corpora import python_docs
+from sparsekit.maths import Stats, parse
 from sparsekit.solvers.sparsegpt import sparsegpt
-from sparsekit.statistics import Stats
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
@@ -180,11 +180,11 @@ def test_an_interrupted_row_is_resumed(
         raise OSError("the disk is full")
 
     with monkeypatch.context() as broken:
-        broken.setattr("sparsekit.result.verify", full)
+        broken.setattr("sparsekit.run.result.verify", full)
         assert runner.main(command) == 1
     assert "failed: Wanda 2:4: the disk is full" in capsys.readouterr().err
     with monkeypatch.context() as broken:  # the blocks are on disk: nothing is solved again
-        broken.setattr("sparsekit.walk.OneShot._solve", full)
+        broken.setattr("sparsekit.walk.walk.OneShot._solve", full)
         assert runner.main(command) == 0
     assert "| Wanda | 2:4 |" in capsys.readouterr().out
 
@@ -349,7 +349,7 @@ def test_what_is_held_out_was_not_calibrated_on(tmp_path: Path) -> None:
 
 def test_every_installed_solver_is_there_and_none_begins_that_cannot() -> None:
     named = solvers.installed()
-    assert {part for name in named for part in name.split("+")} == set(plugins.names("solvers"))
+    assert {part for name in named for part in name.split("+")} == set(registry.names("solvers"))
     assert {"wanda+refit", "sparsegpt+refit", "wanda+swaps", "sparsegpt+swaps"} <= set(named)
     for name in named:
         solvers.from_text(name)

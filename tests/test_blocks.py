@@ -3,7 +3,7 @@ import torch
 from families import GROUPS, SETTINGS, build
 from torch import nn
 
-from sparsekit.blocks import Linear, discover, find, first_inputs
+from sparsekit.model import Linear, discover, find_blocks, first_inputs
 
 FAMILIES = sorted(SETTINGS)
 
@@ -43,7 +43,7 @@ def test_block_by_block_equals_the_models_own_forward(family):
 
 def test_conv1d_is_seen_as_out_by_in():
     model = build("GPT2")
-    linear = find(model)[0].linears["transformer.h.0.mlp.c_fc"]
+    linear = find_blocks(model)[0].linears["transformer.h.0.mlp.c_fc"]
     assert linear.shape == (128, 32)
     linear.write_pruned(-torch.zeros(128, 32))
     assert not torch.signbit(linear.module.weight).any()
@@ -51,7 +51,7 @@ def test_conv1d_is_seen_as_out_by_in():
 
 
 def test_twin_has_its_own_weights():
-    block = find(build("Llama"))[0]
+    block = find_blocks(build("Llama"))[0]
     twin = block.twin()
     name = next(iter(block.linears))
     twin.linears[name].write(torch.zeros(twin.linears[name].shape))
@@ -61,7 +61,7 @@ def test_twin_has_its_own_weights():
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="no repeated blocks"):
-        find(nn.Sequential(nn.Linear(4, 4)))
+        find_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 
 def test_an_argument_that_changes_with_the_text_is_refused():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sparsekit import __version__, plugins
+from sparsekit import __version__, registry
 from sparsekit.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -160,11 +160,11 @@ def test_eval_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failures: list[str], status: int
 ) -> None:
-    from sparsekit import checkpoint, verify
+    from sparsekit.results import Verification
 
-    monkeypatch.setattr(checkpoint, "locate", lambda path: path)
-    found = verify.Verification(failures, {"a": {"zeros": 1, "parameters": 2}})
-    monkeypatch.setattr(verify, "verify", lambda path, pattern, against: found)
+    monkeypatch.setattr("sparsekit.model.locate", lambda path: path)
+    found = Verification(failures, {"a": {"zeros": 1, "parameters": 2}})
+    monkeypatch.setattr("sparsekit.results.verify", lambda path, pattern, against: found)
     assert main(["verify", "folder", "--pattern", "2:4"]) == status
     out = capsys.readouterr().out
     assert all(failure in out for failure in failures)
@@ -174,17 +174,17 @@ def test_verify(
 def test_methods_lists_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     out = capsys.readouterr().out
-    for group in plugins.GROUPS:
-        for name in plugins.names(group):
+    for group in registry.GROUPS:
+        for name in registry.names(group):
             assert f"  {name} " in out
-            assert plugins.describe(plugins.find(group, name)).summary in out
+            assert registry.describe(registry.find(group, name)).summary in out
     assert f"sparsekit {__version__}" in out
 
 
 def test_methods_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "refit"]) == 0
     out = capsys.readouterr().out
-    read = plugins.describe(plugins.find("solvers", "refit"))
+    read = registry.describe(registry.find("solvers", "refit"))
     assert read.doc in out
     assert f"  damping: float = {read.options[0].default}\n" in out
     assert "continues a chain" in out

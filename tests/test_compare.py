@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from sparsekit import cli
-from sparsekit.compare import check, read
-from sparsekit.leaderboard import around, cells, leaderboard, markdown, show
+from sparsekit.results import board_markdown, leaderboard, show_board
+from sparsekit.results.board import around, cells
+from sparsekit.results.comparison import check_comparable, read_run
 
 TOKENIZER = {"normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}, "model": {"vocab": {"a": 0, "b": 1}}}
 
@@ -118,7 +119,7 @@ def test_figures_of_a_row(three: list[str]) -> None:
 def test_the_table_in_three_forms(three: list[str]) -> None:
     board = leaderboard(three)
     plain, terminal = (Console(file=io.StringIO(), force_terminal=yes, width=60) for yes in (False, True))
-    show(board, plain)
+    show_board(board, plain)
     text = plain.file.getvalue()  # type: ignore[attr-defined]
     head, dense, best, *_ = text.splitlines()
     assert head.split()[:4] == ["run", "result", "stages", "wikitext2"]
@@ -126,9 +127,9 @@ def test_the_table_in_three_forms(three: list[str]) -> None:
     assert best.startswith("b ") and "0.600 ± 0.020" in best and "70.00%" in best and "1.0 kB" in best
     assert "windows x tokens: wikitext2 6 x 512, ptb 6 x 512" in text and "one standard error" in text
     assert len({len(line.split("0.600")[0]) for line in text.splitlines() if "0.600" in line}) == 1  # columns align
-    show(board, terminal)
+    show_board(board, terminal)
     assert "wiki" in terminal.file.getvalue()  # type: ignore[attr-defined]
-    table = [line for line in markdown(board).splitlines() if line.startswith("|")]
+    table = [line for line in board_markdown(board).splitlines() if line.startswith("|")]
     assert len(table) == 6 and len({line.count("|") for line in table}) == 1
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]] == cells(board)[1:]
 
@@ -188,7 +189,9 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_the_order_of_a_vocabulary_and_what_is_beside_it_do_not_matter(tmp_path: Path) -> None:
     other = {"version": "1.0", "model": {"vocab": {"b": 1, "a": 0}}} | TOKENIZER
-    assert read(run(tmp_path / "a", report())).vocabulary == read(run(tmp_path / "b", report(), other)).vocabulary
+    assert (
+        read_run(run(tmp_path / "a", report())).vocabulary == read_run(run(tmp_path / "b", report(), other)).vocabulary
+    )
 
 
 def test_a_digest_of_the_tokens_decides(tmp_path: Path) -> None:
@@ -199,7 +202,7 @@ def test_a_digest_of_the_tokens_decides(tmp_path: Path) -> None:
     one, two, three = (run(tmp_path / name, found) for name, found in zip("abc", reports, strict=True))
     assert len(leaderboard([one, two])["runs"]) == 2  # the same tokens from another place
     with pytest.raises(ValueError, match="the text called ptb gives other tokens"):
-        check([read(one), read(three)])
+        check_comparable([read_run(one), read_run(three)])
 
 
 def test_folders_that_are_no_finished_run(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from sparsekit import data, plugins
-from sparsekit.data import Corpus, calibration_tokens, resolve, sample, windows
+from sparsekit import registry
+from sparsekit.data import Corpus, calibration_tokens, corpora, resolve, sample, windows
+from sparsekit.data.corpora import c4, jsonl, ptb, python_docs, text, wikitext2
 
 BOS = 256
 
@@ -102,7 +103,7 @@ def test_too_little_text_for_testing():
 
 
 def test_the_search_for_long_documents_ends(monkeypatch):
-    monkeypatch.setattr(data, "PATIENCE", 50)
+    monkeypatch.setattr("sparsekit.data.sampling.PATIENCE", 50)
     with pytest.raises(ValueError, match=r"50 tried.*`pack: true`"):
         sample(Corpus(["short"] * 1_000_000, sampling="documents"), Bytes(), samples=1, length=100, seed=0)
 
@@ -113,7 +114,7 @@ def test_the_search_for_long_documents_ends(monkeypatch):
 def test_python_docs_keeps_test_text_out_of_calibration_text():
     from pydoc_data.topics import topics
 
-    calibration, test = data.python_docs("calibration"), data.python_docs("test")
+    calibration, test = python_docs("calibration"), python_docs("test")
     assert list(test.documents) == [topics[name] for name in sorted(topics)[3::4]]
     held_out = {part.strip() for document in test.documents for part in document.split("\n\n")}
     seen = {part.strip() for document in calibration.documents for part in document.split("\n\n")}
@@ -123,21 +124,21 @@ def test_python_docs_keeps_test_text_out_of_calibration_text():
 
 def test_text_gives_the_rows_of_the_hub(tmp_path):
     (tmp_path / "wiki.test.raw").write_text(" \n = Title = \n \n One sentence . \n")
-    corpus = data.text("test", path=str(tmp_path / "wiki.test.raw"))
+    corpus = text("test", path=str(tmp_path / "wiki.test.raw"))
     assert list(corpus.documents) == ["", " = Title = \n", "", " One sentence . \n"]
     assert (corpus.separator, corpus.sampling) == ("\n\n", "windows")
-    assert corpus == data.text("calibration", path=str(tmp_path / "wiki.test.raw"))
+    assert corpus == text("calibration", path=str(tmp_path / "wiki.test.raw"))
 
 
 def test_text_as_it_stands(tmp_path):
     (tmp_path / "a.txt").write_text("One\n\ntwo \n")
-    corpus = data.text("test", path=str(tmp_path / "a.txt"), separator=None)
+    corpus = text("test", path=str(tmp_path / "a.txt"), separator=None)
     assert corpus.separator.join(corpus.documents) == "One\n\ntwo \n"
 
 
 def test_local_wikitext_is_the_text_of_the_published_protocol(shared):
     # With GPT-2's tokenizer this text has 287,644 tokens, the figure in the transformers documentation on perplexity.
-    corpus = data.text("test", path=str(shared / "data/wikitext-2-raw/wiki.test.raw"))
+    corpus = text("test", path=str(shared / "data/wikitext-2-raw/wiki.test.raw"))
     joined = corpus.separator.join(corpus.documents)
     assert len(corpus.documents) == 4358
     assert hashlib.sha256(joined.encode()).hexdigest() == WIKITEXT
@@ -163,7 +164,7 @@ def test_records(kind, records, tmp_path):
 
         path = tmp_path / "docs.parquet"
         datasets.load_dataset("json", data_files=str(records), split="train").to_parquet(path)
-    source = getattr(data, kind)
+    source = getattr(corpora, kind)
     corpus = source("calibration", path=str(path))
     assert (corpus.sampling, corpus.separator, corpus.limit) == ("documents", " ", None)
     assert list(corpus.documents) == [f"document {i} " * i for i in range(20)]
@@ -196,7 +197,7 @@ def hub(tmp_path, monkeypatch):
 def test_wikitext2(hub):
     for part in ("train", "test"):
         hub("Salesforce/wikitext", f"wikitext-2-raw-v1/{part}-00000-of-00001.parquet", {"text": ["", f" {part} \n"]})
-    calibration, test = data.wikitext2("calibration"), data.wikitext2("test")
+    calibration, test = wikitext2("calibration"), wikitext2("test")
     assert calibration.separator.join(calibration.documents) == "  train \n"
     assert test.separator.join(test.documents) == "\n\n test \n"
 
@@ -205,7 +206,7 @@ def test_ptb(hub):
     for part in ("train", "test"):
         rows = {"sentence": [f"{part} one", "two"]}
         hub("ptb-text-only/ptb_text_only", f"penn_treebank/{part}/0000.parquet", rows, "refs/convert/parquet")
-    calibration, test = data.ptb("calibration"), data.ptb("test")
+    calibration, test = ptb("calibration"), ptb("test")
     assert calibration.separator.join(calibration.documents) == "train one two"
     assert test.separator.join(test.documents) == "test one two"
 
@@ -213,10 +214,10 @@ def test_ptb(hub):
 def test_c4(hub):
     hub("allenai/c4", "en/c4-train.00000-of-01024.json.gz", {"text": ["one", "two"], "url": ["a", "b"]})
     hub("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", {"text": [str(i) for i in range(1200)]})
-    calibration, test = data.c4("calibration"), data.c4("test")
+    calibration, test = c4("calibration"), c4("test")
     assert list(calibration.documents) == ["one", "two"]
     assert calibration.sampling == "documents"
-    assert data.c4("calibration", pack=True).sampling == "windows"
+    assert c4("calibration", pack=True).sampling == "windows"
     assert list(test.documents) == [str(i) for i in range(1100)]
     assert (test.separator, test.limit, test.sampling) == (" ", 256, "windows")
 
@@ -239,7 +240,7 @@ def test_a_hub_out_of_reach(source, name, tmp_path, monkeypatch):
 
 def test_calibration_tokens_are_what_the_source_and_sample_give(records):
     settings = {"source": "jsonl", "path": str(records), "samples": 4, "length": 30, "seed": 2}
-    expected = sample(data.jsonl("calibration", path=str(records)), Bytes(), samples=4, length=30, seed=2)
+    expected = sample(jsonl("calibration", path=str(records)), Bytes(), samples=4, length=30, seed=2)
     assert torch.equal(calibration_tokens(settings, Bytes(), positions=30, vocab=257), expected)
     short = {"source": str(records), "samples": 4, "length": 30, "seed": 2}
     assert torch.equal(calibration_tokens(short, Bytes()), expected)
@@ -257,12 +258,12 @@ def test_a_path_is_read_by_its_end(end, source, tmp_path):
     path = tmp_path / f"a.{end}"
     path.write_text("x")
     function, options = resolve({"source": str(path), "samples": 1})
-    assert function is getattr(data, source)
+    assert function is getattr(corpora, source)
     assert options == {"path": str(path)}
 
 
 def test_hyphen_and_underscore_are_the_same_letter():
-    assert resolve({"source": "python_docs"}) == resolve({"source": "python-docs"}) == (data.python_docs, {})
+    assert resolve({"source": "python_docs"}) == resolve({"source": "python-docs"}) == (python_docs, {})
 
 
 MISTAKES = {
@@ -300,7 +301,7 @@ def test_a_mistake_is_one_clear_sentence(mistake, records, tmp_path):
     positions = 512 if mistake == "positions" else None
     with pytest.raises(ValueError, match=message) as caught:
         calibration_tokens(settings, Bytes(), positions)
-    assert isinstance(caught.value, plugins.UnknownName) == (mistake == "name")
+    assert isinstance(caught.value, registry.UnknownName) == (mistake == "name")
     assert "\n" not in str(caught.value)
 
 
@@ -317,7 +318,7 @@ def test_the_tokenizers_length_warning_stays_inside(models):
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("transformers").addHandler(handler)
     tokenizer = AutoTokenizer.from_pretrained(models / "tiny-llama")
-    windows(data.python_docs("test"), tokenizer, 128)
+    windows(python_docs("test"), tokenizer, 128)
     assert not said
     tokenizer("x " * 1000)  # the handler does hear it
     logging.getLogger("transformers").removeHandler(handler)

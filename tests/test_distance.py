@@ -14,10 +14,10 @@ from test_compare import report, run
 from test_structural_run import recipe
 
 from sparsekit import cli
-from sparsekit.commits import pack
-from sparsekit.compare import read
-from sparsekit.distance import Gap, cells, distances, notes
-from sparsekit.leaderboard import leaderboard, markdown, show
+from sparsekit.results import board_markdown, leaderboard, show_board
+from sparsekit.results.comparison import read_run
+from sparsekit.results.distance import Gap, cells, distances, notes
+from sparsekit.system import pack
 
 REST = {"version": 1, "layout": "plain", "load": "", "parameters": 0, "biases": [], "changed": [], "config": {}}
 
@@ -50,7 +50,7 @@ def pruned(folder: Path, masks: dict[str, torch.Tensor]) -> str:
 
 
 def between(*paths: str) -> list[dict[str, Any]]:
-    return distances([read(path) for path in paths])
+    return distances([read_run(path) for path in paths])
 
 
 def test_random_masks_are_as_far_apart_as_expected() -> None:
@@ -175,7 +175,7 @@ def test_a_cut_run_and_a_pruned_one_share_no_table(tmp_path: Path) -> None:
     one = cut(tmp_path / "a", dict.fromkeys(range(4), (0b0101, 0x0F)))
     two = pruned(tmp_path / "b", {"a": torch.ones(4, 4, dtype=torch.bool)})
     assert between(one, two) == []
-    assert "masks of" not in markdown(leaderboard([one, two]))
+    assert "masks of" not in board_markdown(leaderboard([one, two]))
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -192,12 +192,12 @@ def test_the_table(tmp_path: Path) -> None:
     assert notes(board["distances"], names)[1:] == [said]
     plain, terminal = Console(file=io.StringIO(), width=70), Console(file=io.StringIO(), width=150, force_terminal=True)
     for console in (plain, terminal):
-        show(board, console)
+        show_board(board, console)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         assert "12.50% (50.00%)" in text and "[n]" in text and said in text
         assert "normalised Hamming distance" in text
-    assert "| a, b | 12.50% (50.00%) | 25.00% (50.00%) |" in markdown(board)
-    without = markdown(leaderboard(paths[1:]))
+    assert "| a, b | 12.50% (50.00%) | 25.00% (50.00%) |" in board_markdown(board)
+    without = board_markdown(leaderboard(paths[1:]))
     assert "no distance between masks: other source models (b, c)" in without and "Hamming" not in without
     many = [{"runs": [str(one), str(two)], "why": "w"} for one, two in combinations(range(5), 2)]
     [note] = notes(many, {str(number): str(number) for number in range(5)})
@@ -208,7 +208,7 @@ def test_real_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureF
     """Two methods on one model; the distance is that of the kept rows, found in the stored weights themselves."""
     from test_run import fit
 
-    from sparsekit.checkpoint import Checkpoint
+    from sparsekit.model import Checkpoint
 
     folders = []
     for name, stages in (("one", '{wanda-sp: {remove: "30%"}}'), ("two", '{llm-pruner: {remove: "30%"}}')):

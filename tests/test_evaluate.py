@@ -8,8 +8,10 @@ import transformers
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from sparsekit import data
-from sparsekit.evaluate import check, evaluate, losses, perplexity, tasks
+from sparsekit.data import windows
+from sparsekit.data.corpora import python_docs
+from sparsekit.measure import check_evaluation, evaluate, losses, perplexity
+from sparsekit.measure.evaluation import tasks
 
 torch.set_num_threads(1)
 
@@ -120,7 +122,7 @@ def test_sets_by_name_path_and_mapping(models, tmp_path):
     assert list(found["perplexity"]) == ["page.txt", "short", "plain"]
     context = found["context"]
     assert (context["short"]["length"], context["short"]["windows"]) == (32, 3)
-    tokens = data.windows(data.python_docs("test"), tokenizer, 32, 3)
+    tokens = windows(python_docs("test"), tokenizer, 32, 3)
     assert found["perplexity"]["short"] == pytest.approx(perplexity(model, tokens), rel=1e-5)
     ids = tokenizer(path.read_text())["input_ids"]
     assert (context["plain"]["length"], context["plain"]["windows"]) == (64, len(ids) // 64)
@@ -253,7 +255,7 @@ def test_tasks_are_quiet(models, quiz, capfd, caplog):
 )
 def test_a_mistake_is_seen_without_a_model(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
-        check(settings)
+        check_evaluation(settings)
     assert "\n" not in str(caught.value)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
-from sparsekit.blocks import find
-from sparsekit.checkpoint import Checkpoint
-from sparsekit.export import differences, export_packed, pack, read_packed, unpack
-from sparsekit.grid import Quantization
+from sparsekit.maths import Quantization
+from sparsekit.model import Checkpoint, find_blocks
+from sparsekit.results import export_packed, packed_differences
+from sparsekit.results.packed import pack, read_packed, unpack
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
@@ -24,7 +24,7 @@ def simulated(folder, source, kind_of, dtype=torch.float32):
     """The model with half of its linears' weights zero, the others on their grids; name -> Quantization."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     kinds = {}
-    for block in find(model):
+    for block in find_blocks(model):
         for name, linear in block.linears.items():
             kind = kind_of(name)
             if kind is not None:
@@ -48,7 +48,7 @@ def check(tmp_path, source, kind_of, dtype):
     dense, packed = tmp_path / "model", tmp_path / "model-packed"
     kinds = simulated(dense, source, kind_of, dtype)
     export_packed(dense, packed, kinds)
-    assert differences(packed, dense) == []
+    assert packed_differences(packed, dense) == []
     expected, _ = logits(dense)
     seen, model = logits(packed)
     assert seen.dtype == expected.dtype == dtype
@@ -120,7 +120,7 @@ def test_a_difference_is_found(tmp_path, models):
         other.model.decoder.layers[1].fc1.weight[3, 5] += 1
         other.model.decoder.final_layer_norm.bias[0] += 1
     other.save_pretrained(tmp_path / "other")
-    found = differences(tmp_path / "packed", tmp_path / "other")
+    found = packed_differences(tmp_path / "packed", tmp_path / "other")
     assert len(found) == 2 and "layers.1.fc1.weight unpacks to other values" in found[0]
     assert "final_layer_norm.bias differs" in found[1]
 
@@ -131,9 +131,9 @@ def test_shards_stay_shards(tmp_path, models):
     model.save_pretrained(tmp_path / "model", max_shard_size="300KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
     export_packed(tmp_path / "model", tmp_path / "packed", kinds)
-    assert differences(tmp_path / "packed", tmp_path / "one") == []
+    assert packed_differences(tmp_path / "packed", tmp_path / "one") == []
     export_packed(tmp_path / "model", tmp_path / "packed", kinds)  # over an earlier one
-    assert differences(tmp_path / "packed", tmp_path / "one") == []
+    assert packed_differences(tmp_path / "packed", tmp_path / "one") == []
 
 
 @pytest.mark.parametrize(("bits", "count"), [(4, 8), (4, 13), (8, 4), (8, 7)])

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from sparsekit.feedforward.joint import FeedForward, Fit, prune_jointly
-from sparsekit.feedforward.minimisers import ACTIVATIONS, best_gate, best_hidden, best_up
-from sparsekit.pattern import NM, Unstructured
+from sparsekit.maths import ACTIVATIONS, NM, Stats, Unstructured, best_gate, best_up
+from sparsekit.maths.minimisers import best_hidden
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
-from sparsekit.statistics import Stats
-from sparsekit.store import ActivationStore
+from sparsekit.system import ActivationStore
+from sparsekit.train import FeedForward, prune_jointly
+from sparsekit.train.feedforward import Fit
 
 F64 = torch.float64
 PENALTIES = [(1.0, 1.0), (0.1, 10.0), (5.0, 0.2), (1.0, 100.0)]

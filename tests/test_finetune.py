@@ -9,13 +9,15 @@ from lightning.pytorch import Callback
 from test_lora import TOKENS, bits, fit, linears_of, logits, same_bits, work_on
 from torch.nn.functional import kl_div
 
-from sparsekit import checkpoint, data
-from sparsekit.recover.losses import Objective, text_loss
-from sparsekit.recover.records import IGNORED
-from sparsekit.recover.session import precision
-from sparsekit.recover.teacher import Running, distance, divergence, divergence_of_top
+from sparsekit.data import windows
+from sparsekit.data.corpora import python_docs
+from sparsekit.model import load_plain
 from sparsekit.stages.finetune import finetune
 from sparsekit.stages.lora import lora
+from sparsekit.train import precision
+from sparsekit.train.losses import Objective, text_loss
+from sparsekit.train.records import IGNORED
+from sparsekit.train.teacher import Running, distance, divergence, divergence_of_top
 
 QUICK = {"tokens": 6 * 8 * 32, "length": 32, "batch": 8, "learning_rate": 3e-4}
 
@@ -137,7 +139,7 @@ def test_training_that_diverges_is_ended(models, tmp_path):
 
 def held_out(work):
     """Windows of test text, (16, 64)."""
-    return data.windows(data.python_docs("test"), work.tokenizer(), 64, 16)
+    return windows(python_docs("test"), work.tokenizer(), 64, 16)
 
 
 def random_pair(vocabulary=20):
@@ -205,7 +207,7 @@ def test_a_teacher_that_agrees_teaches_nothing():
 
 def test_the_dense_model_teaches(models, tmp_path):
     """Its logits, streamed or from the cache, bring the pruned model nearer to it than the text alone does."""
-    dense, _ = checkpoint.load(models / "tiny-llama")
+    dense, _ = load_plain(models / "tiny-llama")
     divergences = {}
     for name, more in {"text": {}, "streamed": {"distill": 1.0}, "cached": {"distill": 1.0, "cache": 64}}.items():
         work = work_on(models / "tiny-llama", tmp_path / name)
@@ -217,7 +219,7 @@ def test_the_dense_model_teaches(models, tmp_path):
 
 
 def test_hidden_states_come_nearer(models, tmp_path):
-    dense, _ = checkpoint.load(models / "tiny-llama")
+    dense, _ = load_plain(models / "tiny-llama")
     distances = []
     for hidden in (0.0, 2.0):
         work = work_on(models / "tiny-llama", tmp_path)

@@ -6,13 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from sparsekit.pattern import NM, Unstructured, parse
+from sparsekit.maths import NM, Stats, Unstructured, parse
 from sparsekit.solvers.fista import _fista, _Quadratic, _round, _scaled, fista
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
-from sparsekit.statistics import Stats
 from sparsekit.testing import check_solver
 
 PAPER = {

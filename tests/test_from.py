@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_run import fit
 
-from sparsekit.checkpoint import Checkpoint
+from sparsekit.model import Checkpoint
 
 TINY = Path(__file__).parent / "models" / "tiny-llama"
 MORE = """\

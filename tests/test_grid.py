@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from sparsekit.grid import Grid, Quantization
+from sparsekit.maths import Grid, Quantization
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [

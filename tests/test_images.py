@@ -8,12 +8,14 @@ import torch
 import transformers
 from test_run import fit
 
-from sparsekit import images, recipe
-from sparsekit.blocks import discover
-from sparsekit.checkpoint import Checkpoint, Loaded
-from sparsekit.plan import sample
-from sparsekit.stream import BlockStream
-from sparsekit.verify import verify
+from sparsekit.data import images
+from sparsekit.measure.images import accuracy as image_accuracy
+from sparsekit.measure.images import labelled_images
+from sparsekit.model import Checkpoint, Loaded, discover
+from sparsekit.recipe import Recipe
+from sparsekit.results import verify
+from sparsekit.run.plan import sample_input
+from sparsekit.walk import BlockStream
 
 TINY = Path(__file__).parent / "models" / "tiny-vit"
 Image = pytest.importorskip("PIL.Image")
@@ -129,7 +131,7 @@ def test_blocks_one_by_one_are_the_model(family):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
     model = transformers.AutoModelForImageClassification.from_config(config).eval()
-    blocks = discover(model, sample(model))
+    blocks = discover(model, sample_input(model))
     assert len(blocks) == 2 and sorted(map(len, blocks[0].groups)) == [1, 1, 1, 3]  # o, up, down, and q k v
     pixels, outputs = torch.randn(2, 3, 32, 32), []
     handle = blocks[-1].module.register_forward_hook(lambda _, __, out: outputs.append(out))
@@ -219,11 +221,11 @@ def test_stages_of_several_widths_are_refused():
     config = transformers.SwinConfig(embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, image_size=32)
     with pytest.raises(ValueError, match="models of several stages"):
         model = transformers.SwinForImageClassification(config)
-        discover(model, sample(model))
+        discover(model, sample_input(model))
 
 
 def test_classes_go_by_name_or_else_by_order(digits):
-    found = images.labelled(str(digits))
+    found = labelled_images(str(digits))
     model = transformers.AutoModelForImageClassification.from_pretrained(TINY)
     config = model.config
     assert found.classes(model) == list(range(10))
@@ -243,25 +245,25 @@ def test_images_in_a_parquet_file(tmp_path, digits):
 
     model = transformers.AutoModelForImageClassification.from_pretrained(TINY).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(TINY)
-    rows = images.images("test", path=str(digits)).rows.select(range(0, 449, 15))
+    rows = images("test", path=str(digits)).rows.select(range(0, 449, 15))
     rows = rows.rename_column("image", "picture").cast_column("label", datasets.Value("int64"))
     rows.to_parquet(tmp_path / "digits.parquet")
     entry = {"path": str(tmp_path / "digits.parquet"), "image": "picture"}
-    assert images.accuracy(model, processor, images.labelled(entry))["acc"] > 0.9
+    assert image_accuracy(model, processor, labelled_images(entry))["acc"] > 0.9
     rows.map(lambda row: {"label": -1}).to_parquet(tmp_path / "digits.parquet")
     with pytest.raises(ValueError, match="label -1, which is no class"):
-        images.accuracy(model, processor, images.labelled(entry))
+        image_accuracy(model, processor, labelled_images(entry))
 
 
 def test_other_labels_are_another_accuracy(digits):
     model = transformers.AutoModelForImageClassification.from_pretrained(TINY).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(TINY)
-    found = images.labelled({"path": str(digits), "part": "test"})
+    found = labelled_images({"path": str(digits), "part": "test"})
     assert len(found) == 449
-    seen = images.accuracy(model, processor, found, batch=32, limit=100)
+    seen = image_accuracy(model, processor, found, batch=32, limit=100)
     assert seen["n"] == 100 and seen["acc"] > 0.9
     model.config.label2id = {str((number + 1) % 10): number for number in range(10)}
-    assert images.accuracy(model, processor, found, batch=32, limit=100)["acc"] < 0.1
+    assert image_accuracy(model, processor, found, batch=32, limit=100)["acc"] < 0.1
 
 
 def test_two_sets_of_one_name_do_not_hide_each_other(tmp_path, digits, capsys):
@@ -275,7 +277,7 @@ def test_two_sets_of_one_name_do_not_hide_each_other(tmp_path, digits, capsys):
 
 def test_a_path_alone_is_a_set_of_images():
     assert (
-        recipe.Recipe.model_validate(
+        Recipe.model_validate(
             {"model": "m", "stages": ["wanda"], "pattern": "2:4", "evaluate": {"accuracy": ["photos/val"]}}
         )
         .evaluate.accuracy[0]

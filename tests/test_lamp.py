@@ -8,14 +8,13 @@ import torch
 from families import build
 from lightning.pytorch import Trainer
 
-from sparsekit import checkpoint, data, evaluate
-from sparsekit.blocks import discover
-from sparsekit.commits import Commits
-from sparsekit.pattern import parse
+from sparsekit.data import calibration_tokens
+from sparsekit.maths import parse
+from sparsekit.measure import perplexity, perplexity_windows
+from sparsekit.model import discover, load_plain
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.stages.lamp import Lamp, LampStream, lamp, rate_for
-from sparsekit.stream import BlockStream
-from sparsekit.walk import Commit, OneShot, Walk
+from sparsekit.walk import BlockStream, Commit, Commits, OneShot, Walk
 
 TOKENS = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
 
@@ -178,13 +177,13 @@ def test_it_is_better_than_its_solver_alone(name, pattern, models):
     """Perplexity on text of other topics; each part of it pays."""
     found = []
     for options in ({"trained": False}, {"after": False}, {}):
-        model, tokenizer = checkpoint.load(models / name)
+        model, tokenizer = load_plain(models / name)
         settings = {"source": "python-docs", "samples": 24, "length": 128, "seed": 0}
-        tokens = data.calibration_tokens(settings, tokenizer, 256, 768)
+        tokens = calibration_tokens(settings, tokenizer, 256, 768)
         prune(model, pattern, tokens=tokens, epochs=3, **options)
-        texts = evaluate.texts(
+        texts = perplexity_windows(
             {"perplexity": [{"source": "python-docs", "windows": 60}], "length": 128}, tokenizer, 256
         )
-        found.append(evaluate.perplexity(model, *texts.values(), batch=16))
+        found.append(perplexity(model, *texts.values(), batch=16))
     alone, paper, both = found
     assert both < paper < alone, found

@@ -13,15 +13,14 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch.nn.functional import linear as product
 
-from sparsekit import checkpoint
-from sparsekit.blocks import discover, find
-from sparsekit.pattern import parse
-from sparsekit.plan import sample
-from sparsekit.recover import adapter, session
-from sparsekit.recover.lowrank import ADAPTER, _Product, attach, detach, factors
-from sparsekit.recover.watch import Checkpoints
+from sparsekit.maths import parse
+from sparsekit.model import discover, find_blocks, load_plain
+from sparsekit.run.plan import sample_input
 from sparsekit.stages.lora import lora, select
-from sparsekit.team import Team
+from sparsekit.system import Team
+from sparsekit.train import Checkpoints, attach_updates, detach_updates, recovery_text, save_adapter
+from sparsekit.train.adapter import load_adapter
+from sparsekit.train.lowrank import ADAPTER, _Product, factors
 
 TOKENS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 QUICK = {"tokens": 6 * 8 * 32, "length": 32, "batch": 8, "learning_rate": 2e-3}
@@ -30,9 +29,9 @@ VARIANTS = ["masked", "scale", "prune"]
 
 def work_on(folder, output, *, pattern="50%", dtype=torch.float32):
     """What a stage is given of a model that magnitude has pruned; pattern None: nothing was."""
-    model, tokenizer = checkpoint.load(folder)
+    model, tokenizer = load_plain(folder)
     model.to(dtype)
-    blocks = discover(model, sample(model))
+    blocks = discover(model, sample_input(model))
     masks = {}
     for block in blocks if pattern else ():
         for name, linear in block.linears.items():
@@ -125,13 +124,13 @@ def logits(model, tokens=TOKENS):
 def attached(family="Llama", variant="masked", pattern="50%", **options):
     """A random model with random updates in all its linears; also its linears, masks and layers."""
     model = build(family)
-    linears = [linear for block in find(model) for linear in block.linears.values()]
+    linears = [linear for block in find_blocks(model) for linear in block.linears.values()]
     masks = {}
     for linear in linears if pattern else ():
         masks[linear.name] = parse(pattern).keep(linear.weight.abs(), per="row")
         linear.write_pruned(linear.weight * masks[linear.name])
     before = copy.deepcopy(model)
-    layers = attach(model, linears, masks, rank=4, alpha=8.0, variant=variant, **options)
+    layers = attach_updates(model, linears, masks, rank=4, alpha=8.0, variant=variant, **options)
     with torch.no_grad():
         for layer in layers.values():
             factors(layer)[1].normal_(std=0.3)
@@ -237,7 +236,7 @@ def test_components_of_the_scaled_variant_have_gradients_of_their_own():
 def test_merged_and_unmerged_are_the_same(family, variant):
     made = attached(family, variant)
     unmerged = logits(made.model)
-    detach(made.model, made.layers)
+    detach_updates(made.model, made.layers)
     assert torch.equal(logits(made.model), unmerged)
     assert [name for name, _ in made.model.named_parameters()] == [name for name, _ in made.before.named_parameters()]
     for linear in made.linears:
@@ -251,7 +250,7 @@ def test_beginning_and_ending_without_a_step_changes_nothing():
     for layer in made.layers.values():
         factors(layer)[1].data.zero_()
     assert torch.equal(logits(made.model), logits(made.before))
-    detach(made.model, made.layers)
+    detach_updates(made.model, made.layers)
     assert same_bits(made.model, made.before)
 
 
@@ -306,7 +305,7 @@ def test_what_was_validated_is_what_is_stored(models, tmp_path):
     """In half precision too: the loss in the record is that of the rounded weights."""
     work = work_on(models / "tiny-llama", tmp_path, dtype=torch.bfloat16)
     record = fit(lora, work, biases=True, norms=True, **QUICK)
-    rows = session.text(
+    rows = recovery_text(
         work, source=None, steps=None, accumulate=1, validation=0.05, tokens=QUICK["tokens"], length=32, batch=8
     ).validation
     own = work.model.float()
@@ -319,7 +318,7 @@ def test_what_was_validated_is_what_is_stored(models, tmp_path):
 
 def test_an_adapter_with_masks_cannot_be_loaded_without_them(tmp_path):
     made = attached()
-    adapter.save(tmp_path, made.layers, base="some/model")
+    save_adapter(tmp_path, made.layers, base="some/model")
     expected = logits(made.model)
     with pytest.raises((KeyError, ValueError)):
         peft.PeftModel.from_pretrained(copy.deepcopy(made.before), tmp_path)
@@ -335,21 +334,21 @@ def test_an_adapter_with_masks_cannot_be_loaded_without_them(tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_adapter_comes_back_with_its_masks(variant, tmp_path):
     made = attached("OPT", variant)
-    adapter.save(tmp_path, made.layers, base="some/model")
-    layers = adapter.load(made.before, tmp_path)
+    save_adapter(tmp_path, made.layers, base="some/model")
+    layers = load_adapter(made.before, tmp_path)
     assert torch.equal(logits(made.before), logits(made.model))
-    detach(made.before, layers)
+    detach_updates(made.before, layers)
     for linear in made.linears:
         assert torch.equal(made.before.get_submodule(linear.name).weight == 0, ~made.masks[linear.name])
 
 
 def test_an_adapter_needs_the_model_it_was_made_for(tmp_path):
     made = attached()
-    adapter.save(tmp_path, made.layers, base="some/model")
+    save_adapter(tmp_path, made.layers, base="some/model")
     with pytest.raises(ValueError, match="not zero outside its mask"):
-        adapter.load(build("Llama"), tmp_path)
+        load_adapter(build("Llama"), tmp_path)
     with pytest.raises(ValueError, match="is no adapter"):
-        adapter.load(build("Llama"), tmp_path / "nothing")
+        load_adapter(build("Llama"), tmp_path / "nothing")
 
 
 def test_without_masks_it_is_an_adapter_of_peft(models, tmp_path):
@@ -441,7 +440,7 @@ def test_targets_biases_and_norms(models, tmp_path):
 
 
 def test_part_of_a_name_is_a_whole_part():
-    blocks = find(build("Llama"))
+    blocks = find_blocks(build("Llama"))
     assert [linear.name.split(".")[-1] for linear in select(blocks, ["mlp"])] == [
         "gate_proj",
         "up_proj",

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 
 from sparsekit import cli
-from sparsekit.page import kept, page, parts, write
-from sparsekit.page.charts import Bar, bars, columns, lines, thin, ticks
-from sparsekit.page.heat import by_block, heat, percent
+from sparsekit.results.page import write_page
+from sparsekit.results.page.charts import Bar, bars, columns, lines, thin, ticks
+from sparsekit.results.page.heat import by_block, heat, percent
+from sparsekit.results.page.html import page
+from sparsekit.results.page.kept import lost, structure
+from sparsekit.results.page.parts import duration, logged
 
 NASTY = '<script>alert("&")</script>'
 LINEARS = [
@@ -256,7 +259,7 @@ def test_columns_are_as_high_as_what_is_kept() -> None:
 
 def test_every_layer_of_the_source_has_a_column_even_if_it_is_gone() -> None:
     report = example()
-    html = kept.structure(report)
+    html = structure(report)
     parameters, heads, channels = html.split("<figure>")[1:]
     assert heights(parameters, "kept") == [100, 0, 150, 0]  # layers 1 and 3 are gone, the last one too
     assert heights(heads, "kept") == pytest.approx([200 / 3, 0, 400 / 3, 0], abs=0.1)
@@ -270,13 +273,13 @@ def test_what_nothing_was_taken_of_has_no_chart() -> None:
     report = example()
     for block in report["structure"]["blocks"]:
         block |= {"heads": [3, 3], "channels": [8, 8]}
-    assert kept.structure(report).count("<figure>") == 1  # of the parameters: two layers are gone
+    assert structure(report).count("<figure>") == 1  # of the parameters: two layers are gone
     for block in report["structure"]["blocks"]:
         del block["parameters"]  # as earlier versions wrote it
     del report["structure"]["source_layers"]
-    html = kept.structure(report)
+    html = structure(report)
     assert "Layers, % kept" in html and heights(html, "kept") == [200, 0, 200]
-    assert kept.structure({}) == ""
+    assert structure({}) == ""
 
 
 @pytest.mark.parametrize(
@@ -290,7 +293,7 @@ def test_what_nothing_was_taken_of_has_no_chart() -> None:
     ],
 )
 def test_which_layers_lost_most(shares: list[float | None], said: str) -> None:
-    assert kept.lost(shares).replace("\N{NO-BREAK SPACE}", " ") == said
+    assert lost(shares).replace("\N{NO-BREAK SPACE}", " ") == said
 
 
 def test_linears_are_laid_out_by_block() -> None:
@@ -322,8 +325,8 @@ def test_percent(share: float, text: str) -> None:
 
 def test_what_was_logged() -> None:
     csv = "epoch,error,loss,sparsity,step\n0,0.1,,0.5,0\n0,0.3,,0.5,1\n0,,7.0,,2\n0,,7.0,,3\n"
-    assert parts.logged(csv) == {"error": [(0, 0.1), (1, 0.3)]}  # what never changes is no curve
-    assert parts.logged("") == {}
+    assert logged(csv) == {"error": [(0, 0.1), (1, 0.3)]}  # what never changes is no curve
+    assert logged("") == {}
 
 
 @pytest.mark.parametrize(
@@ -339,7 +342,7 @@ def test_what_was_logged() -> None:
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert parts.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,4 +416,4 @@ def test_a_browser_shows_it(browser: Any, tmp_path: Path, width: int, scheme: st
 
 def test_write_tells_where_the_page_is(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
-    assert write(tmp_path) == tmp_path / "report.html"
+    assert write_page(tmp_path) == tmp_path / "report.html"

@@ -12,10 +12,10 @@ from families import SETTINGS, build
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from sparsekit.blocks import discover
-from sparsekit.statistics import Stats
-from sparsekit.stream import BlockStream
-from sparsekit.team import Team
+from sparsekit.maths import Stats
+from sparsekit.model import discover
+from sparsekit.system import Team
+from sparsekit.walk import BlockStream
 
 TINY = Path(__file__).parent / "models" / "tiny-llama"
 RECIPE = """\

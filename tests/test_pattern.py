@@ -3,8 +3,8 @@ import doctest
 import pytest
 import torch
 
-import sparsekit.pattern
-from sparsekit.pattern import NM, Unstructured, parse
+import sparsekit.maths.pattern
+from sparsekit.maths import NM, Unstructured, parse
 
 
 def lowest_by_sorting(scores: list[float], count: int) -> list[bool]:
@@ -14,7 +14,7 @@ def lowest_by_sorting(scores: list[float], count: int) -> list[bool]:
 
 
 def test_doctests():
-    assert doctest.testmod(sparsekit.pattern).failed == 0
+    assert doctest.testmod(sparsekit.maths.pattern).failed == 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from sparsekit import plugins
+from sparsekit import registry
 
 
 @pytest.fixture
@@ -32,47 +32,47 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_builtins_come_through_the_door() -> None:
-    assert {"magnitude", "wanda", "sparsegpt", "refit"} <= set(plugins.names("solvers"))
-    assert plugins.names("sparsekit.solvers") == plugins.names("solvers") == sorted(plugins.names("solvers"))
-    assert plugins.package(plugins.find("solvers", "wanda")).startswith("sparsekit ")
-    assert plugins.load("allocators", "uniform")({"a": 1}, 0.5) == {"a": 0.5}
+    assert {"magnitude", "wanda", "sparsegpt", "refit"} <= set(registry.names("solvers"))
+    assert registry.names("sparsekit.solvers") == registry.names("solvers") == sorted(registry.names("solvers"))
+    assert registry.package(registry.find("solvers", "wanda")).startswith("sparsekit ")
+    assert registry.load("allocators", "uniform")({"a": 1}, 0.5) == {"a": 0.5}
 
 
 @pytest.mark.parametrize("name", ["python-docs", "python_docs"])
 def test_hyphen_and_underscore_are_one_letter(name: str) -> None:
-    assert plugins.find("sources", name).name == "python-docs"
+    assert registry.find("sources", name).name == "python-docs"
 
 
 def test_unknown_name_has_the_nearest_and_all() -> None:
-    with pytest.raises(plugins.UnknownName, match=r"unknown solver `spasegpt`, did you mean `sparsegpt`\?.*wanda"):
-        plugins.find("solvers", "spasegpt")
-    with pytest.raises(plugins.UnknownName) as error:
-        plugins.load("solvers", "zzz")
+    with pytest.raises(registry.UnknownName, match=r"unknown solver `spasegpt`, did you mean `sparsegpt`\?.*wanda"):
+        registry.find("solvers", "spasegpt")
+    with pytest.raises(registry.UnknownName) as error:
+        registry.load("solvers", "zzz")
     assert "did you mean" not in str(error.value)
     with pytest.raises(ValueError, match="unknown group `solver`, did you mean `solvers`"):
-        plugins.names("solver")
+        registry.names("solver")
 
 
 def test_a_strangers_plugin(install: Any) -> None:
     install("ria_pkg", "2.1", {"solvers": {"ria-x": "ria_mod:ria"}}, ria_mod="def ria(weight, stats, pattern): ...")
-    assert "ria-x" in plugins.names("solvers")
-    assert plugins.load("solvers", "ria_x").__name__ == "ria"
-    assert plugins.package(plugins.find("solvers", "ria-x")) == "ria_pkg 2.1"
+    assert "ria-x" in registry.names("solvers")
+    assert registry.load("solvers", "ria_x").__name__ == "ria"
+    assert registry.package(registry.find("solvers", "ria-x")) == "ria_pkg 2.1"
 
 
 def test_a_name_offered_twice_is_an_error_only_when_used(install: Any) -> None:
     install("one", "1.0", {"solvers": {"two-way": "one_mod:f"}})
     install("two", "2.0", {"solvers": {"two_way": "two_mod:f"}})
-    assert [plugins.normal(name) for name in plugins.names("solvers")].count("two_way") == 1
-    assert plugins.find("solvers", "wanda")
+    assert [registry.normal(name) for name in registry.names("solvers")].count("two_way") == 1
+    assert registry.find("solvers", "wanda")
     with pytest.raises(ValueError, match=r"`two-way` is offered by .*(one 1\.0.*two 2\.0|two 2\.0.*one 1\.0)"):
-        plugins.find("solvers", "two-way")
+        registry.find("solvers", "two-way")
 
 
 def test_a_distribution_seen_twice_is_one(install: Any) -> None:
     install("again", "1.0", {"solvers": {"again": "again_mod:f"}})
     install("again_egg", "1.0", {"solvers": {"again": "again_mod:f"}})  # the same target under another name
-    assert plugins.find("solvers", "again").module_name == "again_mod"
+    assert registry.find("solvers", "again").module_name == "again_mod"
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,14 @@ def test_a_distribution_seen_twice_is_one(install: Any) -> None:
 def test_a_plugin_that_cannot_be_imported(install: Any, text: str, cause: type[Exception]) -> None:
     install("broken", "0.3", {"solvers": {"broken": "broken_mod:f"}}, broken_mod=text)
     with pytest.raises(ValueError, match=r"`broken` of broken 0\.3 cannot be imported") as error:
-        plugins.load("solvers", "broken")
+        registry.load("solvers", "broken")
     assert isinstance(error.value.__cause__, cause)
 
 
 def test_an_entry_point_must_be_a_function(install: Any) -> None:
     install("number", "1.0", {"solvers": {"number": "number_mod:f"}}, number_mod="f = 3")
     with pytest.raises(ValueError, match="is a int; an entry point must name a function"):
-        plugins.load("solvers", "number")
+        registry.load("solvers", "number")
 
 
 def method(
@@ -139,26 +139,26 @@ def method(
 )
 def test_options_are_checked(given: dict[str, Any], said: str | None) -> None:
     expected = [] if said is None else [f"stage 2: {said}"]
-    assert plugins.check_options(method, {"a": 1} | given, "stage 2") == expected
+    assert registry.check_options(method, {"a": 1} | given, "stage 2") == expected
 
 
 def test_all_problems_of_options_at_once() -> None:
-    problems = plugins.check_options(method, {"b": "x", "zz": 1}, "here")
+    problems = registry.check_options(method, {"b": "x", "zz": 1}, "here")
     assert len(problems) == 3
     assert "here: option `a` is required" in problems
 
 
-@pytest.mark.parametrize("group", plugins.GROUPS)
+@pytest.mark.parametrize("group", registry.GROUPS)
 def test_descriptions_agree_with_the_functions(group: str) -> None:
     """The oracle of what is read from source text is inspect on the imported function."""
-    for name in plugins.names(group):
-        read, function = plugins.describe(plugins.find(group, name)), plugins.load(group, name)
-        known = plugins.options(function)
+    for name in registry.names(group):
+        read, function = registry.describe(registry.find(group, name)), registry.load(group, name)
+        known = registry.options(function)
         assert read.doc == inspect.getdoc(function), name
         assert read.summary, name
         assert [option.name for option in read.options] == list(known), name
         assert [option.default is None for option in read.options] == [p.default is p.empty for p in known.values()]
-        assert read.start == plugins.start(function), name
+        assert read.start == registry.start(function), name
         assert Path(read.file).samefile(inspect.getsourcefile(inspect.unwrap(function)) or "")
 
 
@@ -170,13 +170,13 @@ def test_description_follows_a_reexport_and_imports_nothing(install: Any, tmp_pa
     (package / "inner.py").write_text(
         'def private(w, s, p, init, *, k: int = 3):\n    """One. Two.\n\n    Source: A."""'
     )
-    read = plugins.describe(plugins.find("solvers", "deep"))
+    read = registry.describe(registry.find("solvers", "deep"))
     assert (read.summary, read.source, read.start, read.line) == ("One.", "A", "required", 1)
-    assert read.options == (plugins.Option("k", "int", "3"),)
+    assert read.options == (registry.Option("k", "int", "3"),)
     assert "deep_pkg" not in sys.modules
 
 
 def test_description_of_what_is_not_there(install: Any) -> None:
     install("gone", "1.0", {"solvers": {"gone": "gone_mod:f", "empty": "empty_mod:f"}}, empty_mod="x = 1")
-    assert "not there" in plugins.describe(plugins.find("solvers", "gone")).doc
-    assert "no function f" in plugins.describe(plugins.find("solvers", "empty")).doc
+    assert "not there" in registry.describe(registry.find("solvers", "gone")).doc
+    assert "no function f" in registry.describe(registry.find("solvers", "empty")).doc

@@ -9,14 +9,11 @@ from families import SETTINGS, build
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from sparsekit.blocks import discover
-from sparsekit.policy import PolicyGradient
-from sparsekit.recover.watch import Checkpoints
+from sparsekit.model import discover
+from sparsekit.model.structure import choose, find_units
 from sparsekit.stages.policy_gradient import policy_gradient
-from sparsekit.structure import bernoulli
-from sparsekit.structure.bernoulli import Budget, Groups
-from sparsekit.structure.choose import choose
-from sparsekit.structure.units import find
+from sparsekit.train import Checkpoints, PolicyGradient
+from sparsekit.train.bernoulli import Budget, Groups, budgets, sample, score_const, sigmoid_norm, surrogate
 
 TEXT = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
 S = torch.tensor([0.2, 0.5, 0.7, 0.9, 0.35, 0.6], dtype=torch.float64)
@@ -36,7 +33,7 @@ def exact_gradient():
 
 def estimate(masks, advantages):
     s = S.clone().requires_grad_()
-    bernoulli.surrogate(s, masks, advantages).backward()
+    surrogate(s, masks, advantages).backward()
     return s.grad
 
 
@@ -60,7 +57,7 @@ def test_leave_one_out_is_unbiased_too():
 
 def test_samples_follow_the_probabilities():
     for antithetic in (False, True):
-        masks = bernoulli.sample(S, 4001, torch.Generator().manual_seed(0), antithetic)
+        masks = sample(S, 4001, torch.Generator().manual_seed(0), antithetic)
         assert masks.shape == (4001, 6)
         torch.testing.assert_close(masks.mean(0), S, atol=0.03, rtol=0)
     one, other = masks[0], masks[1]
@@ -89,7 +86,7 @@ def test_projection_is_the_nearest_point(limit):
 def small():
     model = build("Llama")
     blocks = discover(model, TEXT[:1, :8])
-    return model, blocks, find(model, blocks)
+    return model, blocks, find_units(model, blocks)
 
 
 def test_scores_become_probabilities_in_the_budget(small):
@@ -99,28 +96,28 @@ def test_scores_become_probabilities_in_the_budget(small):
     assert groups.count == 6 + 3 * 6  # two KV groups and 48 channels in each of three layers
     for shape, joint in (("free", False), ("free", True), ("uniform", False)):
         keep = choose(units, scores, 0.3, shape=shape, budgets="joint" if joint else "separate")
-        allowed = bernoulli.budgets(units, groups, keep, shape, joint)
+        allowed = budgets(units, groups, keep, shape, joint)
         for across in ("block", "model"):
-            start = bernoulli.sigmoid_norm(units, groups, scores, allowed, across=across, sharpness=2.0)
+            start = sigmoid_norm(units, groups, scores, allowed, across=across, sharpness=2.0)
             for budget in allowed:
                 share = float((start * budget.weight)[budget.members].sum() / budget.weight[budget.members].sum())
                 assert share == pytest.approx(budget.limit, abs=1e-6)
         order = [start[groups.number[units.part == 1]], scores[units.part == 1]]
         assert (order[0].diff()[order[1].diff() > 0.5] >= 0).all()
-    constant = bernoulli.score_const(Groups.by_score(units, scores, 1), keep)
+    constant = score_const(Groups.by_score(units, scores, 1), keep)
     assert sorted({round(each, 6) for each in constant.tolist()}) == [0.2, 0.8]
 
 
 def test_one_outlier_does_not_make_layers_alike():
     """Layer perplexity is tenfold without the first layer; the order of the others still tells which to try."""
     model = build("Llama", settings=SETTINGS["Llama"] | {"num_hidden_layers": 8})
-    units = find(model, discover(model, TEXT[:1, :8]), ["layers"])
+    units = find_units(model, discover(model, TEXT[:1, :8]), ["layers"])
     scores = torch.tensor([900.0, 3.1, 2.2, 2.4, 2.0, 2.3, 2.1, 5.0]).double()
     groups = Groups.by_score(units, scores, 1)
     keep = choose(units, scores, 0.4)
-    allowed = bernoulli.budgets(units, groups, keep, "free", False)
+    allowed = budgets(units, groups, keep, "free", False)
     norm, rank = (
-        bernoulli.sigmoid_norm(units, groups, scores, allowed, across="model", sharpness=8.0, ranks=ranks)
+        sigmoid_norm(units, groups, scores, allowed, across="model", sharpness=8.0, ranks=ranks)
         for ranks in (False, True)
     )
     assert float(norm[2:7].max() - norm[2:7].min()) < 0.01
@@ -252,8 +249,8 @@ def test_the_model_is_left_as_it_was(small):
     ],
 )
 def test_mistakes(small, options, said, tmp_path):
-    from sparsekit.commits import Commits
-    from sparsekit.work import Work
+    from sparsekit.run import Work
+    from sparsekit.walk import Commits
 
     model, blocks, _ = small
     planned = SimpleNamespace(recipe=SimpleNamespace(seed=0, error_correction="prefix"), batch=2)

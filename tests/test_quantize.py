@@ -6,15 +6,12 @@ from itertools import product
 import pytest
 import torch
 
-from sparsekit.grid import Quantization
-from sparsekit.pattern import NM, Unstructured, parse
+from sparsekit.maths import NM, Quantization, Stats, Unstructured, chain, parse
 from sparsekit.solvers.alps import alps
-from sparsekit.solvers.chain import chain
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.quantize import quantize
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
-from sparsekit.statistics import Stats
 from sparsekit.testing import check_solver
 
 PATTERNS = ["50%", "2:4", "4:8"]

@@ -8,10 +8,22 @@ from typing import Any
 
 import pytest
 
-from sparsekit import data, evaluate, plugins
-from sparsekit.pattern import parse
-from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, dump, kind, load_recipe, resolved, schema
-from sparsekit.sections import names_of
+from sparsekit import registry
+from sparsekit.data import CALIBRATION, resolve
+from sparsekit.maths import parse
+from sparsekit.measure import check_evaluation
+from sparsekit.recipe import (
+    Recipe,
+    RecipeError,
+    Stage,
+    check_options,
+    json_schema,
+    kind,
+    load_recipe,
+    resolved,
+    to_yaml,
+)
+from sparsekit.recipe.schema import names_of
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 GOOD = "model: m\npattern: 2:4\ncalibration: {source: python-docs}\nstages:\n  - wanda\n"
@@ -60,8 +72,8 @@ def test_shipped_recipes_are_right(path: Path) -> None:
     assert recipe.output == f"runs/{path.stem}"
     if recipe.pattern is not None:
         parse(recipe.pattern)
-    data.resolve(recipe.calibration.model_dump(), (*data.CALIBRATION, "batch"))
-    evaluate.check(recipe.evaluate.model_dump(exclude={"dense", "samples"}))
+    resolve(recipe.calibration.model_dump(), (*CALIBRATION, "batch"))
+    check_evaluation(recipe.evaluate.model_dump(exclude={"dense", "samples"}))
 
 
 def test_there_are_shipped_recipes() -> None:
@@ -255,7 +267,7 @@ def test_local_files(write: Write) -> None:
     assert [t.called for t in recipe.evaluate.perplexity] == ["my.txt", "b"]
     assert check_options(recipe) == []
     settings = resolved(recipe)["evaluate"]
-    evaluate.check({key: value for key, value in settings.items() if key not in ("dense", "samples")})
+    check_evaluation({key: value for key, value in settings.items() if key not in ("dense", "samples")})
 
 
 def option_problems(path: Path, *overrides: str) -> list[str]:
@@ -329,7 +341,7 @@ def test_what_a_rule_is_given_is_no_option(write: Write, plugin: None) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_resolved_recipes_replay(path: Path, write: Write) -> None:
     first = resolved(load_recipe(path))
-    assert resolved(load_recipe(write(dump(first)))) == first
+    assert resolved(load_recipe(write(to_yaml(first)))) == first
     assert check_options(load_recipe(Path("x.yaml"))) == []
     assert first["trainer"] == {"accelerator": "auto", "devices": 1, "num_nodes": 1}
 
@@ -342,14 +354,14 @@ def test_resolved_fills_in_options(write: Write, plugin: None) -> None:
     assert plain["stages"][2]["refit"]["damping"] == 0.5
     assert (
         plain["stages"][2]["refit"]["iterations"]
-        == plugins.options(plugins.load("solvers", "refit"))["iterations"].default
+        == registry.options(registry.load("solvers", "refit"))["iterations"].default
     )
     assert plain["calibration"]["pack"] is False
-    assert 'pattern: "2:4"' in dump(plain)
+    assert 'pattern: "2:4"' in to_yaml(plain)
 
 
 def test_schema_knows_the_installed_names(plugin: None) -> None:
-    whole = schema()
+    whole = json_schema()
     names, full = whole["properties"]["stages"]["items"]["anyOf"]
     assert {"wanda", "refit", "lo-ra", "lasso"} <= set(names["enum"])
     assert set(full["properties"]["refit"]["properties"]) == {"damping", "iterations", "tolerance"}
@@ -367,7 +379,8 @@ def test_structure_is_checked_without_torch(write: Write) -> None:
         "load_recipe('x.yaml')\n"
         "try: load_recipe('x.yaml', ['stages.0=wandaa', 'x=1'])\n"
         "except RecipeError as error: assert len(error.problems) == 2\n"
-        "schema(); print([name for name in ('torch', 'lightning', 'transformers', 'datasets') if name in sys.modules])"
+        "json_schema()\n"
+        "print([name for name in ('torch', 'lightning', 'transformers', 'datasets') if name in sys.modules])"
     )
     write(GOOD)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -386,6 +399,6 @@ def test_options_are_checked_without_the_heavy_libraries(write: Write) -> None:
 
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
-    for definition in [schema(), *schema()["$defs"].values()]:
+    for definition in [json_schema(), *json_schema()["$defs"].values()]:
         for key in definition["properties"]:
             assert f"`{key}`" in page, key

@@ -9,10 +9,11 @@ import torch
 from families import build
 from torch import nn
 
-from sparsekit.blocks import Block, discover, first_inputs
-from sparsekit.commits import Commits
-from sparsekit.reconstruct import TRAINABLE, reconstruct
-from sparsekit.store import ActivationStore
+from sparsekit.model import Block, discover, first_inputs
+from sparsekit.system import ActivationStore
+from sparsekit.train import reconstruct
+from sparsekit.train.reconstruction import TRAINABLE
+from sparsekit.walk import Commits
 
 TOKENS = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
 

@@ -6,10 +6,11 @@ from itertools import chain
 import pytest
 import torch
 
-from sparsekit import checkpoint
-from sparsekit.recover.data import Batches, Rows, check, training_rows
-from sparsekit.recover.records import IGNORED, example, format_of
-from sparsekit.team import Team
+from sparsekit.model import load_tokenizer
+from sparsekit.system import Team
+from sparsekit.train import Batches
+from sparsekit.train.records import IGNORED, example, format_of
+from sparsekit.train.rows import Rows, check_training_source, training_rows
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -19,7 +20,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer(models):
-    return checkpoint.tokenizer(models / "tiny-llama")
+    return load_tokenizer(models / "tiny-llama")
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_a_long_text_is_read_in_pieces(tokenizer, tmp_path, monkeypatch):
     file.write_text("".join(f"line {i} of some text\n" for i in range(400)))
     settings = {"source": str(file), "separator": " "}
     whole = rows_of(settings, tokenizer)
-    monkeypatch.setattr("sparsekit.recover.data.PIECE", 1000)
+    monkeypatch.setattr("sparsekit.train.rows.PIECE", 1000)
     pieces = rows_of(settings, tokenizer)  # other tokens at the seams, the same text
     texts = [tokenizer.decode(torch.cat((held_out.ids, rows.ids)).flatten()) for rows, held_out in (whole, pieces)]
     assert texts[0][:2500] == texts[1][:2500] and len(texts[0]) > 2500
@@ -224,7 +225,7 @@ def test_processes_share_a_batch():
 )
 def test_what_cannot_be_a_source(source, said):
     with pytest.raises(ValueError, match=said):
-        check(source)
+        check_training_source(source)
 
 
 def test_records_need_a_file(tokenizer):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekit import cli
-from sparsekit.pattern import parse
+from sparsekit.maths import parse
 
 TINY = Path(__file__).parent / "models" / "tiny-llama"
 RECIPE = """\
@@ -147,13 +147,16 @@ KILLS = {
     "after a block is renamed into place": "kill(os, 'replace', after=4)",
     "before the model is moved into place": "kill(pathlib.Path, 'rename', before=1)",
     "after the model is moved into place": "kill(pathlib.Path, 'rename', after=1)",
-    "while the pruned model is measured": "kill(evaluate, 'evaluate', before=2)",
-    "before the report is renamed into place": "kill(run, 'write_json', before=1)",
-    "while the blocks are removed": "kill(folder, 'clear', before=1)",
+    "while the pruned model is measured": "kill(fitting, 'evaluate', before=2)",
+    "before the report is renamed into place": "kill(fitting, 'write_json', before=1)",
+    "while the blocks are removed": "kill(fitting, 'clear_working_files', before=1)",
 }
 KILLER = """
 import os, pathlib, signal, sys
-from sparsekit import blocks, cli, evaluate, folder, run, walk
+from sparsekit import cli
+from sparsekit.model import blocks
+from sparsekit.run import fitting
+from sparsekit.walk import walk
 
 def kill(owner, name, before=0, after=0):
     real, calls = getattr(owner, name), [0]

@@ -7,14 +7,12 @@ import entrypoints
 import pytest
 import torch
 
-from sparsekit.allocate.uniform import uniform
-from sparsekit.pattern import NM, Unstructured, parse
-from sparsekit.solvers.chain import chain
+from sparsekit.allocators.uniform import uniform
+from sparsekit.maths import NM, Stats, Unstructured, chain, parse
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
-from sparsekit.statistics import Stats
 from sparsekit.testing import PATTERNS, check_solver
 
 INSTALLED = entrypoints.get_group_named("sparsekit.solvers")

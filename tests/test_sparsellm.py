@@ -9,15 +9,15 @@ import torch
 from families import build
 from lightning.pytorch import Trainer
 
-from sparsekit import checkpoint, data, evaluate
-from sparsekit.blocks import discover
-from sparsekit.commits import Commits
-from sparsekit.pattern import parse
+from sparsekit.data import sample, windows
+from sparsekit.data.corpora import python_docs
+from sparsekit.maths import parse
+from sparsekit.measure import perplexity
+from sparsekit.model import discover, load_plain, load_tokenizer
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
 from sparsekit.stages.sparsellm import find_part, sparsellm
-from sparsekit.stream import BlockStream
-from sparsekit.walk import Commit, OneShot, Walk
+from sparsekit.walk import BlockStream, Commit, Commits, OneShot, Walk
 
 TOKENS = torch.randint(1, 96, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -172,14 +172,14 @@ def test_other_error_corrections_are_refused():
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_it_beats_the_solver_alone_on_text_it_has_not_seen(models, name, pattern):
     folder = models / name
-    tokenizer = checkpoint.tokenizer(folder)
-    tokens = data.sample(data.python_docs("calibration"), tokenizer, samples=8, length=128, seed=0)
-    held_out = data.windows(data.python_docs("test"), tokenizer, 128)[:24]
+    tokenizer = load_tokenizer(folder)
+    tokens = sample(python_docs("calibration"), tokenizer, samples=8, length=128, seed=0)
+    held_out = windows(python_docs("test"), tokenizer, 128)[:24]
     figures = []
     for prune in (local, partial(joint, epochs=2)):
-        model, _ = checkpoint.load(folder)
+        model, _ = load_plain(folder)
         blocks = prune(model, tokens, pattern)
-        figures.append(evaluate.perplexity(model, held_out, batch=8))
+        figures.append(perplexity(model, held_out, batch=8))
     for block in blocks:
         errors = block.notes["sparsellm"]["errors"]
         assert min(errors) <= errors[0]

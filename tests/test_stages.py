@@ -150,8 +150,8 @@ def test_a_stage_runs_in_one_process(tmp_path):
     ],
 )
 def test_stages_that_would_undo_others_are_refused(stages, said, tmp_path):
-    from sparsekit import plan
     from sparsekit.recipe import RecipeError, load_recipe
+    from sparsekit.run import make_plan
 
     file = tmp_path / "x.yaml"
     file.write_text(
@@ -159,4 +159,4 @@ def test_stages_that_would_undo_others_are_refused(stages, said, tmp_path):
         "calibration: {source: python-docs, samples: 2, length: 16}\n"
     )
     with pytest.raises(RecipeError, match=said):
-        plan.make(load_recipe(file))
+        make_plan(load_recipe(file))

@@ -3,8 +3,8 @@ import doctest
 import pytest
 import torch
 
-import sparsekit.statistics
-from sparsekit.statistics import Stats
+import sparsekit.maths.statistics
+from sparsekit.maths import Stats
 
 
 def tokens(count=200, width=12, seed=0, dtype=torch.float64):
@@ -14,7 +14,7 @@ def tokens(count=200, width=12, seed=0, dtype=torch.float64):
 
 
 def test_doctests():
-    assert doctest.testmod(sparsekit.statistics).failed == 0
+    assert doctest.testmod(sparsekit.maths.statistics).failed == 0
 
 
 def test_sums_against_direct_products_in_batches():

@@ -12,14 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sparsekit import blocks as blocks_of
-from sparsekit.checkpoint import Checkpoint
-from sparsekit.structure import layouts, storage
-from sparsekit.structure.masking import masking
-from sparsekit.structure.proof import prove
-from sparsekit.structure.removal import Removal
-from sparsekit.structure.shape import Shape
-from sparsekit.structure.units import find
+from sparsekit.model import Checkpoint, find_blocks, loading_code, save_model, skeleton
+from sparsekit.model import load as load_model
+from sparsekit.model import modeling as modeling_file
+from sparsekit.model.structure import Removal, Shape, find_units, masking
+from sparsekit.results import prove_structure
 
 SETTINGS = {name: given for name, given in families.SETTINGS.items() if name != "Mixtral"} | {
     "Qwen2": families.GROUPED,
@@ -73,8 +70,8 @@ def made(family, how, kinds=None, dtype=None, kept=None, settings=None):
     """A cut model, its cuts, and the logits and greedy tokens of the masked one, which is not cut."""
     source, model = (build(family, settings, dtype) for _ in range(2))
     kinds = kinds or (["layers"] if how == "layers" else ["heads", "channels"])
-    blocks = blocks_of.find(model)
-    units = find(model, blocks, kinds)
+    blocks = find_blocks(model)
+    units = find_units(model, blocks, kinds)
     removal = Removal(kinds, kept_of(units, how) if kept is None else kept)
     with masking(blocks, units) as masked:
         masked(removal.kept)
@@ -104,7 +101,7 @@ def saved(tmp_path, tokenizer, family, how, **options):
     source, model, cuts, expected = made(family, how, **options)
     source.save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
-    shape = storage.save(model, tokenizer, tmp_path / "model", Shape.of(model, cuts), source=tmp_path / "source")
+    shape = save_model(model, tokenizer, tmp_path / "model", Shape.of(model, cuts), source=tmp_path / "source")
     return tmp_path / "model", tmp_path / "source", cuts, expected, shape, model
 
 
@@ -120,14 +117,14 @@ def same(model, expected):
 def test_what_is_loaded_computes_what_the_masked_model_computes(tmp_path, tokenizer, family, how):
     folder, source, cuts, expected, shape, model = saved(tmp_path, tokenizer, family, how)
     assert shape.layout == layout_of(family, how)
-    loaded, read = storage.load(folder)
+    loaded, read = load_model(folder)
     same(loaded, expected)
     assert not loaded.training and read("a b").input_ids == tokenizer("a b").input_ids
-    assert {name: tuple(p.shape) for name, p in storage.skeleton(folder).named_parameters()} == {
+    assert {name: tuple(p.shape) for name, p in skeleton(folder).named_parameters()} == {
         name: tuple(p.shape) for name, p in loaded.named_parameters()
     }
-    assert all(p.is_meta for p in storage.skeleton(folder).parameters())
-    assert prove(folder, source, cuts) == [] == prove(folder, source)
+    assert all(p.is_meta for p in skeleton(folder).parameters())
+    assert prove_structure(folder, source, cuts) == [] == prove_structure(folder, source)
     assert Shape.read(folder) == shape
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     if shape.layout == "own":
@@ -207,13 +204,13 @@ def test_the_modeling_file_needs_no_sparsekit(tmp_path, tokenizer):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_kept_bit_for_bit(tmp_path, tokenizer, family, how, dtype):
     folder, source, cuts, _, _, model = saved(tmp_path, tokenizer, family, how, dtype=dtype)
-    loaded, _ = storage.load(folder)
+    loaded, _ = load_model(folder)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == dtype == loaded.get_parameter(name).dtype
         assert torch.equal(loaded.get_parameter(name), parameter)
     assert torch.equal(logits(loaded), logits(model))
-    assert prove(folder, source, cuts) == []
-    wide, _ = storage.load(folder, dtype="float32")
+    assert prove_structure(folder, source, cuts) == []
+    wide, _ = load_model(folder, dtype="float32")
     assert wide.dtype == torch.float32
     for name, buffer in loaded.named_buffers():
         assert torch.equal(buffer, dict(wide.named_buffers())[name])
@@ -223,7 +220,7 @@ def test_half_precision_is_kept_bit_for_bit(tmp_path, tokenizer, family, how, dt
 def test_a_file_is_mapped_once(tmp_path, tokenizer):
     """With a map for each tensor, pages of a large file counted several times in the memory of the process."""
     folder, *_ = saved(tmp_path, tokenizer, "Llama", "free")
-    model, _ = storage.load(folder)
+    model, _ = load_model(folder)
     assert next(model.parameters()).device.type == "cpu"
     with open("/proc/self/maps") as maps:
         assert sum(str(folder / "model.safetensors") in line for line in maps) == 1
@@ -233,22 +230,22 @@ def test_a_file_is_mapped_once(tmp_path, tokenizer):
 def test_tied_embeddings_stay_tied(tmp_path, tokenizer, how):
     folder, *_ = saved(tmp_path, tokenizer, "Llama", how)
     assert "lm_head.weight" not in Checkpoint(folder)
-    loaded, _ = storage.load(folder)
+    loaded, _ = load_model(folder)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_numbers_of_heads_that_llama_refuses_are_stored_as_mistral(tmp_path, tokenizer):
     """Three of four heads do not divide a hidden size of 32; LlamaConfig wants that, MistralConfig does not."""
     settings = SETTINGS["Llama"] | {"num_key_value_heads": 4}
-    units = find(model := families.build("Llama", settings=settings), blocks_of.find(model))
+    units = find_units(model := families.build("Llama", settings=settings), find_blocks(model))
     kept = torch.cat([torch.arange(part.count) < part.count * 3 // 4 for part in units.parts])
     folder, source, cuts, expected, shape, _ = saved(tmp_path, tokenizer, "Llama", "", kept=kept, settings=settings)
     assert shape.layout == "plain" and "stored as mistral" in shape.load and "3 heads" in shape.load
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(plain, transformers.MistralForCausalLM)
     same(plain, expected)
-    same(storage.load(folder)[0], expected)
-    assert prove(folder, source, cuts) == []
+    same(load_model(folder)[0], expected)
+    assert prove_structure(folder, source, cuts) == []
 
 
 @pytest.mark.parametrize(
@@ -274,11 +271,11 @@ def test_biases_that_the_family_does_not_have(tmp_path, tokenizer, family, how, 
             changed[f"{part.output}.bias"] = torch.randn(weight.shape[0], generator=generator)
     source.save_pretrained(tmp_path / "source")
     removal = Removal(removal.kinds, removal.kept, changed)
-    removal.apply(source, blocks_of.find(source))
-    shape = storage.save(source, tokenizer, tmp_path / "model", Shape.of(source, [(units, removal)]))
+    removal.apply(source, find_blocks(source))
+    shape = save_model(source, tokenizer, tmp_path / "model", Shape.of(source, [(units, removal)]))
     assert shape.layout == layout
     assert len(shape.biases) == sum(name.endswith(".bias") for name in changed)
-    loaded, _ = storage.load(tmp_path / "model")
+    loaded, _ = load_model(tmp_path / "model")
     assert torch.equal(logits(loaded), logits(source))
     assert torch.equal(greedy(loaded), greedy(source))
     assert not torch.allclose(logits(source), logits(model), atol=1e-2)  # without changes it is another model
@@ -287,14 +284,14 @@ def test_biases_that_the_family_does_not_have(tmp_path, tokenizer, family, how, 
             tmp_path / "model", trust_remote_code=layout == "generated"
         )
         assert torch.equal(logits(plain), logits(source))
-    assert prove(tmp_path / "model", tmp_path / "source", [(units, removal)]) == []
+    assert prove_structure(tmp_path / "model", tmp_path / "source", [(units, removal)]) == []
     assert set(changed) == set(shape.changed)
-    assert prove(tmp_path / "model", tmp_path / "source") == []
-    found = prove(tmp_path / "model", tmp_path / "source", [(units, Removal(removal.kinds, removal.kept))])
+    assert prove_structure(tmp_path / "model", tmp_path / "source") == []
+    found = prove_structure(tmp_path / "model", tmp_path / "source", [(units, Removal(removal.kinds, removal.kept))])
     assert len(found) == len(changed)  # all of it is seen where it was not said
     free = {f"{name}.weight" for name, _ in loaded.named_modules()} | {f"{name}.bias" for name in shape.biases}
     untold = [(units, Removal(removal.kinds, removal.kept))]
-    assert prove(tmp_path / "model", tmp_path / "source", untold, changed=free) == []
+    assert prove_structure(tmp_path / "model", tmp_path / "source", untold, changed=free) == []
 
 
 def test_layers_of_a_family_whose_roles_are_not_known(tmp_path, tokenizer):
@@ -304,23 +301,23 @@ def test_layers_of_a_family_whose_roles_are_not_known(tmp_path, tokenizer):
     )
     assert shape.layout == "plain" and [layer.index for layer in shape.layers] == [1, 2]
     assert all(layer.channels is None for layer in shape.layers)
-    assert prove(folder, source) == []
-    same(storage.load(folder)[0], expected)
-    assert prove(folder, source, cuts) == []
+    assert prove_structure(folder, source) == []
+    same(load_model(folder)[0], expected)
+    assert prove_structure(folder, source, cuts) == []
 
 
 @pytest.mark.parametrize(("family", "how"), [("Llama", "uniform"), ("Llama", "free"), ("OPT", "free")])
 def test_a_cut_model_can_be_cut_again(tmp_path, tokenizer, family, how):
     """In one run, or in another that begins with the folder of the first."""
     _, _, cuts, _, shape, model = saved(tmp_path, tokenizer, family, how)
-    loaded, _ = storage.load(tmp_path / "model")
+    loaded, _ = load_model(tmp_path / "model")
     for again, before, first in ((model, None, cuts), (loaded, shape, [])):
-        blocks = blocks_of.find(again)
-        units = find(again, blocks, ["layers"])
+        blocks = find_blocks(again)
+        units = find_units(again, blocks, ["layers"])
         removal = Removal(["layers"], torch.tensor([True, False, True]))
         removal.apply(again, blocks)
-        blocks = blocks_of.find(again)
-        narrower = find(again, blocks, ["channels"])
+        blocks = find_blocks(again)
+        narrower = find_units(again, blocks, ["channels"])
         less = Removal(["channels"], kept_of(narrower, "free"))
         less.apply(again, blocks)
         made_ = [*first, (units, removal), (narrower, less)]
@@ -333,11 +330,15 @@ def test_a_cut_model_can_be_cut_again(tmp_path, tokenizer, family, how):
             was = torch.tensor(shape.layers[old].channels.units)
             assert found.layers[position].channels.units == tuple(was[mask].tolist())
         begun = tmp_path / ("source" if before is None else "model")
-        storage.save(again, tokenizer, tmp_path / "twice", found)
-        assert torch.equal(logits(storage.load(tmp_path / "twice")[0]), logits(again))
-        assert prove(tmp_path / "twice", begun, made_) == [] == prove(tmp_path / "twice", tmp_path / "source")
+        save_model(again, tokenizer, tmp_path / "twice", found)
+        assert torch.equal(logits(load_model(tmp_path / "twice")[0]), logits(again))
+        assert (
+            prove_structure(tmp_path / "twice", begun, made_)
+            == []
+            == prove_structure(tmp_path / "twice", tmp_path / "source")
+        )
         with pytest.raises(ValueError, match="is cut itself"):
-            prove(tmp_path / "twice", tmp_path / "model")
+            prove_structure(tmp_path / "twice", tmp_path / "model")
 
 
 def test_structure_json_tells_what_is_left(tmp_path, tokenizer):
@@ -354,7 +355,7 @@ def test_structure_json_tells_what_is_left(tmp_path, tokenizer):
         assert [bool(bits >> unit & 1) for unit in range(2)] == kept.tolist()
     assert told["version"] == 1 and told["layout"] == "generated" and "trust_remote_code=True" in told["load"]
     assert str(tmp_path) not in (folder / "structure.json").read_text() + (folder / "config.json").read_text()
-    assert "trust_remote_code=True" in storage.loading(folder)
+    assert "trust_remote_code=True" in loading_code(folder)
 
 
 @pytest.mark.parametrize(("family", "how"), [("Llama", "free"), ("Llama", "uniform"), ("OPT", "free")])
@@ -389,32 +390,32 @@ def test_what_is_missing_or_damaged_is_said(tmp_path, tokenizer, family, how):
 
     damaged(folder, lambda tensors: tensors.pop(rows))
     with pytest.raises(ValueError, match=rf"lacks 1 tensors of \w+, the first is {rows}"):
-        storage.load(folder)
-    [failure] = prove(folder, source, cuts)
+        load_model(folder)
+    [failure] = prove_structure(folder, source, cuts)
     assert "lacks 1 tensors of" in failure and rows in failure
 
     (folder / "model.safetensors").write_bytes(whole)
     damaged(folder, lambda tensors: tensors.update({rows: tensors[rows][:-8].clone()}))
     with pytest.raises((ValueError, RuntimeError), match=rows if how == "free" else "mismatch"):
-        storage.load(folder)
-    assert len([failure for failure in prove(folder, source, cuts) if rows in failure]) == 2
+        load_model(folder)
+    assert len([failure for failure in prove_structure(folder, source, cuts) if rows in failure]) == 2
 
     (folder / "model.safetensors").write_bytes(whole)
     damaged(folder, lambda tensors: tensors[columns].view(-1)[5].add_(1e-3))
-    assert prove(folder, source, cuts) == [f"{columns} is not what was kept of {source}"]
-    assert prove(folder, source, cuts, changed={columns}) == []
+    assert prove_structure(folder, source, cuts) == [f"{columns} is not what was kept of {source}"]
+    assert prove_structure(folder, source, cuts, changed={columns}) == []
 
     (folder / "model.safetensors").write_bytes(whole)
     damaged(folder, lambda tensors: tensors[columns].view(-1)[5].fill_(float("nan")))
-    assert f"{columns} contains NaN or Inf" in prove(folder, source, cuts, changed={columns})
+    assert f"{columns} contains NaN or Inf" in prove_structure(folder, source, cuts, changed={columns})
 
     (folder / "model.safetensors").write_bytes(whole)
     damaged(folder, lambda tensors: tensors.update(other=torch.ones(3)))
-    assert any("other is neither" in failure for failure in prove(folder, source, cuts))
+    assert any("other is neither" in failure for failure in prove_structure(folder, source, cuts))
 
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged or truncated"):
-        storage.load(folder)
+        load_model(folder)
 
 
 def test_other_kept_units_than_were_decided_are_seen(tmp_path, tokenizer):
@@ -423,17 +424,19 @@ def test_other_kept_units_than_were_decided_are_seen(tmp_path, tokenizer):
     channels = (units.part == 1).nonzero().flatten()
     first, gone = channels[kept[channels]][0], channels[~kept[channels]][0]
     kept[first], kept[gone] = False, True  # as many, but others
-    found = prove(folder, source, [(units, Removal(removal.kinds, kept))])
+    found = prove_structure(folder, source, [(units, Removal(removal.kinds, kept))])
     assert found == [
         *(f"model.layers.0.mlp.{name}_proj.weight is not what was kept of {source}" for name in ("down", "gate", "up")),
         "structure.json does not have the channels of layer 0 that were kept",
     ]
     kept[first] = True  # one more
-    found = prove(folder, source, [(units, Removal(removal.kinds, kept))])
+    found = prove_structure(folder, source, [(units, Removal(removal.kinds, kept))])
     assert any("channels of layer 0" in failure for failure in found)
-    layers = find(storage.skeleton(source), blocks_of.find(storage.skeleton(source)), ["layers"])
+    layers = find_units(skeleton(source), find_blocks(skeleton(source)), ["layers"])
     cuts = [(units, removal), (layers, Removal(["layers"], torch.tensor([True, True, False])))]
-    assert "structure.json has the layers 0, 1, 2 of the source, those kept are 0, 1" in prove(folder, source, cuts)
+    assert "structure.json has the layers 0, 1, 2 of the source, those kept are 0, 1" in prove_structure(
+        folder, source, cuts
+    )
 
 
 def test_files_that_say_something_else_are_seen(tmp_path, tokenizer):
@@ -441,20 +444,22 @@ def test_files_that_say_something_else_are_seen(tmp_path, tokenizer):
     [modeling] = folder.glob("modeling_*.py")
     text = modeling.read_text()
     modeling.write_text(text + "\nprint('hello')\n")
-    assert prove(folder, source, cuts) == [f"{modeling.name} is not the file that sparsekit writes for this family"]
+    assert prove_structure(folder, source, cuts) == [
+        f"{modeling.name} is not the file that sparsekit writes for this family"
+    ]
     modeling.write_text(text)
     config = json.loads((folder / "config.json").read_text())
     config["per_layer_config"]["0"]["intermediate_size"] = 7
     (folder / "config.json").write_text(json.dumps(config))
-    assert prove(folder, source, cuts) == ["config.json does not say what structure.json says"]
-    assert prove(source, source) == [f"{source} has no structure.json"]
+    assert prove_structure(folder, source, cuts) == ["config.json does not say what structure.json says"]
+    assert prove_structure(source, source) == [f"{source} has no structure.json"]
 
 
 def test_loading_runs_no_code_of_the_folder(tmp_path, tokenizer):
     folder, _, _, expected, *_ = saved(tmp_path, tokenizer, "Llama", "free")
     [modeling] = folder.glob("modeling_*.py")
     modeling.write_text("raise RuntimeError('was run')")
-    same(storage.load(folder)[0], expected)
+    same(load_model(folder)[0], expected)
 
 
 def test_a_structure_json_that_cannot_be_read(tmp_path, tokenizer):
@@ -469,7 +474,7 @@ def test_a_structure_json_that_cannot_be_read(tmp_path, tokenizer):
     ):
         (folder / "structure.json").write_text(json.dumps(told | change))
         with pytest.raises(ValueError, match=message):
-            storage.load(folder)
+            load_model(folder)
 
 
 def test_a_model_that_is_not_what_its_shape_says_is_refused(tokenizer):
@@ -478,19 +483,19 @@ def test_a_model_that_is_not_what_its_shape_says_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"is not what its config and widths say: .*q_proj"):
         Shape.of(model, cuts)
     with pytest.raises(ValueError, match="3 layers, and by its cuts 2"):
-        units = find(model, blocks_of.find(model), ["layers"])
+        units = find_units(model, find_blocks(model), ["layers"])
         before = Shape.of(families.build("Llama"))
         Shape.of(families.build("Llama"), [(units, Removal(["layers"], torch.tensor([1, 0, 1]).bool()))], before)
 
 
 def test_checkpoints_that_were_not_cut_are_loaded_as_ever(tmp_path, models):
-    loaded, tokenizer = storage.load(models / "tiny-opt")
+    loaded, tokenizer = load_model(models / "tiny-opt")
     plain = transformers.AutoModelForCausalLM.from_pretrained(models / "tiny-opt")
     assert torch.equal(logits(loaded), logits(plain))
-    shape = storage.save(loaded, tokenizer, tmp_path / "model", source=models / "tiny-opt")
+    shape = save_model(loaded, tokenizer, tmp_path / "model", source=models / "tiny-opt")
     assert shape.layout == "plain" and [(layer.heads.kept, layer.heads.of) for layer in shape.layers] == [(4, 4)] * 4
-    assert prove(tmp_path / "model", models / "tiny-opt") == []
-    assert "trust_remote_code" not in storage.loading(tmp_path / "model")
+    assert prove_structure(tmp_path / "model", models / "tiny-opt") == []
+    assert "trust_remote_code" not in loading_code(tmp_path / "model")
     generation = "generation_config.json"
     assert (tmp_path / "model" / generation).read_text() == (models / "tiny-opt" / generation).read_text()
 
@@ -501,24 +506,24 @@ def test_other_families_with_layers_like_llama(tmp_path, tokenizer, family):
     settings = families.GROUPED | {"head_dim": 8}
     folder, source, cuts, expected, shape, _ = saved(tmp_path, tokenizer, family, "parts", settings=settings)
     assert shape.layout == "generated"
-    same(storage.load(folder)[0], expected)
+    same(load_model(folder)[0], expected)
     same(transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), expected)
-    assert prove(folder, source, cuts) == []
+    assert prove_structure(folder, source, cuts) == []
 
 
 def test_every_family_that_can_be_generated_is_tested():
     types = {families.build(name, "meta", SETTINGS[name]).config.model_type for name in GENERATED}
     others = families.GROUPED | {"head_dim": 8}
     types |= {families.build(name, "meta", others).config.model_type for name in OTHERS}
-    assert types == set(layouts.modeling.FAMILIES)
+    assert types == set(modeling_file.FAMILIES)
 
 
 def test_a_modeling_file_that_builds_another_model_is_seen(tmp_path, tokenizer, monkeypatch):
     """Helium's output linear is as wide as the model whatever the heads; it would be in FAMILIES by mistake."""
-    monkeypatch.setattr(layouts.modeling, "FAMILIES", ("helium",))
+    monkeypatch.setattr(modeling_file, "FAMILIES", ("helium",))
     settings = families.GROUPED | {"head_dim": 8}
     folder, source, cuts, expected, shape, _ = saved(tmp_path, tokenizer, "Helium", "free", settings=settings)
     assert shape.layout == "generated"
-    [failure] = prove(folder, source, cuts)
+    [failure] = prove_structure(folder, source, cuts)
     assert "modeling_sparsekit_helium.py builds another model" in failure and "o_proj" in failure
-    same(storage.load(folder)[0], expected)
+    same(load_model(folder)[0], expected)

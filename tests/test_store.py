@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparsekit.store import ActivationStore
+from sparsekit.system import ActivationStore
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,10 +8,9 @@ import torch
 from test_run import fit
 
 import sparsekit
-from sparsekit import pipeline
-from sparsekit.blocks import find
-from sparsekit.checkpoint import Checkpoint
 from sparsekit.cli import main
+from sparsekit.model import Checkpoint, find_blocks
+from sparsekit.run.sequence import one_shot
 
 MODELS = Path(__file__).parent / "models"
 POLICY = '{policy_gradient: {remove: "30%", steps: 6, masks: 2, batch: 2, group: 16}}'
@@ -46,7 +45,7 @@ def test_policy_gradient_from_the_command_line(tmp_path: Path, model: str) -> No
     assert len(report["notes"]["policy_gradient"]["held_out"]) == 5
     loaded, _ = sparsekit.load(tmp_path / "run")
     assert sum(p.numel() for p in loaded.parameters()) == structure["parameters"]["pruned"]
-    for block, seen in zip(find(loaded), structure["blocks"], strict=True):
+    for block, seen in zip(find_blocks(loaded), structure["blocks"], strict=True):
         output = next(linear for name, linear in block.linears.items() if name.endswith(("down_proj", "fc2")))
         assert (
             output.shape[1] == seen["channels"][0] < seen["channels"][1] or seen["channels"][0] == seen["channels"][1]
@@ -81,15 +80,15 @@ def test_solvers_go_on_with_the_smaller_model(tmp_path: Path) -> None:
     assert len(report["structure"]["removed"]) == 2 and report["sparsity"]["total"] == 0.5
     (tmp_path / "again").mkdir()
     file = recipe(tmp_path / "again", stages, more='pattern: "2:4"\n')
-    real = pipeline.one_shot
+    real = one_shot
     with pytest.MonkeyPatch.context() as patch:
 
         def killed(*_: object) -> None:
             raise OSError("no space left")
 
-        patch.setattr(pipeline, "one_shot", killed)
+        patch.setattr("sparsekit.run.sequence.one_shot", killed)
         assert fit(file).returncode == 1
-    assert pipeline.one_shot is real
+    assert one_shot is real
     assert fit(file, "--resume").returncode == 0
     one, other = (Checkpoint(folder / "run" / "model") for folder in (tmp_path, tmp_path / "again"))
     assert list(one) == list(other) and all(torch.equal(one.tensor(name), other.tensor(name)) for name in one)

@@ -15,19 +15,14 @@ from families import build
 from lightning.pytorch import Trainer
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from sparsekit import checkpoint, data, evaluate
-from sparsekit.blocks import discover
-from sparsekit.commits import Commits
-from sparsekit.remove import Once
-from sparsekit.report import Meter
-from sparsekit.stages import block_influence, flap, layer_perplexity, llm_pruner, wanda_sp
-from sparsekit.structure.choose import choose
-from sparsekit.structure.masking import masking
-from sparsekit.structure.moments import Moments
-from sparsekit.structure.removal import Removal
-from sparsekit.structure.units import find
-from sparsekit.team import Team
-from sparsekit.work import Work
+from sparsekit.criteria import block_influence, flap, layer_perplexity, llm_pruner, wanda_sp
+from sparsekit.data import calibration_tokens
+from sparsekit.measure import perplexity, perplexity_windows
+from sparsekit.model import discover, load_plain, load_tokenizer
+from sparsekit.model.structure import Removal, choose, find_units, masking
+from sparsekit.run import Work
+from sparsekit.system import Meter, Team
+from sparsekit.walk import Commits, Moments, Once
 
 TOKENS = torch.randint(1, 96, (7, 12), generator=torch.Generator().manual_seed(1))
 FINE = ["heads", "channels"]
@@ -70,7 +65,7 @@ def run(stage, model, folder, tokens=TOKENS, **options):
     trainer.fit(module, loader)
     removal = Removal.read(folder)
     kinds = removal.kinds
-    units = find(model, work.blocks, kinds)
+    units = find_units(model, work.blocks, kinds)
     removal.apply(model, work.blocks)
     return units, removal
 
@@ -119,7 +114,7 @@ def test_wanda_sp_by_hand(family):
     model = build(family)
     pruned = copy.deepcopy(model)
     work = worked(model)
-    units = find(model, work.blocks, FINE)
+    units = find_units(model, work.blocks, FINE)
     scores = wanda_sp.scores(work, units, "40%", CPU)
     linears = {name: linear for block in discover(pruned, TOKENS[:1, :8]) for name, linear in block.linears.items()}
     for index in range(3):
@@ -146,7 +141,7 @@ def test_groups_of_queries_count_together():
     """With one key head for two query heads a unit's score is the sum over both heads' columns."""
     model = build("Llama")
     work = worked(model)
-    units = find(model, work.blocks, FINE)
+    units = find_units(model, work.blocks, FINE)
     part = units.parts[0]
     assert part.count == 2 and part.columns.shape == (2, 16)  # 4 query heads of 8
     scores = wanda_sp.scores(work, units, "40%", CPU)
@@ -160,7 +155,7 @@ def test_groups_of_queries_count_together():
 def test_flap_by_hand(family):
     model = build(family)
     work = worked(model)
-    units = find(model, work.blocks, FINE)
+    units = find_units(model, work.blocks, FINE)
     scores = flap.scores(work, units, "30%", CPU)
     inputs = entering(model, [part.output for part in units.parts])
     for number, part in enumerate(units.parts):
@@ -179,7 +174,7 @@ def test_the_joint_budget_is_that_of_flap(family, remove):
     """The published rule: units in descending order, each weighing as many channels as it has parameters; cut where the
     sum is nearest to what is kept. Ours is the same up to the unit at the cut."""
     model = build(family)
-    units = find(model, worked(model).blocks, FINE)
+    units = find_units(model, worked(model).blocks, FINE)
     scores = torch.randn(len(units), generator=torch.Generator().manual_seed(3))
     kept = choose(units, scores, remove, budgets="joint", least=0)
     order = scores.argsort(descending=True)
@@ -229,7 +224,7 @@ def test_llm_pruner_by_hand(family, taylor):
     """Gradients of one sequence after another, and loops over rows and columns."""
     model = build(family)
     work = worked(model)
-    units = find(model, work.blocks, FINE)
+    units = find_units(model, work.blocks, FINE)
     scores = llm_pruner.scores(work, units, "30%", CPU, taylor=taylor)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     other = copy.deepcopy(model)
@@ -272,12 +267,12 @@ def test_llm_pruner_spares_the_blocks_it_skips(tmp_path):
 def test_losses_without_layers_are_those_of_models_without_them():
     model = build("Llama")
     work = worked(model)
-    units = find(model, work.blocks, ["layers"])
+    units = find_units(model, work.blocks, ["layers"])
     scores = layer_perplexity.scores(work, units, "30%", CPU)
     for index in range(3):
         shorter = copy.deepcopy(model)
         del shorter.model.layers[index]
-        assert float(scores[index]) == pytest.approx(math.log(evaluate.perplexity(shorter, TOKENS)), rel=1e-4)
+        assert float(scores[index]) == pytest.approx(math.log(perplexity(shorter, TOKENS)), rel=1e-4)
 
 
 @pytest.mark.parametrize("kinds", [["layers"], PARTS])
@@ -285,7 +280,7 @@ def test_greedy_removal_measures_anew(kinds):
     """Against a search of its own over what is left, one removal after another."""
     model = build("OPT")
     work = worked(model)
-    units = find(model, work.blocks, kinds)
+    units = find_units(model, work.blocks, kinds)
     scores = layer_perplexity.greedy(work, units, "60%", CPU)
     kept, order = torch.ones(len(units), dtype=torch.bool), []
     with masking(work.blocks, units) as mask:
@@ -295,7 +290,7 @@ def test_greedy_removal_measures_anew(kinds):
                 trial = kept.clone()
                 trial[index] = False
                 mask(trial)
-                losses[index] = evaluate.perplexity(model, TOKENS)
+                losses[index] = perplexity(model, TOKENS)
             order.append(min(losses, key=losses.get))
             kept[order[-1]] = False
     assert scores.argsort()[: len(order)].tolist() == order
@@ -305,7 +300,7 @@ def test_greedy_removal_measures_anew(kinds):
 def test_block_influence_by_hand():
     model = build("Gemma")
     work = worked(model)
-    units = find(model, work.blocks, ["layers"])
+    units = find_units(model, work.blocks, ["layers"])
     scores = block_influence.scores(work, units, "30%", CPU)
     with torch.no_grad():
         states = []
@@ -339,12 +334,12 @@ def test_two_processes_that_share_the_text_agree_with_one(name):
     model = build("Llama")
     models = [copy.deepcopy(model) for _ in range(2)]
     work = worked(model)
-    alone = module.scores(work, find(work.model, work.blocks, kinds), "30%", CPU)
+    alone = module.scores(work, find_units(work.model, work.blocks, kinds), "30%", CPU)
     Pair.box, found = {}, {}
 
     def process(rank):
         work = worked(models[rank], team=Pair(rank, 2))
-        found[rank] = module.scores(work, find(work.model, work.blocks, kinds), "30%", CPU)
+        found[rank] = module.scores(work, find_units(work.model, work.blocks, kinds), "30%", CPU)
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -384,18 +379,20 @@ def test_what_is_asked_is_removed_and_little_more(name, family, tmp_path):
 @cache
 def texts(name):
     """A tiny model's calibration tokens, and test tokens of other topics."""
-    tokenizer = checkpoint.tokenizer(MODELS / name)
+    tokenizer = load_tokenizer(MODELS / name)
     settings = {"source": "python-docs", "samples": 32, "length": 128, "seed": 0}
-    tests = evaluate.texts({"perplexity": [{"source": "python-docs", "windows": 48}], "length": 128}, tokenizer, 256)
-    return data.calibration_tokens(settings, tokenizer, 256, 768), *tests.values()
+    tests = perplexity_windows(
+        {"perplexity": [{"source": "python-docs", "windows": 48}], "length": 128}, tokenizer, 256
+    )
+    return calibration_tokens(settings, tokenizer, 256, 768), *tests.values()
 
 
 def perplexity_after(stage, name, folder, **options):
     """Of a tiny model on the test topics."""
     tokens, tests = texts(name)
-    model, _ = checkpoint.load(MODELS / name)
+    model, _ = load_plain(MODELS / name)
     run(stage, model, folder, tokens, **options)
-    return evaluate.perplexity(model, tests, batch=16)
+    return perplexity(model, tests, batch=16)
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
@@ -465,12 +462,12 @@ def test_mistakes(stage, options, said, tmp_path):
 
 def test_scores_for_other_units_are_refused():
     work = worked(build("Llama"))
-    layers = find(work.model, work.blocks, ["layers"])
+    layers = find_units(work.model, work.blocks, ["layers"])
     for module, method in ((wanda_sp, "wanda-sp"), (flap, "flap"), (llm_pruner, "llm-pruner")):
         with pytest.raises(ValueError, match=f"{method} scores heads, channels.*not layers"):
             module.scores(work, layers, "30%", CPU)
     with pytest.raises(ValueError, match="block-influence scores layers, not"):
-        block_influence.scores(work, find(work.model, work.blocks, FINE), "30%", CPU)
+        block_influence.scores(work, find_units(work.model, work.blocks, FINE), "30%", CPU)
 
 
 def test_activations_that_are_not_finite_are_named():
@@ -479,4 +476,4 @@ def test_activations_that_are_not_finite_are_named():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
     work = worked(model)
     with pytest.raises(ValueError, match=r"entering model.layers.1.mlp.down_proj contain NaN or Inf"):
-        wanda_sp.scores(work, find(model, work.blocks, FINE), "30%", CPU)
+        wanda_sp.scores(work, find_units(model, work.blocks, FINE), "30%", CPU)

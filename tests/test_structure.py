@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparsekit import blocks as blocks_of
-from sparsekit.structure.cut import cut
-from sparsekit.structure.masking import masking
-from sparsekit.structure.units import find
+from sparsekit.model import find_blocks
+from sparsekit.model.structure import find_units, masking
+from sparsekit.model.structure.cutting import cut
 
 SETTINGS = {name: given for name, given in families.SETTINGS.items() if name != "Mixtral"} | {
     "Qwen2": families.GROUPED,
@@ -21,8 +20,8 @@ KINDS = [("heads", "channels"), ("heads",), ("channels",), ("attention", "mlp"),
 
 def built(family, kinds=("heads", "channels"), device="cpu"):
     model = families.build(family, device, SETTINGS[family])
-    blocks = blocks_of.find(model)
-    return model, blocks, find(model, blocks, kinds)
+    blocks = find_blocks(model)
+    return model, blocks, find_units(model, blocks, kinds)
 
 
 def some(units, seed=3):
@@ -99,7 +98,7 @@ def test_units_are_what_the_config_says(family):
     groups = 2 if family in LLAMA_LIKE else 4
     assert (heads, channels) == (3 * groups, 3 * (128 if family == "GPT2" else 48))
     assert len(units) == heads + channels and units.kinds == ["heads", "channels"]
-    assert units.total == sum(p.numel() for block in blocks_of.find(model) for p in block.module.parameters())
+    assert units.total == sum(p.numel() for block in find_blocks(model) for p in block.module.parameters())
     assert units.removed(torch.zeros(len(units), dtype=torch.bool)) < 1
     for part in units.parts:
         assert part.columns.flatten().sort().values.tolist() == list(range(part.columns.numel()))
@@ -194,16 +193,16 @@ def test_what_a_part_needs_in_half_precision(family):
 def test_kinds_that_cannot_be_removed_together_are_refused(kinds):
     model = families.build("Llama", "meta")
     with pytest.raises(ValueError, match="they can be heads and channels, attention and mlp, or layers"):
-        find(model, blocks_of.find(model), kinds)
+        find_units(model, find_blocks(model), kinds)
 
 
 def test_families_whose_roles_are_not_known_are_refused():
     """Mixtral's fused experts: its heads and layers may go, its channels not."""
     model = families.build("Mixtral", "meta")
-    blocks = blocks_of.find(model)
-    assert len(find(model, blocks, ("heads",))) == 6 and len(find(model, blocks, ("layers",))) == 3
+    blocks = find_blocks(model)
+    assert len(find_units(model, blocks, ("heads",))) == 6 and len(find_units(model, blocks, ("layers",))) == 3
     with pytest.raises(ValueError, match=r"model.layers.0 has no MLP whose linears sparsekit knows: it has self_attn"):
-        find(model, blocks, ("channels",))
+        find_units(model, blocks, ("channels",))
 
 
 def test_norms_over_all_heads_are_refused():
@@ -214,12 +213,12 @@ def test_norms_over_all_heads_are_refused():
     with torch.device("meta"):
         model = transformers.Olmo2ForCausalLM(config)
     with pytest.raises(ValueError, match=r"q_norm.* normalises all heads together"):
-        find(model, blocks_of.find(model), ("heads",))
-    assert len(find(model, blocks_of.find(model), ("layers",))) == 3
+        find_units(model, find_blocks(model), ("heads",))
+    assert len(find_units(model, find_blocks(model), ("layers",))) == 3
 
 
 def test_an_mlp_that_does_not_read_what_is_made_is_refused():
     model = families.build("Llama")
     model.model.layers[1].mlp.up_proj = nn.Linear(32, 40, bias=False)
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj reads 48 channels"):
-        find(model, blocks_of.find(model), ("channels",))
+        find_units(model, find_blocks(model), ("channels",))

@@ -5,13 +5,11 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from sparsekit.pattern import NM, Unstructured
-from sparsekit.solvers.chain import chain
+from sparsekit.maths import NM, Stats, Unstructured, chain
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.swaps import swaps
 from sparsekit.solvers.wanda import wanda
-from sparsekit.statistics import Stats
 from sparsekit.testing import check_solver
 
 

@@ -8,16 +8,14 @@ import torch
 from families import SETTINGS, build
 from lightning.pytorch import Trainer
 
-from sparsekit.blocks import discover
-from sparsekit.commits import Commits, unpack
-from sparsekit.pattern import NM, Unstructured
-from sparsekit.solvers.chain import chain
+from sparsekit.maths import NM, Unstructured, chain
+from sparsekit.model import discover
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
-from sparsekit.store import ActivationStore
-from sparsekit.stream import ERROR_CORRECTIONS, BlockStream
-from sparsekit.walk import Commit, OneShot, Walk
+from sparsekit.system import ActivationStore, unpack
+from sparsekit.walk import BlockStream, Commit, Commits, OneShot, Walk
+from sparsekit.walk.stream import ERROR_CORRECTIONS
 
 HALF = NM(2, 4)
 TOKENS = torch.randint(1, 96, (5, 24), generator=torch.Generator().manual_seed(1))

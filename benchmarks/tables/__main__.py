@@ -22,10 +22,11 @@ from rich.console import Console
 
 from benchmarks.show import show
 from benchmarks.tables.rows import Row, papers, rows, table, tables
-from sparsekit import checkpoint, evaluate, plan, run
-from sparsekit.commits import write_json
-from sparsekit.folder import REPORT
-from sparsekit.quiet import quiet
+from sparsekit.measure import evaluate
+from sparsekit.model import load_plain
+from sparsekit.results import REPORT
+from sparsekit.run import fit, make_plan
+from sparsekit.system import session, write_json
 
 
 def measured(row: Row, output: Path) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def measured(row: Row, output: Path) -> dict[str, Any]:
             write_json(report, _dense(row))
         else:
             recipe = row.recipe.model_copy(update={"output": str(folder)})
-            run.fit(recipe, resume=True, console=Console(stderr=True))
+            fit(recipe, resume=True, console=Console(stderr=True))
         gc.collect()  # the model is gone before the next one is loaded
     return json.loads(report.read_text(encoding="utf-8"))
 
@@ -50,12 +51,12 @@ def _dense(row: Row) -> dict[str, Any]:
     """The model as it is."""
     settings = row.recipe.evaluate.model_dump(exclude={"dense", "samples"})
     spec = row.recipe.model
-    with quiet():
-        planned = plan.make(row.recipe)
+    with session():
+        planned = make_plan(row.recipe)
         dtype = None if spec.dtype == "auto" else spec.dtype
-        model, tokenizer = checkpoint.load(planned.folder, dtype=dtype, trust_remote_code=spec.trust_remote_code)
+        model, tokenizer = load_plain(planned.folder, dtype=dtype, trust_remote_code=spec.trust_remote_code)
         return {
-            "evaluation": {"pruned": evaluate.evaluate(model.to(planned.device), tokenizer, settings)},
+            "evaluation": {"pruned": evaluate(model.to(planned.device), tokenizer, settings)},
             "verified": True,
         }
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from sparsekit.plugins import normal, suggest
 from sparsekit.recipe import Recipe, RecipeError, check_options, load_recipe, resolved
+from sparsekit.registry import normal, suggest
 
 HERE = Path(__file__).parent
 OPTION = re.compile(r"stages\.(\d+)\.([\w-]+)\.")  # how a setting of a method's option begins

@@ -1,8 +1,7 @@
 """ADMM pruning with a fixed penalty and a gradual mask, as a sparsekit plugin."""
 
 import torch
-from sparsekit.pattern import NM, Pattern, Scope, Unstructured
-from sparsekit.statistics import Stats
+from sparsekit.maths import NM, Pattern, Scope, Stats, Unstructured
 from torch import Tensor
 
 

@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from sparsekit.remove import Once
-from sparsekit.stages.layer_perplexity import loss
-from sparsekit.stages.wanda_sp import sizes
-from sparsekit.structure.choose import share
-from sparsekit.structure.masking import masking
-from sparsekit.structure.moments import walked
-from sparsekit.structure.units import Units
-from sparsekit.work import Work
+from sparsekit.criteria.layer_perplexity import loss
+from sparsekit.criteria.wanda_sp import sizes
+from sparsekit.model.structure import Units, masking, share
+from sparsekit.run import Work
+from sparsekit.walk import Once, walked
 from torch import Tensor
 
 RIDGES = [10.0**power for power in range(-3, 4)]

@@ -1,9 +1,8 @@
 """DSnoT: dynamic sparse no training, as a sparsekit plugin."""
 
 import torch
-from sparsekit.pattern import NM, Pattern
+from sparsekit.maths import NM, Pattern, Stats
 from sparsekit.solvers.wanda import wanda
-from sparsekit.statistics import Stats
 from torch import Tensor
 
 

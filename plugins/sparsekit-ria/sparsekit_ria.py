@@ -1,8 +1,7 @@
 """RIA: relative importance and activations, as a sparsekit plugin."""
 
 import torch
-from sparsekit.pattern import Pattern, Scope
-from sparsekit.statistics import Stats
+from sparsekit.maths import Pattern, Scope, Stats
 from torch import Tensor
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from sparsekit import checkpoint, data, evaluate
-from sparsekit.blocks import Block, Linear, discover, first_inputs
-from sparsekit.structure.choose import share
-from sparsekit.structure.units import find
+from sparsekit.data import calibration_tokens
+from sparsekit.measure import perplexity, perplexity_windows
+from sparsekit.model import Block, Linear, discover, first_inputs, load_plain, load_tokenizer, locate
+from sparsekit.model.structure import find_units, share
 from torch import Tensor, nn
 
 FAMILIES = ("llama", "mistral", "opt", "qwen2", "qwen3")
@@ -84,7 +84,7 @@ def slice_to(model: Any, tokens: Tensor, size: int, *, batch: int = 8, principal
     """The same for a given size of the residual stream. principal: false takes random directions, to compare with."""
     width = _check(model)
     blocks = discover(model, tokens[:1])
-    parts = find(model, blocks, ["attention", "mlp"]).parts
+    parts = find_units(model, blocks, ["attention", "mlp"]).parts
     _fold(model, blocks, parts)
     turn = _Directions(width, principal)
     inputs = list(first_inputs(model, blocks, tokens, batch))
@@ -180,7 +180,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
         _set(model.get_submodule(home), **{last: tensor})
     if lost := model.state_dict().keys() ^ state.keys():
         raise ValueError(f"{folder} lacks tensors of the model, or has others: {', '.join(sorted(lost)[:3])}")
-    return model, checkpoint.tokenizer(folder)
+    return model, load_tokenizer(folder)
 
 
 def main() -> None:
@@ -194,21 +194,21 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     given = parser.parse_args()
     try:
-        model, tokenizer = checkpoint.load(checkpoint.locate(given.model))
+        model, tokenizer = load_plain(locate(given.model))
         size = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
         positions = getattr(model.config, "max_position_embeddings", None)
         settings = {"source": given.source, "samples": given.samples, "length": given.length, "seed": 0}
-        tokens = data.calibration_tokens(settings, tokenizer, positions, size)
-        tests = evaluate.texts({"perplexity": [given.source], "length": given.length}, tokenizer, positions)
-        figures = [(evaluate.perplexity(model, *tests.values()), sum(p.numel() for p in model.parameters()))]
+        tokens = calibration_tokens(settings, tokenizer, positions, size)
+        tests = perplexity_windows({"perplexity": [given.source], "length": given.length}, tokenizer, positions)
+        figures = [(perplexity(model, *tests.values()), sum(p.numel() for p in model.parameters()))]
         slicegpt(model, tokens, cut=given.cut)
         save(model, tokenizer, given.output)
         model, _ = load(given.output)
-        figures.append((evaluate.perplexity(model, *tests.values()), sum(p.numel() for p in model.parameters())))
+        figures.append((perplexity(model, *tests.values()), sum(p.numel() for p in model.parameters())))
     except ValueError as error:
         raise SystemExit(f"sparsekit-slicegpt: {error}") from error
-    for name, (perplexity, parameters) in zip(("dense", "sliced"), figures, strict=True):
-        print(f"{name}: perplexity {perplexity:.2f}, {parameters:,} parameters")
+    for name, (value, parameters) in zip(("dense", "sliced"), figures, strict=True):
+        print(f"{name}: perplexity {value:.2f}, {parameters:,} parameters")
     print(f'sparsekit_slicegpt.load("{given.output}") opens it')
 
 

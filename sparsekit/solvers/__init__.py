@@ -1,1 +1,1 @@
-"""Layer-wise solvers, one paper a file: `(weight, stats, pattern, *, options) -> weight`, pure, float32 in and out."""
+"""Layer-wise solvers, one paper a file: `(weight, stats, pattern, *, options) -> weight`."""

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from sparsekit.pattern import NM, Pattern, Scope
+from sparsekit.maths import NM, Pattern, Scope, Stats
 from sparsekit.solvers.refit import refit
-from sparsekit.statistics import Stats
 
 _EXACT = 2**16  # the largest matrix of which every support is exact; of others only the last
 _EVERY = 3  # iterations between two looks at the support

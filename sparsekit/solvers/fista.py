@@ -8,11 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsekit.pattern import NM, Pattern, Scope
+from sparsekit.maths import NM, Pattern, Scope, Stats
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
-from sparsekit.statistics import Stats
 
 Start = Literal["sparsegpt", "wanda", "magnitude", "dense"]
 Search = Literal["geometric", "arithmetic"]

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from sparsekit.pattern import Pattern, Scope
-from sparsekit.statistics import Stats
+from sparsekit.maths import Pattern, Scope, Stats
 
 
 def magnitude(weight: Tensor, stats: Stats, pattern: Pattern, *, per: Scope = "matrix") -> Tensor:

@@ -6,10 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsekit.grid import Quantization
-from sparsekit.pattern import Pattern
+from sparsekit.maths import Pattern, Quantization, Stats
 from sparsekit.solvers.sparsegpt import factor
-from sparsekit.statistics import Stats
 
 _BLOCK = 128  # columns between two settlements
 

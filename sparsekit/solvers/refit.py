@@ -5,8 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from sparsekit.pattern import Pattern
-from sparsekit.statistics import Stats
+from sparsekit.maths import Pattern, Stats
 
 
 @torch.no_grad()

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.grid import Quantization
-from sparsekit.pattern import NM, Pattern
-from sparsekit.statistics import Stats
+from sparsekit.maths import NM, Pattern, Quantization, Stats
 
 _STRIP = 16  # columns that are updated one by one before a matrix product updates the rest of their block
 _LARGEST_DAMPING = 1e4

@@ -5,8 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from sparsekit.pattern import NM, Pattern
-from sparsekit.statistics import PANEL, Stats
+from sparsekit.maths import NM, PANEL, Pattern, Stats
 
 
 @torch.no_grad()

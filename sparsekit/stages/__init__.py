@@ -1,1 +1,1 @@
-"""Stages with an optimization loop of their own: each gives what Trainer.fit takes."""
+"""Stages with a loop of their own, one paper a file."""

@@ -7,11 +7,19 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from sparsekit.blocks import Block
-from sparsekit.recover import session
-from sparsekit.recover.data import Batches
-from sparsekit.recover.module import Recovery
-from sparsekit.work import Work
+from sparsekit.model import Block
+from sparsekit.run import Work
+from sparsekit.train import (
+    Batches,
+    Recovery,
+    Stored,
+    check_recovery,
+    flat_parameters,
+    mark_trained,
+    precision,
+    recovery_parts,
+    recovery_text,
+)
 
 RATES = {"all": 1e-4, "norms-and-biases": 2e-3}
 
@@ -51,8 +59,8 @@ def finetune(
 
     Source: Zimmer et al. 2023, PERP, arXiv 2312.15230; distillation: Hinton et al. 2015, arXiv 1503.02531.
     """
-    session.check(locals())
-    reading = session.text(
+    check_recovery(locals())
+    reading = recovery_text(
         work,
         source=source,
         tokens=tokens,
@@ -63,8 +71,8 @@ def finetune(
         validation=validation,
     )
     masks = work.masks() if trainable == "all" else {}
-    stored = session.Stored(work.model, wide=session.precision(work.planned.device) == "32-true")
-    leaves = session.flat(work.blocks)
+    stored = Stored(work.model, wide=precision(work.planned.device) == "32-true")
+    leaves = flat_parameters(work.blocks)
     if trainable == "all":
         leaves = {f"{b.name}.{inner}": p for b in work.blocks for inner, p in b.module.named_parameters()}
     for parameter in leaves.values():
@@ -75,10 +83,10 @@ def finetune(
     def finish() -> None:
         for hook in hooks:
             hook.remove()
-        session.mark(work.blocks, leaves)
+        mark_trained(work.blocks, leaves)
         stored.restore(leaves)
 
-    return session.parts(
+    return recovery_parts(
         work,
         "finetune",
         leaves,
@@ -98,7 +106,7 @@ def finetune(
     )
 
 
-finetune.check = session.check  # type: ignore[attr-defined]  # what can be said before anything runs
+finetune.check = check_recovery  # type: ignore[attr-defined]  # what can be said before anything runs
 
 
 def masked(block: Block, masks: Mapping[str, Tensor]) -> Iterator[RemovableHandle]:

@@ -9,15 +9,13 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from sparsekit.blocks import Block
-from sparsekit.pattern import Pattern
-from sparsekit.plan import quantization_of
-from sparsekit.recipe import solvers
-from sparsekit.reconstruct import check, reconstruct
-from sparsekit.store import ActivationStore, give_back
-from sparsekit.stream import BlockStream
-from sparsekit.walk import OneShot, Walk
-from sparsekit.work import Work
+from sparsekit.maths import Pattern
+from sparsekit.model import Block
+from sparsekit.recipe import named_solvers
+from sparsekit.run import Work, quantization_of
+from sparsekit.system import ActivationStore, give_back
+from sparsekit.train import check_reconstruction, reconstruct
+from sparsekit.walk import BlockStream, OneShot, Walk
 
 RETRIES = 2
 
@@ -64,8 +62,8 @@ def lamp(
             "needs prefix"
         )
     peak = 1.0 if learning_rate is None else learning_rate  # the rule's is in range
-    check(trainable, peak, held_out, warmup, epochs=epochs, batch=batch, rank=rank, patience=patience)
-    last = solvers(solver)[-1]
+    check_reconstruction(trainable, peak, held_out, warmup, epochs=epochs, batch=batch, rank=rank, patience=patience)
+    last = named_solvers(solver)[-1]
     if after and quantization_of("solvers", last.name, last.options) is not None:
         raise ValueError(
             "lamp trains a block again after its solver has quantized it, which moves weights off the grid; "

@@ -5,13 +5,23 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback
 
-from sparsekit.blocks import Block, Linear
-from sparsekit.plugins import suggest
-from sparsekit.recover import adapter, session
-from sparsekit.recover.data import Batches
-from sparsekit.recover.lowrank import attach, detach
-from sparsekit.recover.module import Recovery
-from sparsekit.work import Work
+from sparsekit.model import Block, Linear
+from sparsekit.registry import suggest
+from sparsekit.run import Work
+from sparsekit.train import (
+    Batches,
+    Recovery,
+    Stored,
+    attach_updates,
+    check_recovery,
+    detach_updates,
+    flat_parameters,
+    mark_trained,
+    precision,
+    recovery_parts,
+    recovery_text,
+    save_adapter,
+)
 
 
 def lora(
@@ -74,7 +84,7 @@ def lora(
     """
     check(locals())
     linears = select(work.blocks, targets)
-    reading = session.text(
+    reading = recovery_text(
         work,
         source=source,
         tokens=tokens,
@@ -85,9 +95,9 @@ def lora(
         validation=validation,
     )
     masks = work.masks()
-    stored = session.Stored(work.model, wide=session.precision(work.planned.device) == "32-true")
-    free = session.flat(work.blocks, biases, norms)
-    layers = attach(
+    stored = Stored(work.model, wide=precision(work.planned.device) == "32-true")
+    free = flat_parameters(work.blocks, biases, norms)
+    layers = attach_updates(
         work.model,
         linears,
         masks,
@@ -111,13 +121,13 @@ def lora(
     def finish() -> None:
         if not merge and work.team.rank == 0:
             work.notes["lora"]["adapter"] = "adapter"
-            adapter.save(work.output / "adapter", layers, base=str(work.planned.folder))
-        detach(work.model, layers, merge=merge)
+            save_adapter(work.output / "adapter", layers, base=str(work.planned.folder))
+        detach_updates(work.model, layers, merge=merge)
         merged = [f"{linear.name}.weight" for linear in linears] if merge else []
-        session.mark(work.blocks, [*free, *merged])
+        mark_trained(work.blocks, [*free, *merged])
         stored.restore(free)
 
-    return session.parts(
+    return recovery_parts(
         work,
         "lora",
         leaves,
@@ -144,7 +154,7 @@ def check(options: Mapping[str, Any]) -> None:
             "merge: false writes the low-rank update alone, and biases and norms trained with it would be lost; "
             "leave them as they are, or merge"
         )
-    session.check(options)
+    check_recovery(options)
 
 
 lora.check = check  # type: ignore[attr-defined]  # what can be said before anything runs

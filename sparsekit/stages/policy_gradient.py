@@ -11,14 +11,13 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sparsekit import plugins
-from sparsekit.policy import PolicyGradient
-from sparsekit.recover.watch import Checkpoints
-from sparsekit.structure.choose import check as check_choice
-from sparsekit.structure.choose import share
-from sparsekit.structure.units import check as check_units
-from sparsekit.values import at_least
-from sparsekit.work import Work
+from sparsekit import registry
+from sparsekit.model.structure import check_kinds as check_units
+from sparsekit.model.structure import check_shape as check_choice
+from sparsekit.model.structure import share
+from sparsekit.recipe import at_least
+from sparsekit.run import Work
+from sparsekit.train import Checkpoints, PolicyGradient
 
 Initial = Literal[
     "wanda-sp", "flap", "llm-pruner", "layer-perplexity", "block-influence", "random", "random-progressive"
@@ -111,7 +110,7 @@ def policy_gradient(
     text, testing = _texts(work.tokens, length, held_out)
     score = None
     if not start.startswith("random"):
-        method = import_module(f"sparsekit.stages.{plugins.normal(start)}")
+        method = import_module(f"sparsekit.criteria.{registry.normal(start)}")
         score = partial(method.scores, few, found, remove)
     module = PolicyGradient(
         work.model,
@@ -148,8 +147,8 @@ def policy_gradient(
 
 def check(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options, all of them by name, that are out of range alone or together."""
-    given = {name: options[name] for name in plugins.options(policy_gradient)}
-    for problem in plugins.option_problems(policy_gradient, given).values():
+    given = {name: options[name] for name in registry.options(policy_gradient)}
+    for problem in registry.option_problems(policy_gradient, given).values():
         raise ValueError(problem)
     kinds = _kinds(options["units"])
     check_units(kinds)

@@ -10,14 +10,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from sparsekit.blocks import Block
-from sparsekit.feedforward.joint import FeedForward, Found, prune_jointly
-from sparsekit.feedforward.minimisers import ACTIVATIONS
-from sparsekit.pattern import Unstructured
-from sparsekit.store import ActivationStore, tight
-from sparsekit.stream import BlockStream
-from sparsekit.walk import OneShot, Walk
-from sparsekit.work import Work
+from sparsekit.maths import ACTIVATIONS, Unstructured
+from sparsekit.model import Block
+from sparsekit.run import Work
+from sparsekit.system import ActivationStore, tight
+from sparsekit.train import FeedForward, Found, prune_jointly
+from sparsekit.walk import BlockStream, OneShot, Walk
 
 
 def sparsellm(

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sparsekit.data import Corpus, python_docs
+from sparsekit.data import Corpus
+from sparsekit.data.corpora import python_docs
 
 HERE = Path(__file__).parent
 CONTEXT = 128

@@ -6,13 +6,13 @@ import entrypoints
 import pytest
 import torch
 import transformers
-from sparsekit import checkpoint, data, evaluate
-from sparsekit.blocks import discover
-from sparsekit.report import Meter
-from sparsekit.structure.choose import choose
-from sparsekit.structure.masking import masking
-from sparsekit.structure.units import find
-from sparsekit.work import Work
+from sparsekit.data import calibration_tokens
+from sparsekit.measure import perplexity as measured
+from sparsekit.measure import perplexity_windows
+from sparsekit.model import discover, load_plain
+from sparsekit.model.structure import choose, find_units, masking
+from sparsekit.run import Work
+from sparsekit.system import Meter
 
 from sparsekit_bonsai import _prior, bonsai, fit, scores
 
@@ -68,7 +68,7 @@ def test_it_finds_the_units_that_matter(monkeypatch):
     """Where the loss is a sum over the units that are dropped, and noise: a third matters, whatever their size."""
     model = toy()
     work = worked(model, TEXT)
-    units = find(model, work.blocks)
+    units = find_units(model, work.blocks)
     matters = torch.arange(len(units)) % 3 == 1
     draw = torch.Generator().manual_seed(0)
     seen = []
@@ -94,18 +94,20 @@ def test_it_finds_the_units_that_matter(monkeypatch):
 
 
 def test_it_beats_random_units_on_a_trained_model():
-    model, tokenizer = checkpoint.load(TINY)
+    model, tokenizer = load_plain(TINY)
     settings = {"source": "python-docs", "samples": 32, "length": 64, "seed": 0}
-    work = worked(model, data.calibration_tokens(settings, tokenizer, 256, 768))
-    units = find(model, work.blocks)
+    work = worked(model, calibration_tokens(settings, tokenizer, 256, 768))
+    units = find_units(model, work.blocks)
     found = scores(work, units, "20%", CPU, step=0.1, masks=30, samples=8)
-    tests = evaluate.texts({"perplexity": [{"source": "python-docs", "windows": 32}], "length": 128}, tokenizer, 256)
+    tests = perplexity_windows(
+        {"perplexity": [{"source": "python-docs", "windows": 32}], "length": 128}, tokenizer, 256
+    )
     [text] = tests.values()
 
     def perplexity(scores):
         with masking(work.blocks, units) as mask:
             mask(choose(units, scores, 0.2, budgets="joint"))
-            return evaluate.perplexity(model, text, batch=8)
+            return measured(model, text, batch=8)
 
     draw = torch.Generator().manual_seed(0)
     random = [perplexity(torch.rand(len(units), generator=draw)) for _ in range(5)]

@@ -1,10 +1,9 @@
 import entrypoints
 import pytest
 import torch
-from sparsekit.pattern import NM, Unstructured
+from sparsekit.maths import NM, Stats, Unstructured
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.wanda import wanda
-from sparsekit.statistics import Stats
 from sparsekit.testing import check_solver
 
 from sparsekit_dsnot import dsnot

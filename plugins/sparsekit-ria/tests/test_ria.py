@@ -1,7 +1,6 @@
 import entrypoints
 import torch
-from sparsekit.pattern import NM, Unstructured
-from sparsekit.statistics import Stats
+from sparsekit.maths import NM, Stats, Unstructured
 from sparsekit.testing import check_solver
 
 from sparsekit_ria import ria

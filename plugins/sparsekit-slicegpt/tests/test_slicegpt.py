@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from sparsekit import checkpoint, data, evaluate
+from sparsekit.data import calibration_tokens
+from sparsekit.measure import perplexity, perplexity_windows
+from sparsekit.model import load_plain, load_tokenizer
 
 from sparsekit_slicegpt import Sliced, load, save, slice_to, slicegpt
 
@@ -74,7 +76,7 @@ def test_sizes_and_a_cut_of_directions_that_are_not_used(family):
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_it_is_saved_loaded_and_generates(name, tmp_path):
-    model, tokenizer = checkpoint.load(MODELS / name)
+    model, tokenizer = load_plain(MODELS / name)
     text = TEXT + 100
     slicegpt(model, text, cut="25%")
     save(model, tokenizer, tmp_path / "sliced")
@@ -91,24 +93,24 @@ def test_it_is_saved_loaded_and_generates(name, tmp_path):
 
 @cache
 def texts(name):
-    tokenizer = checkpoint.tokenizer(MODELS / name)
+    tokenizer = load_tokenizer(MODELS / name)
     settings = {"source": "python-docs", "samples": 16, "length": 128, "seed": 0}
-    tests = evaluate.texts({"perplexity": [{"source": "python-docs", "windows": 32}], "length": 128}, tokenizer, 256)
-    return data.calibration_tokens(settings, tokenizer, 256, 768), *tests.values()
+    tests = perplexity_windows(
+        {"perplexity": [{"source": "python-docs", "windows": 32}], "length": 128}, tokenizer, 256
+    )
+    return calibration_tokens(settings, tokenizer, 256, 768), *tests.values()
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_principal_directions_are_better_than_random_ones(name):
     tokens, tests = texts(name)
-    dense, _ = checkpoint.load(MODELS / name)
+    dense, _ = load_plain(MODELS / name)
     found = {}
     for size, principal in ((56, True), (48, True), (48, False)):
         model = copy.deepcopy(dense)
         slice_to(model, tokens, size, principal=principal)
-        found[size, principal] = evaluate.perplexity(model, tests, batch=8)
-    assert evaluate.perplexity(dense, tests, batch=8) < found[56, True] < found[48, True] < 0.5 * found[48, False], (
-        found
-    )
+        found[size, principal] = perplexity(model, tests, batch=8)
+    assert perplexity(dense, tests, batch=8) < found[56, True] < found[48, True] < 0.5 * found[48, False], found
 
 
 def test_mistakes(tmp_path):

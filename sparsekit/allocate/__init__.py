@@ -1,1 +1,0 @@
-"""Allocation rules: `(linears: name -> parameters, sparsity, *, options) -> name -> sparsity`, the total conserved."""

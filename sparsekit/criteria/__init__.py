@@ -1,0 +1,1 @@
+"""Structural criteria, one paper a file: what heads, channels and layers are worth."""

@@ -1,0 +1,14 @@
+from .corpora import Corpus as Corpus
+from .corpora import load_rows as load_rows
+from .corpora import no_bars as no_bars
+from .naming import CALIBRATION as CALIBRATION
+from .naming import FORMATS as FORMATS
+from .naming import check_length as check_length
+from .naming import corpus as corpus
+from .naming import resolve as resolve
+from .pictures import Images as Images
+from .pictures import calibration_images as calibration_images
+from .pictures import images as images
+from .sampling import calibration_tokens as calibration_tokens
+from .sampling import sample as sample
+from .sampling import windows as windows

@@ -1,0 +1,134 @@
+"""Images in, pixels out: where calibration and test images come from."""
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsekit import registry
+from sparsekit.data.corpora import no_bars
+from sparsekit.data.naming import resolve
+
+PARTS = {"calibration": ("train",), "test": ("test", "validation")}  # of a data set, the first that is there
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images, and what is on them where that is known.
+
+    rows: of `datasets`, decoded as they are asked for. image, label: the columns; label may be missing
+    name: what an error calls it
+    """
+
+    rows: Any
+    image: str
+    label: str
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pixels(self, chosen: Sequence[int], processor: Any, channels: int) -> Tensor:
+        """Some of the images as the model sees them (images, channels, height, width), float32."""
+        pictures = [self.rows[index][self.image].convert("L" if channels == 1 else "RGB") for index in chosen]
+        found: Tensor = processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return found
+
+    def classes(self, model: Any) -> list[int]:
+        """A classifier's number for each of the labels here: by name, or by order where it has other names.
+
+        Raises:
+            ValueError: the model is no classifier, there are no labels, or other ones than it has.
+        """
+        if "ForImageClassification" not in type(model).__name__:
+            raise ValueError(f"{type(model).__name__} tells no classes, so no accuracy can be measured; leave it out")
+        config = model.config
+        kind = self.rows.features.get(self.label)
+        names = getattr(kind, "names", None)
+        if names is None and "int" in str(getattr(kind, "dtype", "")):
+            return list(range(config.num_labels))
+        if names is None:
+            raise ValueError(
+                f"{self.name} has no labels called `{self.label}` to compare with; give a folder with a folder for "
+                "each class, or name the column by `label`"
+            )
+        known = {str(name): int(number) for name, number in config.label2id.items()}
+        if all(name in known for name in names):
+            return [known[name] for name in names]
+        if len(names) != len(known):
+            raise ValueError(
+                f"{self.name} has {len(names)} classes, the model {len(known)}, and not all of their names are the "
+                f"model's (such as {names[0]!r}); give images of the classes that it was trained on"
+            )
+        warnings.warn(
+            f"the classes of {self.name} have other names than the model's ({names[0]!r}, {config.id2label[0]!r}), so "
+            "they were taken in order",
+            stacklevel=2,
+        )
+        return list(range(len(names)))
+
+
+def images(split: str, *, path: str, part: str | None = None, image: str = "image", label: str = "label") -> Images:
+    """Images for vision models: a folder (with a folder for each class, or metadata as `datasets` reads it), a Parquet
+    file, or a data set on the hub.
+
+    part: of the data set; null: train for calibration, test or else validation for testing, or the only one
+    image, label: names of the columns
+    """
+    parts = _parts(path)
+    if part is not None and part not in parts:
+        raise ValueError(f"{path} has no part `{part}`, {registry.suggest(part, list(parts))}")
+    known = [each for each in (part, *PARTS[split]) if each is not None and each in parts] or list(parts)
+    if part is None and known[0] not in PARTS[split] and len(parts) > 1:
+        raise ValueError(f"{path} has the parts {', '.join(parts)}; say which by `part`")
+    rows = parts[known[0]]
+    if type(rows.features.get(image)).__name__ != "Image":
+        valid = [name for name, kind in rows.features.items() if type(kind).__name__ == "Image"]
+        raise ValueError(f"{path} has no images called `{image}`: set `image` to one of {', '.join(valid) or 'none'}")
+    return Images(rows, image, label, Path(path).name)
+
+
+def _parts(path: str) -> Mapping[str, Any]:
+    import datasets
+
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise ValueError("images are read by pillow, which is not installed: pip install 'sparsekit[vision]'") from None
+    try:
+        with no_bars():
+            if Path(path).is_dir():
+                found = datasets.load_dataset("imagefolder", data_dir=path)
+            elif Path(path).suffix == ".parquet":
+                found = datasets.load_dataset("parquet", data_files=path)
+            else:
+                found = datasets.load_dataset(path)
+    except Exception as error:  # data sets and the hub are other people's and raise anything
+        reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        raise ValueError(f"`{path}` is no folder, file or hub data set of images ({reason})") from error
+    return {name: rows for name, rows in found.items() if len(rows)}
+
+
+def calibration_images(settings: Mapping[str, Any], processor: Any, channels: int) -> Tensor:
+    """Calibration images (samples, channels, height, width), float32: `samples` different ones, drawn by `seed`.
+
+    settings: {source: images, samples, seed, the source's own options}; a `length` is passed over.
+    Raises ValueError if the source gives text, or too few images.
+    """
+    function, options = resolve(settings)
+    found = function("calibration", **options)
+    if not isinstance(found, Images):
+        raise ValueError(
+            f"the model sees images, and the source `{settings['source']}` gives text: give images, as in "
+            "calibration: {source: images, path: FOLDER}"
+        )
+    count = settings["samples"]
+    if len(found) < count:
+        raise ValueError(
+            f"{found.name} has {len(found)} images, fewer than `samples`, {count}: give more, or ask fewer"
+        )
+    return found.pixels(random.Random(settings["seed"]).sample(range(len(found)), count), processor, channels)

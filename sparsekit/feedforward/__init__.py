@@ -1,1 +1,0 @@
-"""The mathematics of pruning a feed-forward part as a whole (SparseLLM)."""

@@ -1,0 +1,16 @@
+from .budget import conserve as conserve
+from .chaining import chain as chain
+from .grid import Grid as Grid
+from .grid import Quantization as Quantization
+from .minimisers import ACTIVATIONS as ACTIVATIONS
+from .minimisers import best_gate as best_gate
+from .minimisers import best_up as best_up
+from .minimisers import pull as pull
+from .mixtures import mixture as mixture
+from .pattern import NM as NM
+from .pattern import Pattern as Pattern
+from .pattern import Scope as Scope
+from .pattern import Unstructured as Unstructured
+from .pattern import parse as parse
+from .statistics import PANEL as PANEL
+from .statistics import Stats as Stats

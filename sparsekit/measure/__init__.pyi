@@ -1,0 +1,10 @@
+from .continuations import PROMPTS as PROMPTS
+from .continuations import samples as samples
+from .evaluation import check_evaluation as check_evaluation
+from .evaluation import evaluate as evaluate
+from .evaluation import losses as losses
+from .evaluation import perplexity as perplexity
+from .evaluation import perplexity_windows as perplexity_windows
+from .images import image_set_name as image_set_name
+from .images import labelled_images as labelled_images
+from .timing import serve as serve

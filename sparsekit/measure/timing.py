@@ -1,0 +1,111 @@
+"""One model's part of a benchmark: a process that holds it and measures it when asked."""
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.measure import evaluation as evaluate
+from sparsekit.model import load as load_model
+from sparsekit.system import Meter
+
+SEED = 0  # of the tokens that are fed: what they are does not change the time
+
+
+def serve(pipe: Any, spec: dict[str, Any], place: Path, device: str, threads: int) -> None:
+    """The process of one model: load it at the first task, answer one task after another until the pipe is closed.
+
+    pipe: a multiprocessing connection; a task is {"op": a name of OPERATIONS, its arguments...}, its answer what that
+    gives, or the ValueError or OSError it raised. spec: a recipe's `model`; place: the folder of its checkpoint.
+    """
+    torch.set_num_threads(threads)
+    model = tokenizer = None
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if model is None:
+                model, tokenizer = load(spec, place, device)
+            pipe.send(OPERATIONS[task.pop("op")](model, tokenizer, place, **task))
+        except (ValueError, OSError) as error:
+            pipe.send(type(error)(str(error)))
+
+
+def load(spec: Mapping[str, Any], place: Path, device: str) -> tuple[Any, Any]:
+    """The model that a recipe's `model` names, in the dtype it says, where it is to run; and its tokenizer."""
+    from sparsekit.system import session
+
+    dtype = None if spec.get("dtype") in (None, "auto") else str(spec["dtype"])
+    with session():
+        model, tokenizer = load_model(place, dtype=dtype, trust_remote_code=bool(spec.get("trust_remote_code")))
+    return model.to(device), tokenizer
+
+
+def _facts(model: Any, tokenizer: Any, place: Path) -> dict[str, Any]:
+    weights = list(model.parameters())
+    return {
+        "class": type(model).__name__,
+        "dtype": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})),
+        "parameters": sum(weight.numel() for weight in weights),
+        "nonzero": sum(int(weight.count_nonzero()) for weight in weights),
+        "file_bytes": sum(file.stat().st_size for file in place.glob("*.safetensors")),
+    }
+
+
+def _memory(model: Any, tokenizer: Any, place: Path, **sizes: int) -> dict[str, int]:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < sizes["prompt"] + sizes["new"]:
+        raise ValueError(
+            f"{place} has {positions} positions, and {sizes['prompt']} tokens of prompt and {sizes['new']} new ones "
+            "were asked for; give a smaller --prompt or --new"
+        )
+    with Meter() as meter:
+        with meter.stage("generate"):
+            latency(model, **sizes)
+    return {"memory_bytes": meter.peak["generate"]}
+
+
+@torch.no_grad()
+def latency(model: Any, batch: int, prompt: int, new: int) -> dict[str, float]:
+    """{"prefill": seconds of a forward pass over the prompt, "decode": seconds a token of `new` greedy ones after it}.
+
+    Both as `generate` makes them: with a KV cache, and logits of the last token alone where the model can do so.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(vocabulary, (batch, prompt), generator=generator).to(device)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    step = partial(model, use_cache=True, **last)
+    start = _now(device)
+    out = step(input_ids=tokens)
+    prefilled = _now(device)
+    for _ in range(new):
+        chosen: Tensor = out.logits[:, -1:].argmax(-1)  # (batch, 1)
+        out = step(input_ids=chosen, past_key_values=out.past_key_values)
+    return {"prefill": prefilled - start, "decode": (_now(device) - prefilled) / new}
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _evaluate(model: Any, tokenizer: Any, place: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    return evaluate.evaluate(model, tokenizer, settings)
+
+
+OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "facts": _facts,
+    "memory": _memory,
+    "latency": lambda model, tokenizer, place, **sizes: latency(model, **sizes),
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,170 @@
+"""A block and its linears: the repeated unit of a model."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Linear:
+    """One linear of a block. Its weight is (out, in) whatever the layer stores: the one place that knows Conv1D."""
+
+    def __init__(self, name: str, module: nn.Module):
+        self.name = name  # of the module inside the model; the parameter is name + ".weight"
+        self.module = module
+        self.transposed = type(module).__name__ == "Conv1D"  # GPT-2 stores (in, out)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out, in), a view of the parameter."""
+        weight: Tensor = self.module.weight.detach()  # type: ignore[operator,assignment]
+        return weight.t() if self.transposed else weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        return tuple(self.weight.shape)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Set the weight (out, in), cast to the parameter's dtype, bit for bit."""
+        self.weight.copy_(weight)
+
+    @torch.no_grad()
+    def write_pruned(self, weight: Tensor) -> None:
+        """The same for a solver's answer: -0.0 becomes 0.0."""
+        self.weight.copy_(weight).add_(0.0)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A tensor (out, in) laid out as a checkpoint stores it, and back."""
+        return weight.t().contiguous() if self.transposed else weight.contiguous()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear that can be pruned: nn.Linear, or GPT-2's transposed Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+class _Stop(Exception):
+    """Control flow, not an error: what was wanted has been seen; the rest of the forward pass is not needed."""
+
+
+class Block:
+    """One repeated unit of a model. A plain class: under bf16-true Lightning rebuilds dataclasses and loses updates.
+
+    groups: names of the linears that read the same tensor, in call order (q,k,v | o | gate,up | down)
+    linears: name -> Linear
+    skipped: name -> why sparsekit leaves it as it is
+    arguments: batch size -> (positional, keyword) arguments that follow the hidden states
+    masks: name -> the weights (out, in) that were kept, once the block is pruned; zeros alone would not tell, since a
+        kept weight may underflow in half precision
+    records: name -> what was seen while it was pruned (error, seconds, zeros, warnings ...)
+    trained: parameters of the module, by their names inside it, that gradient steps have changed
+    notes: what a stage saw of the block as a whole (see the stage); JSON
+    """
+
+    def __init__(self, index: int, name: str, module: nn.Module):
+        self.index = index
+        self.name = name
+        self.module = module
+        self.linears = {f"{name}.{inner}": Linear(f"{name}.{inner}", m) for inner, m in linears_of(module)}
+        self.groups: list[list[str]] = []
+        self.skipped: dict[str, str] = {}
+        self.masks: dict[str, Tensor] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+        self.trained: set[str] = set()
+        self.notes: dict[str, Any] = {}
+        self.tuple_length = 0  # 0: the block returns a tensor; n: a tuple of n, hidden states first
+        self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def to(self, device: torch.device | str, *_: Any, **__: Any) -> "Block":
+        """Move the weights; Lightning calls this by itself."""
+        self.module.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The block's output hidden states, on the block's device, for (sequences, length, hidden)."""
+        return self.with_parameters({}, hidden)
+
+    def with_parameters(
+        self, parameters: dict[str, Tensor], hidden: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The same with other tensors in place of the module's parameters (name inside it -> tensor), differentiable.
+
+        dtype: what the hidden states, and the arguments that are of floating point, are cast to before.
+        """
+        args, kwargs = self.arguments[hidden.shape[0]]
+        hidden, args, kwargs = (_to(given, self.device, dtype) for given in (hidden, args, kwargs))
+        out = functional_call(self.module, parameters, (hidden, *args), kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def twin(self) -> "Block":
+        """A copy with its own weights; everything else is shared."""
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module)
+        twin.linears = {name: Linear(name, m) for name, m in zip(self.linears, _modules(twin.module), strict=True)}
+        return twin
+
+    @contextmanager
+    def watching(self, groups: Iterable[int], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """While this lasts, `see(group, input)` is called when a forward pass reaches each of the groups."""
+        hooks = []
+        for group in groups:
+            first = self.linears[self.groups[group][0]].module
+
+            def hook(_: nn.Module, args: tuple[Any, ...], group: int = group) -> None:
+                see(group, args[0])
+
+            hooks.append(first.register_forward_pre_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def until(self, hidden: Tensor, groups: list[int], see: Callable[[int, Tensor], None]) -> None:
+        """Run only as far as the last of `groups`: what follows is not needed."""
+        last = max(groups)
+
+        def see_and_stop(group: int, inputs: Tensor) -> None:
+            see(group, inputs)
+            if group == last:
+                raise _Stop
+
+        with self.watching(groups, see_and_stop):
+            try:
+                self(hidden)
+            except _Stop:
+                return
+
+
+def linears_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of every linear inside a module, in order of definition."""
+    return [(name, m) for name, m in module.named_modules() if is_linear(m)]
+
+
+def _modules(module: nn.Module) -> list[nn.Module]:
+    return [m for _, m in linears_of(module)]
+
+
+def _to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The tensors of a structure on a device, and those of floating point in `dtype` if it is given."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if hasattr(value, "_fields"):  # a namedtuple
+        return type(value)(*(_to(item, device, dtype) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_to(item, device, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(item, device, dtype) for key, item in value.items()}
+    return value

@@ -1,0 +1,165 @@
+"""The repeated blocks of a model: found, not configured, for any transformer that calls them one after another."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.model.blocks import Block, Linear, _modules, _Stop
+from sparsekit.model.vision import sees_images
+
+
+def _run(model: Any, given: Tensor, *, use_cache: bool) -> None:
+    if not sees_images(model):
+        model(input_ids=given, use_cache=use_cache)
+        return
+    encode = getattr(model, "get_image_embeddings", model)  # what follows SAM's image encoder asks for points
+    encode(pixel_values=given.to(model.dtype))
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The model's blocks: the list of modules that holds the most weight in linears.
+
+    Raises:
+        ValueError: the model has no list of blocks with linears.
+    """
+
+    def weight(layers: nn.ModuleList) -> int:
+        return sum(Linear("", m).weight.numel() for layer in layers for m in _modules(layer))
+
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    name, layers = max(lists, key=lambda item: weight(item[1]), default=("", nn.ModuleList()))
+    if not weight(layers):
+        raise ValueError(
+            f"{type(model).__name__} has no repeated blocks: sparsekit needs a list of modules (nn.ModuleList) that "
+            "hold linears, as every transformer in the transformers library has"
+        )
+    return [Block(index, f"{name}.{index}", layer) for index, layer in enumerate(layers)]
+
+
+@torch.no_grad()
+def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
+    """The model's blocks with their groups, seen in one forward pass of `tokens` (sequences, length), best a few.
+
+    A vision model's are pixels (images, channels, height, width), here and in `first_inputs`. Works on the meta device
+    too. Linears that the pass does not reach are left as they are and named in `skipped`, and so are fused experts
+    (parameters with three dimensions): each expert sees only some tokens.
+
+    Raises:
+        ValueError: no blocks, a block runs more than once in a forward pass, or gives hidden states of another shape.
+    """
+    blocks = find_blocks(model)
+    keep: list[Tensor] = []  # inputs stay alive, so that no two of them share an address
+    hooks = []
+    runs = dict.fromkeys((block.index for block in blocks), 0)
+
+    def ran(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        runs[block.index] += 1
+        block.tuple_length = len(out) if isinstance(out, tuple) else 0
+        before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+        if before.shape != after.shape:
+            raise ValueError(
+                f"{block.name} turns hidden states {tuple(before.shape)} into {tuple(after.shape)}: models of several "
+                "stages (Swin) cannot be pruned block by block"
+            )
+
+    def reached(block: Block, name: str, seen: dict[Any, list[str]], inputs: Tensor) -> None:
+        keep.append(inputs)
+        key = (inputs.untyped_storage()._cdata, inputs.storage_offset(), inputs._version, inputs.shape[-1])
+        if key not in seen:
+            seen[key] = []
+            block.groups.append(seen[key])
+        seen[key].append(name)
+
+    for block in blocks:
+        hooks.append(
+            block.module.register_forward_hook(lambda _, *call, block=block: ran(block, *call), with_kwargs=True)
+        )
+        seen: dict[Any, list[str]] = {}
+        for name, linear in block.linears.items():
+            hooks.append(
+                linear.module.register_forward_pre_hook(
+                    lambda _, args, block=block, name=name, seen=seen: reached(block, name, seen, args[0])
+                )
+            )
+    try:
+        _run(model, tokens, use_cache=True)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    for block in blocks:
+        if runs[block.index] != 1:
+            raise ValueError(f"{block.name} runs {runs[block.index]} times in a forward pass; it must run exactly once")
+        found = {name for group in block.groups for name in group}
+        for name in block.linears.keys() - found:
+            block.skipped[name] = "not reached by the forward pass that looks for linears"
+        block.linears = {name: linear for name, linear in block.linears.items() if name in found}
+        for name, parameter in block.module.named_parameters():
+            if parameter.dim() == 3:
+                block.skipped[f"{block.name}.{name}"] = "fused experts: each sees only some of the tokens"
+    return blocks
+
+
+def adopt(model: nn.Module, known: list[Block]) -> list[Block]:
+    """The blocks of `model` with the groups that were discovered in another copy of it, such as its skeleton."""
+    blocks = find_blocks(model)
+    for block, other in zip(blocks, known, strict=True):
+        block.linears = {name: block.linears[name] for name in other.linears}
+        block.groups, block.skipped, block.tuple_length = other.groups, other.skipped, other.tuple_length
+    return blocks
+
+
+@torch.no_grad()
+def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: int) -> Iterator[Tensor]:
+    """Hidden states that enter the first block, (batch, length, hidden) a chunk; fills every block's `arguments`.
+
+    The model runs up to its blocks only: each block is passed over, the last one ends the pass, so this costs an
+    embedding look-up. Arguments (masks, positions, rotary tables, caches off) differ by block in some families
+    (Gemma), so they are kept for every block, once for each batch size.
+
+    Raises:
+        ValueError: a block gets an argument that depends on the text itself, not on its shape alone.
+    """
+    caught: list[Tensor] = []
+
+    def stand_in(block: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            known = block.arguments.setdefault(hidden.shape[0], (rest, kwargs))
+            if not _same(known, (rest, kwargs)):
+                raise ValueError(
+                    f"{block.name} gets an argument that changes with the text ({', '.join(kwargs)}); "
+                    "sparsekit can only prune blocks whose other arguments depend on the length alone"
+                )
+            if block.index == 0:
+                caught.append(hidden)
+            if block.index == len(blocks) - 1:
+                raise _Stop
+            return (hidden,) + (None,) * (block.tuple_length - 1) if block.tuple_length else hidden
+
+        return forward
+
+    for block in blocks:
+        block.arguments.clear()
+    for start in range(0, len(tokens), batch):
+        for block in blocks:
+            block.module.forward = stand_in(block)  # type: ignore[method-assign]
+        try:
+            _run(model, tokens[start : start + batch], use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for block in blocks:
+                del block.module.forward
+        yield caught.pop()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and (a is b or (a.shape == b.shape and torch.equal(a, b)))
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return type(a) is type(b)

@@ -1,0 +1,124 @@
+"""How a cut model can be stored: by its config alone, by a generated modeling file, or so that only sparsekit opens it.
+
+Only the first says all to any program that knows the family; the configs of transformers have one width for all layers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit.model import modeling, rebuild
+from sparsekit.model.discovery import find_blocks
+from sparsekit.model.structure.shape import Layer, Shape
+
+MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # what configs call it
+BIASES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}  # fields of configs that give linears biases
+
+
+@dataclass
+class Layout:
+    """name: plain, generated or own; load: what opens it, in words; config: config.json; files: name -> text of others;
+    zeros: tensors to store that the model does not have, all zero."""
+
+    name: str
+    load: str
+    config: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict)
+    zeros: dict[str, Tensor] = field(default_factory=dict)
+
+
+def choose_layout(model: Any, shape: Shape) -> Layout:
+    """The best layout that can say what the model is: see `storage.save`."""
+    for config in _plain(model, shape):
+        try:
+            built = rebuild.build(config)
+        except ValueError:  # LlamaConfig refuses numbers of heads that do not divide the hidden size: the next may not
+            continue
+        if rebuild.difference(built, model, spare=".bias") is None:
+            return Layout("plain", _said(config, shape.config), config, zeros=_zeros(built, model))
+    each = {str(index): widths(model, layer) for index, layer in enumerate(shape.layers)}
+    config = shape.config | {
+        "num_hidden_layers": len(shape.layers),  # under this name too, which per_layer_config asks for
+        "per_layer_config": {index: own for index, own in each.items() if own},
+        "added_biases": _inner(model, shape),
+    }
+    if modeling.has_modeling(model):
+        name, text, fields = modeling.write_modeling(model)
+        load = (
+            "transformers: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), which runs "
+            f"{name}; or sparsekit.load(folder), which does not"
+        )
+        return Layout("generated", load, config | head_dim(model) | fields, {name: text})
+    load = "sparsekit.load(folder); no config of transformers can say what this model is"
+    # a type that transformers does not know: it would fill what a config of the family promises with random numbers
+    return Layout("own", load, config | {"model_type": f"{modeling.PREFIX}_{shape.config['model_type']}"})
+
+
+def widths(model: Any, layer: Layer) -> dict[str, int]:
+    """The fields of the config that are others in this layer, as they must be there; 0: the part is gone."""
+    config = model.config.get_text_config()
+    found: dict[str, int] = {}
+    if layer.heads is not None:
+        name = config.attribute_map.get("num_attention_heads", "num_attention_heads")
+        heads = getattr(config, name)
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        if layer.heads.kept != groups:
+            found[name] = heads // groups * layer.heads.kept
+            if hasattr(config, "num_key_value_heads"):
+                found["num_key_value_heads"] = layer.heads.kept
+    if layer.channels is not None:
+        name = next(name for name in MLP_WIDTHS if hasattr(config, name))
+        if layer.channels.kept != (getattr(config, name) or layer.channels.of):  # GPT-2 may say None
+            found[name] = layer.channels.kept
+    return found
+
+
+def head_dim(model: Any) -> dict[str, int]:
+    """The field that says the size of a head: else it would be the hidden size over the heads that are left."""
+    sizes = (getattr(module, "head_dim", None) for module in model.modules())
+    return next(({"head_dim": size} for size in sizes if isinstance(size, int)), {})  # no attention is left: none
+
+
+def _plain(model: Any, shape: Shape) -> Iterator[dict[str, Any]]:
+    """Configs that may say all of what the model is, the family's own first."""
+    first, *others = (widths(model, layer) for layer in shape.layers)
+    if any(other != first for other in others) or 0 in first.values():
+        return
+    if any("heads" in name for name in first) or "n_head" in first:
+        first |= head_dim(model)
+    text = shape.config.get("text_config", shape.config)
+    flags = {flag: True for flag, part in BIASES.items() if flag in text and any(part in n for n in shape.biases)}
+    changed = text | first | flags
+    yield shape.config | {"text_config": changed} if "text_config" in shape.config else changed
+    if shape.config["model_type"] == "llama":
+        rest = {key: value for key, value in changed.items() if key not in (*BIASES, "pretraining_tp")}
+        yield rest | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+def _said(config: dict[str, Any], source: dict[str, Any]) -> str:
+    plain = "transformers: AutoModelForCausalLM.from_pretrained(folder)"
+    if config["model_type"] == source["model_type"]:
+        return plain
+    return (
+        f"{plain}; stored as {config['model_type']}, which computes the same: a config of {source['model_type']} takes "
+        f"no {config['num_attention_heads']} heads at a hidden size of {config['hidden_size']}"
+    )
+
+
+def _zeros(built: Any, model: Any) -> dict[str, Tensor]:
+    """A config gives biases to all linears of a kind or to none: those that the model lacks are zero."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: torch.zeros(parameter.shape, dtype=model.dtype)
+        for name, parameter in built.named_parameters(remove_duplicate=False)
+        if name not in names
+    }
+
+
+def _inner(model: Any, shape: Shape) -> list[str]:
+    """The linears with added biases, by index of the layer and name inside it."""
+    home = find_blocks(model)[0].name.rpartition(".")[0]
+    return [name.removeprefix(f"{home}.") for name in shape.biases]

@@ -1,0 +1,196 @@
+"""Cut models on disk: written so that plain transformers loads them where it can, and opened again."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsekit.model import layouts
+from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.folders import locate
+from sparsekit.model.loading import auto_class, load_plain, plain_skeleton
+from sparsekit.model.structure.shape import Shape
+from sparsekit.system import disk_errors, make_readable, sync
+
+GENERATION = "generation_config.json"
+
+
+def save_model(
+    model: Any, tokenizer: Any, folder: str | Path, shape: Shape | None = None, *, source: Path | None = None
+) -> Shape:
+    """Write a model, cut or not, as a folder of safetensors with structure.json; an earlier one is replaced.
+
+    The first of three layouts that can say what the model is:
+    plain: its config can. `from_pretrained` of transformers loads it. All layers are equally wide.
+    generated: a small modeling file can. `from_pretrained(..., trust_remote_code=True)` loads it, without sparsekit.
+    own: `sparsekit.load` alone opens it; transformers answers that it does not know such a model.
+
+    shape: `Shape.of(model, ...)`; None: nothing was cut out of it in earlier steps
+    source: the checkpoint whose generation config is copied; None writes the model's own
+
+    Returns:
+        the shape with its layout and what loads it, as structure.json has it
+
+    Raises:
+        ValueError: the model is not what `shape` says.
+        OSError: the disk is full or the folder cannot be written.
+    """
+    shape = shape or Shape.of(model)
+    layout = layouts.choose_layout(model, shape)
+    shape = replace(shape, layout=layout.name, load=layout.load)
+
+    def describe(aside: Path) -> None:
+        for name, text in {"config.json": json.dumps(layout.config, indent=2) + "\n", **layout.files}.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        shape.write(aside)
+
+    write_model(
+        model,
+        tokenizer,
+        Path(folder),
+        source=source,
+        more=describe,
+        state_dict=model.state_dict() | layout.zeros,
+        # names as the model has them, which `load` reads, or as the family's files have them, where they differ
+        save_original_format=layout.name == "plain",
+    )
+    return shape
+
+
+def write_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    source: Path | None = None,
+    more: Callable[[Path], Any] = lambda aside: None,
+    **options: Any,
+) -> None:
+    """Write a model as transformers does, aside, and move it into place when all of it is on the disk.
+
+    source: the checkpoint whose generation config is copied; None writes the model's own
+    more: writes further files into the folder that it is given. options: of save_pretrained
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; an earlier folder of that name is still there.
+    """
+    from transformers import GenerationConfig
+
+    if source is not None and getattr(model, "generation_config", None) is not None:
+        model.generation_config = GenerationConfig()  # the source's own file is copied, even if it is not valid
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with disk_errors(aside):
+            model.save_pretrained(aside, **options)
+            tokenizer.save_pretrained(aside)
+        if source is not None and (source / GENERATION).is_file():
+            shutil.copyfile(source / GENERATION, aside / GENERATION)
+        more(aside)
+        for file in aside.iterdir():
+            make_readable(file)
+            sync(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+    """The causal language model of a checkpoint, in eval mode, and its tokenizer.
+
+    Any checkpoint that transformers loads, and all that sparsekit has cut; of these no code in the folder is run.
+
+    folder: a folder, the folder of a run, or a hub name
+    dtype: such as "bfloat16"; None keeps the checkpoint's
+
+    Raises:
+        ValueError: there is no such checkpoint, or a tensor is missing, damaged or of another shape.
+    """
+    folder = locate(str(folder))
+    shape = Shape.read(folder)
+    if shape is None or shape.layout == "plain":
+        return load_plain(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    if dtype is not None:
+        shape = replace(shape, config=shape.config | {"dtype": dtype})
+    model: Any = shape.build()
+    _fill(model, Checkpoint(folder), model.dtype if dtype else None)
+    if (folder / GENERATION).is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, _tokenizer(folder, model)
+
+
+def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The structure of any checkpoint on the meta device: `checkpoint.skeleton`, for cut ones too.
+
+    Raises:
+        ValueError: see `checkpoint.skeleton`; or structure.json does not describe a model.
+    """
+    shape = Shape.read(folder)
+    if shape is None or shape.layout == "plain":
+        return plain_skeleton(Path(folder), trust_remote_code=trust_remote_code)
+    return shape.build("meta")
+
+
+def loading_code(folder: str | Path) -> str:
+    """The lines of Python that load a checkpoint, for a model card."""
+    shape = Shape.read(folder)
+    if shape is not None and shape.layout == "own":
+        return f'import sparsekit\nmodel, tokenizer = sparsekit.load("{folder}")'
+    loader = auto_class(Path(folder)).__name__
+    if loader != "AutoModelForCausalLM":
+        return (
+            f"from transformers import AutoImageProcessor, {loader}\n"
+            f'model = {loader}.from_pretrained("{folder}")\n'
+            f'processor = AutoImageProcessor.from_pretrained("{folder}")'
+        )
+    trust = ", trust_remote_code=True" if shape is not None and shape.layout == "generated" else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})'
+    )
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """The parameters of a model that are copies: name -> the name of what they are tied to."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _tokenizer(folder: Path, model: Any) -> Any:
+    import transformers
+
+    try:  # told the family, transformers does not look for a type in config.json that it cannot know
+        return transformers.AutoTokenizer.from_pretrained(folder, config=model.config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+
+
+def _fill(model: Any, stored: Checkpoint, dtype: torch.dtype | None) -> None:
+    """Give a model that was built its weights. dtype: of those of floating point; None: as they are stored."""
+    copies = tied_names(model)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in copies or name in stored}
+    lost = [name for name in wanted if name not in stored]
+    if lost:
+        raise ValueError(f"{stored.folder} lacks {len(lost)} tensors of {type(model).__name__}, the first is {lost[0]}")
+    for name, tensor in wanted.items():
+        if stored.shape(name) != tuple(tensor.shape):
+            raise ValueError(
+                f"{stored.folder}: {name} has shape {stored.shape(name)}, by structure.json {tuple(tensor.shape)}"
+            )
+    weights = stored.tensors(wanted)
+    if dtype is not None:
+        weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in weights.items()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise ValueError(f"{stored.folder} has no {empty[0]}, and its config does not tell it either")

@@ -1,0 +1,118 @@
+"""Which units stay: those with the best scores, so that the budget of parameters is kept."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsekit.model.structure.units import Units
+
+SHAPES = ("free", "uniform")
+BUDGETS = ("separate", "joint")
+
+
+def share(given: str | float) -> float:
+    """A share as a number, from a text such as "30%" or from 0.3; ValueError unless it is above 0 and below 1."""
+    text = str(given).strip()
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise ValueError(f'remove is {given!r}; it must be a share of the blocks\' parameters, such as "30%"')
+    return value
+
+
+def check_shape(shape: str, budgets: str) -> None:
+    """Raise ValueError for a shape or budgets that are unknown, or do not go together."""
+    if shape not in SHAPES or budgets not in BUDGETS:
+        raise ValueError(
+            f"shape is {shape!r} and budgets {budgets!r}; they can be {', '.join(SHAPES)} and {', '.join(BUDGETS)}"
+        )
+    if (shape, budgets) == ("uniform", "joint"):
+        raise ValueError("shape uniform gives each kind of units its own budget; budgets cannot be joint with it")
+
+
+def choose(
+    units: Units, scores: Tensor, remove: float, *, shape: str = "free", budgets: str = "separate", least: int = 1
+) -> Tensor:
+    """The mask (units,) that keeps the highest scores (units,) and removes the share `remove` of all parameters.
+
+    Never less than `remove` goes, and more by less than one unit (of the last kind; uniform: one in each block). Of
+    equal scores the unit that comes first stays.
+
+    shape: free, the best of the whole model; uniform, the same number in each block, the best of each
+    budgets: separate, of heads (or whole attentions) the nearest number to their share goes, of channels (or MLPs) as
+        few as bring the total to `remove`; joint, the lowest scores of both kinds go, which must be comparable
+    least: units that every part keeps, of those with several
+
+    Raises:
+        ValueError: a share outside (0, 1), more than these units hold, an unknown shape or budgets.
+    """
+    share(remove)
+    check_shape(shape, budgets)
+    goal = math.ceil(remove * units.total - 1e-6)
+    kept = torch.ones(len(units), dtype=torch.bool)
+    safe = _best_of_each(units, scores, least)
+    if budgets == "joint":
+        order = _worst_first(units, scores, ~safe)
+        return _dropped(kept, order[: _enough(units.parameters[order], goal, units)])
+    for kind in units.kinds:
+        mine = units.of(kind)
+        done = int(units.parameters[~kept].sum())
+        last = kind == units.kinds[-1]
+        if shape == "uniform" and kind != "layers":
+            parts = [number for number, part in enumerate(units.parts) if part.kind == kind]
+            each, size = units.parts[parts[0]].count, units.parts[parts[0]].parameters
+            if any(units.parts[number].count != each for number in parts):
+                raise ValueError(f"{kind} differ in number from block to block already, so no shape can be uniform")
+            number = math.ceil((goal - done) / (size * len(parts))) if last else round(remove * each)
+            most = each - least if each > 1 else 0
+            if last and number > most:
+                raise _too_much(units, done + most * size * len(parts))
+            for part in parts:
+                order = _worst_first(units, scores, units.part == part)
+                kept = _dropped(kept, order[: min(max(number, 0), most)])
+            continue
+        order = _worst_first(units, scores, mine & ~safe)
+        number = _enough(units.parameters[order], goal - done, units, done) if last else round(remove * int(mine.sum()))
+        kept = _dropped(kept, order[:number])
+    return kept
+
+
+def _best_of_each(units: Units, scores: Tensor, least: int) -> Tensor:
+    """Whether a unit is among the `least` best of its part (units,); parts of one unit have none that is safe."""
+    safe = torch.zeros(len(units), dtype=torch.bool)
+    for number, part in enumerate(units.parts):
+        if part.count > 1 and least:
+            order = _worst_first(units, scores, units.part == number)
+            safe[order[-least:]] = True
+    return safe
+
+
+def _worst_first(units: Units, scores: Tensor, among: Tensor) -> Tensor:
+    order = torch.argsort(-scores.double(), stable=True).flip(0)
+    return order[among[order]]
+
+
+def _enough(parameters: Tensor, goal: int, units: Units, done: int = 0) -> int:
+    """How many of these, in this order, hold `goal` parameters."""
+    if goal <= 0:
+        return 0
+    total = parameters.cumsum(0)
+    if not len(total) or total[-1] < goal:
+        raise _too_much(units, done + (int(total[-1]) if len(total) else 0))
+    return int((total < goal).sum()) + 1
+
+
+def _too_much(units: Units, most: int) -> ValueError:
+    return ValueError(
+        f"{' and '.join(units.kinds)} can give up {most / units.total:.1%} of the blocks' parameters at most; "
+        "remove less, or other units"
+    )
+
+
+def _dropped(kept: Tensor, which: Tensor) -> Tensor:
+    kept = kept.clone()
+    kept[which] = False
+    return kept

@@ -1,0 +1,119 @@
+"""Taking units out of a model in memory: fewer rows, columns and layers, equal logits to the masked model's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.model.blocks import Block, Linear
+from sparsekit.model.discovery import find_blocks
+from sparsekit.model.structure.nothing import Nothing
+from sparsekit.model.structure.units import Part, Units
+
+COUNTS = ("num_heads", "num_attention_heads")  # what attention modules call the number of their query heads
+
+
+@torch.no_grad()
+def cut(model: nn.Module, blocks: Sequence[Block], units: Units, kept: Tensor) -> None:
+    """Remove the units where `kept` (units,) is false, in place. Works on the meta device.
+
+    A part that loses all its units is gone with its biases. Layers that remain are numbered anew, and so are the caches
+    of keys and values. `blocks` are of the model as it was: look for them again.
+    """
+    by_index = {block.index: block for block in blocks}
+    for part, each in zip(units.parts, units.split(kept.bool()), strict=True):
+        if part.kind != "layers" and not bool(each.all()):
+            _narrow(by_index[part.block], part, each)
+    pairs = zip(units.parts, units.split(kept), strict=True)
+    gone = {part.block for part, each in pairs if part.kind == "layers" and not each}
+    if gone:
+        _drop_layers(model, blocks, gone)
+        _renumber(model)
+
+
+def _narrow(block: Block, part: Part, kept: Tensor) -> None:
+    assert part.output is not None
+    attention = part.kind in ("heads", "attention")
+    output = block.linears[part.output]
+    home = part.output.removeprefix(f"{block.name}.").rpartition(".")[0]
+    if not bool(kept.any()):
+        _remove(block, part, home, attention)
+        return
+    columns = part.columns[kept].flatten()
+    for name, rows in part.inputs.items():
+        # in ascending order, so that q, k and v of a fused linear stay one after another
+        _keep(block.linears[name], rows=rows[kept].flatten().sort().values)
+    _keep(output, columns=columns)
+    if attention:
+        _count_heads(block.module.get_submodule(home), len(columns))
+
+
+def _remove(block: Block, part: Part, home: str, attention: bool) -> None:
+    """Put `Nothing` in the place of a whole part."""
+    if home:
+        index = block.module.get_submodule(home).layer_idx if attention else None
+        _replace(block.module, home, Nothing(index))  # type: ignore[arg-type]
+        return
+    for name in part.inputs:  # OPT has no module around its MLP
+        _replace(block.module, name.removeprefix(f"{block.name}."), nn.Identity())
+    _replace(block.module, str(part.output).removeprefix(f"{block.name}."), Nothing())
+
+
+def _replace(module: nn.Module, path: str, by: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, by)
+
+
+def _keep(linear: Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Only these rows, or columns, of a linear (out, in)."""
+    module: Any = linear.module
+    weight = linear.weight
+    bias = getattr(module, "bias", None)
+    if rows is not None:
+        weight = weight[rows.to(weight.device)]
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach()[rows.to(bias.device)], bias.requires_grad)
+    if columns is not None:
+        weight = weight[:, columns.to(weight.device)]
+    module.weight = nn.Parameter(linear.stored(weight).clone(), module.weight.requires_grad)
+    out, width = weight.shape
+    if linear.transposed:
+        module.nf, module.nx = out, width
+    else:
+        module.out_features, module.in_features = out, width
+
+
+def _count_heads(attention: Any, width: int) -> None:
+    """Tell an attention how many heads it has now. How many queries share a key does not change."""
+    size = getattr(attention, "head_dim", None) or attention.head_size
+    heads = width // int(size)
+    for name in COUNTS:
+        if hasattr(attention, name):
+            setattr(attention, name, heads)
+    if hasattr(attention, "num_key_value_heads"):
+        attention.num_key_value_heads = heads // getattr(attention, "num_key_value_groups", 1)
+    if hasattr(attention, "split_size"):  # GPT-2
+        attention.split_size = width
+
+
+def _drop_layers(model: nn.Module, blocks: Sequence[Block], gone: set[int]) -> None:
+    path = blocks[0].name.rpartition(".")[0]
+    parent, _, name = path.rpartition(".")
+    home = model.get_submodule(parent)
+    layers = getattr(home, name)
+    left = [index for index in range(len(layers)) if index not in gone]
+    setattr(home, name, nn.ModuleList(layers[index] for index in left))
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config.num_hidden_layers = len(left)
+    for key, value in vars(config).items():
+        if isinstance(value, list) and len(value) == len(layers):  # one entry for each layer, such as layer_types
+            setattr(config, key, [value[index] for index in left])
+
+
+def _renumber(model: nn.Module) -> None:
+    """The cache of keys and values has a place for each layer."""
+    for block in find_blocks(model):
+        for module in block.module.modules():
+            if getattr(module, "layer_idx", None) is not None:
+                module.layer_idx = block.index  # type: ignore[assignment]

@@ -1,0 +1,97 @@
+"""Which rows and columns of which tensor of the source each tensor of a cut model comes from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from sparsekit.model.structure.removal import Removal
+from sparsekit.model.structure.units import Part, Units
+
+Cuts = Sequence[tuple[Units, Removal]]  # of one model, one after another: its units before each, and what was decided
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor comes from.
+
+    tensor: its name in the source, or what a removal changed it to
+    rows, columns: of it as (out, in); None: all
+    transposed: it is stored (in, out)
+    """
+
+    tensor: str | Tensor
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    transposed: bool = False
+
+    def read(self, source: Mapping[str, Tensor]) -> Tensor:
+        """The tensor as it must be stored."""
+        tensor = source[self.tensor] if isinstance(self.tensor, str) else self.tensor
+        turned = self.transposed and tensor.dim() == 2
+        tensor = tensor.t() if turned else tensor
+        tensor = tensor if self.rows is None else tensor[self.rows]
+        tensor = tensor if self.columns is None else tensor[:, self.columns]
+        return tensor.t() if turned else tensor
+
+
+def trace(traced: dict[str, Origin], path: str, cuts: Cuts) -> dict[str, Origin]:
+    """Where each tensor comes from that is left after the cuts, by its name then.
+
+    traced: name -> where each comes from before them
+    path: the name of the list of blocks
+    """
+    for units, removal in cuts:
+        traced = dict(traced)
+        for name, tensor in removal.changed.items():
+            twin = traced.get(f"{name.rpartition('.')[0]}.weight")
+            traced[name] = Origin(tensor, transposed=twin is not None and twin.transposed)
+        traced = _cut(traced, path, units, removal)
+    return traced
+
+
+def dropped(units: Units, removal: Removal) -> set[int]:
+    """The indices of the layers that a cut removes whole."""
+    parts = zip(units.parts, units.split(removal.kept), strict=True)
+    return {part.block for part, kept in parts if part.kind == "layers" and not kept}
+
+
+def _cut(traced: dict[str, Origin], path: str, units: Units, removal: Removal) -> dict[str, Origin]:
+    layers = dropped(units, removal)
+    gone = {f"{path}.{index}." for index in layers}  # beginnings of names
+    for part, kept in zip(units.parts, units.split(removal.kept), strict=True):
+        if part.kind != "layers" and not kept.any():
+            gone |= _homes(part, f"{path}.{part.block}.")
+        elif part.kind != "layers":
+            _narrow(traced, part, kept)
+    left = {name: each for name, each in traced.items() if not name.startswith(tuple(gone))}
+    return {_renumbered(name, path, layers): each for name, each in left.items()}
+
+
+def _homes(part: Part, block: str) -> set[str]:
+    """Beginnings of the names of what goes with a part: of the module around it, or of its linears if there is none."""
+    assert part.output is not None
+    home = part.output.removeprefix(block).rpartition(".")[0]
+    return {f"{block}{home}."} if home else {f"{name}." for name in (*part.inputs, part.output)}
+
+
+def _narrow(traced: dict[str, Origin], part: Part, kept: Tensor) -> None:
+    for name, rows in part.inputs.items():
+        chosen = rows[kept].flatten().sort().values
+        for full in (f"{name}.weight", f"{name}.bias"):
+            if full in traced:
+                traced[full] = replace(traced[full], rows=_of(traced[full].rows, chosen))
+    full, columns = f"{part.output}.weight", part.columns[kept].flatten()
+    if full in traced:
+        traced[full] = replace(traced[full], columns=_of(traced[full].columns, columns))
+
+
+def _of(before: Tensor | None, chosen: Tensor) -> Tensor:
+    return chosen if before is None else before[chosen]
+
+
+def _renumbered(name: str, path: str, gone: set[int]) -> str:
+    if not name.startswith(f"{path}."):
+        return name
+    number, _, rest = name.removeprefix(f"{path}.").partition(".")
+    return f"{path}.{int(number) - sum(index < int(number) for index in gone)}.{rest}"

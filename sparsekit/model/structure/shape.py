@@ -1,0 +1,251 @@
+"""What a cut model looks like: which layers are left and how wide each is. Enough to build it without its weights."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.model import rebuild
+from sparsekit.model.blocks import Linear, is_linear
+from sparsekit.model.discovery import find_blocks
+from sparsekit.model.structure.cutting import cut
+from sparsekit.model.structure.origins import Cuts, Origin, dropped, trace
+from sparsekit.model.structure.units import Units, find_units
+
+STRUCTURE_FILE = "structure.json"
+VERSION = 1
+COUNTED = ("heads", "channels")
+PARTS = {"attention": "heads", "mlp": "channels"}  # whole parts -> the units that go with them
+LAYERS = "@layers"  # stands for the lines of layers while the rest is written
+
+
+@dataclass(frozen=True)
+class Count:
+    """Units of a kind in a layer. units: those that are left, by their numbers in the source; of: how many it has."""
+
+    units: tuple[int, ...]
+    of: int
+
+    @property
+    def kept(self) -> int:
+        """How many are left; 0: the part is gone."""
+        return len(self.units)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that is left.
+
+    index: in the source model
+    heads: KV groups, or heads where there is no GQA; None: what does what is not known for this family
+    channels: of the MLP; None as with heads
+    """
+
+    index: int
+    heads: Count | None = None
+    channels: Count | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A cut model's structure, as `structure.json` tells it.
+
+    config: the family's, with the layers that are left, at the widths before they were cut; JSON
+    biases: linears that have a bias, which by that config they have not
+    changed: parameters whose values are not the source's
+    parameters: how many; tied ones count once
+    layout, load: how the folder is stored and what opens it (see `storage.save`); empty before it is stored
+    """
+
+    layers: tuple[Layer, ...]
+    config: dict[str, Any]
+    biases: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    parameters: int = 0
+    layout: str = ""
+    load: str = ""
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, cuts: Cuts = (), before: "Shape | None" = None, *, changed: Iterable[str] = ()
+    ) -> "Shape":
+        """The shape of a model in memory, on which `cuts` were made.
+
+        before: the shape of the model that `cuts` began with; None: nothing had been cut out of it
+        changed: parameters that were changed after the cuts, by their names in the model
+
+        Raises:
+            ValueError: the model is not what is left by these cuts, or cannot be built from its config and the counts.
+        """
+        config = _config(model)
+        full = rebuild.build(config, "meta")
+        first = _widths(full, full)
+        gone = sum(len(dropped(units, removal)) for units, removal in cuts)
+        layers = follow_cuts(before.layers if before else _whole(first, len(find_blocks(full)) + gone), cuts)
+        if len(layers) != len(find_blocks(full)):
+            raise ValueError(f"the model has {len(find_blocks(full))} layers, and by its cuts {len(layers)}")
+        for kind, widths in _widths(model, full).items():
+            for layer, width in zip(layers, widths, strict=True):
+                if width != getattr(layer, kind).kept:
+                    raise ValueError(
+                        f"layer {layer.index} has {width} {kind}, and by the cuts {getattr(layer, kind).kept}"
+                    )
+        names = set(_names(full))
+        biases = [n.removesuffix(".bias") for n in _names(model) if n.endswith(".bias") and n not in names]
+        path = find_blocks(model)[0].name.rpartition(".")[0]
+        earlier = {name: Origin(name) for name in (before.changed if before else ())}
+        others = {*trace(earlier, path, cuts), *changed} & set(_names(model))
+        shape = cls(tuple(layers), config, tuple(biases), tuple(sorted(others)), _parameters(model))
+        if found := rebuild.difference(shape.build(), model):
+            raise ValueError(f"this {type(model).__name__} is not what its config and widths say: {found}")
+        return shape
+
+    def build(self, device: str | None = None) -> nn.Module:
+        """The model without weights. device: see `rebuild.build`.
+
+        Raises:
+            ValueError: transformers refuses the config, or the counts do not fit it.
+        """
+        model = rebuild.build(self.config, device)
+        for kind in COUNTED:
+            counts = [getattr(layer, kind) for layer in self.layers]
+            if any(count is not None and count.kept < count.of for count in counts):
+                blocks = find_blocks(model)
+                units = find_units(model, blocks, (kind,))
+                cut(model, blocks, units, _firsts(units, counts))
+        for name in self.biases:
+            linear = model.get_submodule(name)
+            linear.bias = nn.Parameter(torch.empty_like(linear.weight[:, 0]))  # type: ignore[index]
+        return model
+
+    def write(self, folder: Path) -> None:
+        """Write structure.json into a folder."""
+        content = {
+            "version": VERSION,
+            **{key: getattr(self, key) for key in ("layout", "load", "parameters", "biases", "changed")},
+            "layers": LAYERS,
+            "config": self.config,
+        }
+        lines = ",\n  ".join(json.dumps(_entry(layer)) for layer in self.layers)  # a line for each layer
+        text = json.dumps(content, indent=1).replace(f'"{LAYERS}"', f"[\n  {lines}\n ]")
+        (folder / STRUCTURE_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Shape | None":
+        """The shape that a checkpoint's folder tells; None where it has no structure.json.
+
+        Raises:
+            ValueError: its structure.json cannot be read, or is of a later version.
+        """
+        file = Path(folder) / STRUCTURE_FILE
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["version"] > VERSION:
+                raise ValueError(f"version {content['version']} is later than {VERSION}; update sparsekit")
+            layers = tuple(_layer(entry) for entry in content["layers"])
+            rest: dict[str, Any] = {key: tuple(content[key]) for key in ("biases", "changed")}
+            rest |= {key: content[key] for key in ("config", "parameters", "layout", "load")}
+            return cls(layers, **rest)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} does not describe a model: {type(error).__name__}: {error}") from error
+
+
+def whole_layers(model: nn.Module) -> list[Layer]:
+    """The layers of a model out of which nothing was cut; works on the meta device."""
+    return _whole(_widths(model, model), len(find_blocks(model)))
+
+
+def follow_cuts(layers: Sequence[Layer], cuts: Cuts) -> list[Layer]:
+    """The layers that cuts leave, one cut after another."""
+    left = list(layers)
+    for units, removal in cuts:
+        for part, kept in zip(units.parts, units.split(removal.kept), strict=True):
+            kind = PARTS.get(part.kind, part.kind)
+            if kind != "layers":
+                count = getattr(left[part.block], kind)
+                assert count is not None  # who found units knows how many there are
+                mask = kept if part.kind == kind else kept.expand(count.kept)
+                chosen = tuple(unit for unit, stays in zip(count.units, mask.tolist(), strict=True) if stays)
+                counts: dict[str, Any] = {kind: Count(chosen, count.of)}
+                left[part.block] = replace(left[part.block], **counts)
+        gone = dropped(units, removal)
+        left = [layer for index, layer in enumerate(left) if index not in gone]
+    return left
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config = json.loads(model.config.to_json_string())  # type: ignore[union-attr,operator]
+    config.pop("_name_or_path", None)  # a path of this machine
+    return config | {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters(remove_duplicate=False)]
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _whole(widths: dict[str, list[int]], count: int) -> list[Layer]:
+    """Layers of the widths of the first one."""
+    counts = {kind: Count(tuple(range(each[0])), each[0]) for kind, each in widths.items()}
+    return [Layer(index, **counts) for index in range(count)]
+
+
+def _widths(model: nn.Module, full: nn.Module) -> dict[str, list[int]]:
+    """The kinds whose roles are known in this family -> how many units each layer has. full: the model before cuts"""
+    modules = dict(model.named_modules())
+    found: dict[str, list[int]] = {}
+    for kind in COUNTED:
+        try:
+            units = find_units(full, find_blocks(full), (kind,))
+        except ValueError:
+            continue  # none of them can have been cut
+        for part in units.parts:
+            name, rows = next(iter(part.inputs.items()))
+            module = modules.get(name)
+            width = Linear(name, module).shape[0] if module is not None and is_linear(module) else 0
+            found.setdefault(kind, []).append(width // rows.shape[1])
+    return found
+
+
+def _firsts(units: Units, counts: Sequence[Count]) -> Tensor:
+    """A mask (units,) that keeps the first of each part, as many as counted."""
+    for part in units.parts:
+        if counts[part.block].kept > part.count:
+            raise ValueError(
+                f"layer {part.block} would keep {counts[part.block].kept} {part.kind}, its config has {part.count}"
+            )
+    return torch.cat([torch.arange(part.count) < counts[part.block].kept for part in units.parts])
+
+
+def _entry(layer: Layer) -> dict[str, Any]:
+    """JSON: counts, and the units that are left as bits, the first unit in the lowest, where some are gone."""
+    entry: dict[str, Any] = {"layer": layer.index}
+    for kind in COUNTED:
+        count = getattr(layer, kind)
+        if count is not None:
+            entry[kind] = [count.kept, count.of]
+            if count.kept < count.of:
+                entry[f"{kind}_kept"] = hex(sum(1 << unit for unit in count.units))
+    return entry
+
+
+def _layer(entry: dict[str, Any]) -> Layer:
+    counts = {}
+    for kind in COUNTED:
+        if kind in entry:
+            kept, of = entry[kind]
+            bits = int(entry.get(f"{kind}_kept", hex((1 << of) - 1)), 16)
+            units = tuple(unit for unit in range(of) if bits >> unit & 1)
+            if len(units) != kept:
+                raise ValueError(f"layer {entry['layer']} keeps {kept} {kind}, and by {kind}_kept {len(units)}")
+            counts[kind] = Count(units, of)
+    return Layer(entry["layer"], **counts)

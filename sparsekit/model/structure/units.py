@@ -1,0 +1,209 @@
+"""What can be removed from a decoder model: KV groups, MLP channels, whole attention or MLP parts, whole layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.model.blocks import Block, Linear, linears_of
+from sparsekit.model.structure.nothing import Nothing
+
+KINDS = ("heads", "channels", "attention", "mlp", "layers")
+TOGETHER = ({"heads", "channels"}, {"attention", "mlp"}, {"layers"})  # kinds that may be removed together
+# what linears do, by the last part of their names: those that make a part's units, and the one that reads them
+ATTENTIONS = (
+    (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "dense")),
+    (("c_attn",), ("c_proj",)),  # GPT-2: q, k and v one after another
+    (("query_key_value",), ("dense",)),  # GPT-NeoX: head by head
+)
+MLPS = (
+    (("gate_proj", "up_proj"), ("down_proj",)),
+    (("up_proj",), ("down_proj",)),
+    (("fc1",), ("fc2",)),
+    (("c_fc",), ("c_proj",)),
+    (("dense_h_to_4h",), ("dense_4h_to_h",)),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Units of one kind in one block. Where the kind is a whole part or layer, there is one unit.
+
+    inputs: linear's name -> the rows (units, rows of each) that make the units: of q, k and v, or of gate and up
+    output: the linear whose columns read them, o or down; None for a whole layer
+    columns: of `output` (units, columns of each)
+    parameters: that go with one unit, rows' biases included
+    """
+
+    block: int
+    kind: str
+    count: int
+    parameters: int
+    inputs: dict[str, Tensor]
+    output: str | None
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class Units:
+    """All units of a model, numbered part by part. A mask over them is a tensor (units,), true where a unit is kept."""
+
+    parts: tuple[Part, ...]
+    total: int  # parameters of all blocks
+
+    def __len__(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    @cached_property
+    def parameters(self) -> Tensor:
+        """Of each unit (units,), int64."""
+        return self._spread([part.parameters for part in self.parts])
+
+    @cached_property
+    def block(self) -> Tensor:
+        """The index of each unit's block (units,)."""
+        return self._spread([part.block for part in self.parts])
+
+    @cached_property
+    def part(self) -> Tensor:
+        """The number of each unit's part (units,)."""
+        return self._spread(list(range(len(self.parts))))
+
+    @cached_property
+    def kind(self) -> Tensor:
+        """The number, in `kinds`, of each unit's kind (units,)."""
+        return self._spread([self.kinds.index(part.kind) for part in self.parts])
+
+    def of(self, kind: str) -> Tensor:
+        """Whether each unit is of a kind (units,)."""
+        return self._spread([part.kind == kind for part in self.parts])
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The kinds that occur."""
+        return sorted({part.kind for part in self.parts}, key=KINDS.index)
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Values of all units (units, ...) part by part."""
+        return list(values.split([part.count for part in self.parts]))
+
+    def removed(self, kept: Tensor) -> float:
+        """The share of the blocks' parameters that a mask removes."""
+        return int(self.parameters[~kept].sum()) / self.total
+
+    def _spread(self, values: list[Any]) -> Tensor:
+        return torch.tensor(values).repeat_interleave(torch.tensor([part.count for part in self.parts]))
+
+
+def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] = ("heads", "channels")) -> Units:
+    """The units of these kinds in a model's blocks, of parts that are still there. Works on the meta device.
+
+    Raises:
+        ValueError: kinds that are unknown or cannot be removed together, or a block whose linears have other roles
+            than in LLaMA, Mistral, Qwen, Gemma, Phi, OPT, GPT-2 and GPT-NeoX.
+    """
+    check_kinds(kinds)
+    parts = []
+    for block in blocks:
+        parameters = sum(parameter.numel() for parameter in block.module.parameters())
+        for kind in sorted(kinds, key=KINDS.index):
+            if kind == "layers":
+                parts.append(Part(block.index, kind, 1, parameters, {}, None, torch.empty(1, 0, dtype=torch.long)))
+            elif not _gone(block, attention := kind in ("heads", "attention")):
+                parts.append(_heads(model, block, kind) if attention else _channels(block, kind))
+    return Units(tuple(parts), sum(p.numel() for block in blocks for p in block.module.parameters()))
+
+
+def _gone(block: Block, attention: bool) -> bool:
+    """Whether the attention, or the MLP, was removed before."""
+    left = [module for module in block.module.modules() if isinstance(module, Nothing)]
+    return any((module.layer_idx is not None) == attention for module in left)
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise ValueError unless these kinds of units exist and can be removed together."""
+    if not kinds or not any(set(kinds) <= each for each in TOGETHER):
+        raise ValueError(
+            f"units are {', '.join(kinds) or 'none'}; they can be heads and channels, attention and mlp, or layers"
+        )
+
+
+def _heads(model: nn.Module, block: Block, kind: str) -> Part:
+    inputs, output, home = _roles(block, ATTENTIONS, "attention")
+    module = block.module.get_submodule(home)
+    size = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
+    if not isinstance(size, int):
+        raise ValueError(f"{block.name}.{home} does not say how large its heads are (head_dim), so none can be removed")
+    queries = output.shape[1] // size
+    if len(inputs) == 3:
+        groups = inputs[1].shape[0] // size
+        each = queries // groups * size  # rows of q that share a row of k and v
+        rows = {linear.name: _ranges(groups, linear.shape[0] // groups) for linear in inputs}
+    else:
+        groups, each = queries, size
+        [fused] = inputs
+        if fused.name.endswith("c_attn"):
+            rows = {fused.name: torch.cat([_ranges(groups, size) + third * groups * size for third in range(3)], 1)}
+        else:
+            rows = {fused.name: _ranges(groups, 3 * size)}
+        if fused.shape[0] != 3 * groups * size:
+            raise ValueError(f"{fused.name} has {fused.shape[0]} rows, not 3 for each of {groups} heads of {size}")
+    for name, norm in module.named_parameters():
+        if "norm" in name and norm.numel() != size:
+            raise ValueError(f"{block.name}.{home}.{name} normalises all heads together, so none can be removed alone")
+    return _part(block, kind, "heads", rows, output, _ranges(groups, each))
+
+
+def _channels(block: Block, kind: str) -> Part:
+    inputs, output, _ = _roles(block, MLPS, "MLP")
+    count = output.shape[1]
+    rows = {linear.name: torch.arange(count)[:, None] for linear in inputs}
+    if any(linear.shape[0] != count for linear in inputs):
+        raise ValueError(f"{output.name} reads {count} channels, which is not what {inputs[0].name} makes")
+    return _part(block, kind, "channels", rows, output, torch.arange(count)[:, None])
+
+
+def _part(block: Block, kind: str, finest: str, rows: dict[str, Tensor], output: Linear, columns: Tensor) -> Part:
+    count, width = columns.shape
+    parameters = output.shape[0] * width
+    for name, each in rows.items():
+        linear = block.linears[name]
+        parameters += each.shape[1] * (linear.shape[1] + (_bias(linear) is not None))
+    if kind == finest:
+        return Part(block.index, kind, count, parameters, rows, output.name, columns)
+    whole = {name: each.reshape(1, -1) for name, each in rows.items()}
+    bias = _bias(output)
+    parameters = parameters * count + (0 if bias is None else bias.numel())
+    return Part(block.index, kind, 1, parameters, whole, output.name, columns.reshape(1, -1))
+
+
+def _bias(linear: Linear) -> Tensor | None:
+    return getattr(linear.module, "bias", None)
+
+
+def _ranges(count: int, width: int) -> Tensor:
+    return torch.arange(count * width).view(count, width)
+
+
+def _roles(
+    block: Block, known: Sequence[tuple[Sequence[str], Sequence[str]]], what: str
+) -> tuple[list[Linear], Linear, str]:
+    """The linears that make the units, the one that reads them, and the module they are in."""
+    homes: dict[str, dict[str, Linear]] = {}
+    for inner, _ in linears_of(block.module):
+        home, _, last = inner.rpartition(".")
+        if (full := f"{block.name}.{inner}") in block.linears:
+            homes.setdefault(home, {})[last] = block.linears[full]
+    for home, linears in homes.items():
+        for inputs, outputs in known:
+            output = [linears[name] for name in outputs if name in linears]
+            if output and all(name in linears for name in inputs):
+                return [linears[name] for name in inputs], output[0], home
+    raise ValueError(
+        f"{block.name} has no {what} whose linears sparsekit knows: it has "
+        f"{', '.join(sorted(name.removeprefix(f'{block.name}.') for name in block.linears))}; structures can be "
+        "removed from models built like LLaMA, Mistral, Qwen, Gemma, Phi, OPT, GPT-2 or GPT-NeoX"
+    )

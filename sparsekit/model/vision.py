@@ -1,0 +1,31 @@
+"""What a vision model is given, by its configuration."""
+
+from typing import Any
+
+
+def sees_images(model: Any) -> bool:
+    """Whether a model is given pixels, and not tokens."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
+
+
+def channels_of(config: Any) -> int:
+    """Colours that a vision model sees, by its configuration."""
+    return int(getattr(vision_config(config), "num_channels", 3))
+
+
+def vision_config(config: Any) -> Any:
+    """The part of a configuration that describes the image encoder."""
+    return getattr(config, "vision_config", config)
+
+
+def height_and_width(size: Any) -> tuple[int, int]:
+    """Height and width, of a number or a pair in a configuration."""
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)
+
+
+def patches(config: Any) -> int:
+    """Patches of an image, by the model's configuration."""
+    own = vision_config(config)
+    (height, width), (tall, wide) = height_and_width(own.image_size), height_and_width(own.patch_size)
+    return (height // tall) * (width // wide)

@@ -1,0 +1,15 @@
+from .load import RecipeError as RecipeError
+from .load import check_options as check_options
+from .load import json_schema as json_schema
+from .load import kind as kind
+from .load import load_recipe as load_recipe
+from .load import named_solvers as named_solvers
+from .load import resolved as resolved
+from .load import structural as structural
+from .load import to_yaml as to_yaml
+from .load import walking as walking
+from .schema import Recipe as Recipe
+from .schema import Stage as Stage
+from .values import at_least as at_least
+from .yaml_tree import Tree as Tree
+from .yaml_tree import override as override

@@ -1,1 +1,0 @@
-"""Recovery: training what is left of a pruned model, pruned weights staying zero bit for bit."""

@@ -1,0 +1,69 @@
+"""The folder of a run: what it holds, and where."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from sparsekit.model import Block
+from sparsekit.system import unpack
+from sparsekit.walk import Commits
+
+STATE = "run.json"  # the fingerprint of a run that has begun
+MASKS = "masks.safetensors"  # of pruned weights
+REPORT = "report.json"  # written last: its presence means that the run is finished
+
+
+def commits_of(output: Path, segment: int) -> Commits:
+    """Where the blocks are committed that are finished with this number of `Plan.segments`."""
+    return Commits(output / "blocks" / str(segment) if segment else output / "blocks")
+
+
+class Before:
+    """The finished run that a recipe goes on from: the masks and records of its pruned linears."""
+
+    def __init__(self, run: str | Path):
+        report = json.loads((Path(run) / REPORT).read_text(encoding="utf-8"))
+        self.linears: dict[str, dict[str, Any]] = report["sparsity"]["per_linear"]
+        self.errors: dict[str, float] = report["error"]
+        self.file = Path(run) / MASKS
+
+    def records(self, block: Block) -> dict[str, dict[str, Any]]:
+        """As `Block.records` has them."""
+        return {
+            name: {**self.linears[name], "error": self.errors[name], "seconds": 0.0, "warnings": []}
+            for name in block.linears
+            if name in self.linears
+        }
+
+    def masks(self, block: Block) -> dict[str, Tensor]:
+        """A block's masks as packed bits, by the names of its linears; see `Commits.masks`."""
+        with safe_open(self.file, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in block.linears}
+
+
+def stored_masks(output: Path, blocks: Iterable[Block]) -> dict[str, Tensor]:
+    """The stored masks, read back from disk."""
+    from safetensors.torch import load_file
+
+    bits = load_file(output / MASKS)
+    return {name: unpack(bits[name], linear.shape) for block in blocks for name, linear in block.linears.items()}
+
+
+def source_of(path: str | Path) -> dict[str, Any] | None:
+    """The `model` of the recipe that a run's result was made with, told by its report; None for anything else."""
+    for folder in (Path(path), Path(path).parent):
+        if (folder / REPORT).is_file():
+            return json.loads((folder / REPORT).read_text(encoding="utf-8"))["recipe"]["model"]
+    return None
+
+
+def clear_working_files(output: Path, keep: bool) -> None:
+    """Remove what only an unfinished run needs."""
+    for name in ("activations",) if keep else ("activations", "blocks"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    (output / "hparams.yaml").unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""report.html: a run to look at, in one file that needs no script and no network."""
+
+import json
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sparsekit.model import loading_code
+from sparsekit.results.folder import REPORT, STATE
+from sparsekit.results.page import kept, parts
+from sparsekit.results.page.style import CSS
+from sparsekit.system import write_atomically, write_json
+
+PAGE = "report.html"
+
+
+def page(report: Mapping[str, Any], metrics: str | None = None, folder: str | None = None) -> str:
+    """A run's page as one self-contained HTML text.
+
+    report: what report.json holds; whatever is absent from it has no section. metrics: the text of metrics.csv.
+    folder: of the run, as the lines that load its model name it; the recipe's output unless told.
+    """
+    folder = folder or str(report.get("recipe", {}).get("output", "."))
+    sections = {
+        "Quality": parts.quality(report),
+        "Remarks": parts.remarks(report),
+        "Samples": parts.samples(report),
+        "Speed and size": parts.speed(report),
+        "Kept structure": kept.structure(report),
+        "Linears": parts.linears(report),
+        "Training": parts.training(report, metrics),
+        "Time and memory": parts.cost(report),
+        "Load it": f"<pre>{escape(loading_code(Path(folder) / 'model'))}</pre>",
+        "Recipe": parts.recipe(report),
+    }
+    shown = {name: (f"s{number}", html) for number, (name, html) in enumerate(sections.items()) if html}
+    links = "".join(f'<a href="#{key}">{escape(name)}</a>' for name, (key, _) in shown.items())
+    body = "".join(
+        f'<section id="{key}" aria-labelledby="{key}h"><h2 id="{key}h">{escape(name)}</h2>{html}</section>'
+        for name, (key, html) in shown.items()
+    )
+    title = escape(parts.title(report))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{title}</title><style>{CSS}</style></head><body><main><header><h1>{title}</h1>"
+        f'<p class="soft">{escape(parts.stages_of(report))}{_proof(report)}</p>{parts.headline(report)}'
+        f'<nav aria-label="sections">{links}</nav></header>{body}</main></body></html>\n'
+    )
+
+
+def _proof(report: Mapping[str, Any]) -> str:
+    if "verified" not in report:
+        return ""
+    proved = report["verified"] is True
+    said = "proved from disk" if proved else "NOT as asked, see the remarks"
+    return f' · <span class="{"good" if proved else "bad"}">{said}</span>'
+
+
+def require_finished(folder: Path) -> None:
+    """Raise ValueError unless the folder holds a finished run."""
+    if not (folder / REPORT).is_file():
+        why = "is not finished: continue it with --resume" if (folder / STATE).is_file() else f"has no {REPORT}"
+        raise ValueError(f"{folder} {why}; only a finished run has a report")
+
+
+def write_page(folder: Path) -> Path:
+    """Write report.html of a finished run, from its report.json and metrics.csv, and say where it is.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
+    require_finished(folder)
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    metrics = folder / "metrics.csv"
+    logged = metrics.read_text(encoding="utf-8") if metrics.is_file() else None
+    text = page(report, logged, str(folder))
+    write_atomically(folder / PAGE, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return folder / PAGE
+
+
+def add_to_report(folder: Path, entries: Mapping[str, Any]) -> Path:
+    """Put entries, such as "speed", into a finished run's report.json, and write its page again: where that is.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
+    require_finished(folder)
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    write_json(folder / REPORT, report | dict(entries))
+    return write_page(folder)

@@ -1,0 +1,243 @@
+"""The sections of a run's page, each a function of the report that gives HTML, or nothing where it has no data."""
+
+import csv
+import io
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from sparsekit.results.page.charts import Bar, bars, fill, lines
+from sparsekit.results.page.heat import heat
+from sparsekit.results.words import aim
+from sparsekit.system import human_size
+
+Report = Mapping[str, Any]
+
+
+def title(report: Report) -> str:
+    """What was done to which model, in a few words."""
+    name = report.get("model", {}).get("name", "a model")
+    return f"{name}, {aim(dict(report))}" if {"recipe", "sparsity"} <= report.keys() else name
+
+
+def stages_of(report: Report) -> str:
+    """The recipe's stages: "wanda > fista"."""
+    stages = report.get("recipe", {}).get("stages") or []
+    return " > ".join(stage if isinstance(stage, str) else next(iter(stage)) for stage in stages)
+
+
+def headline(report: Report) -> str:
+    """The few figures that matter most."""
+    dense, pruned = _evaluation(report)
+    cards = []
+    for name, value in list(pruned.get("perplexity", {}).items())[:2]:
+        before = dense.get("perplexity", {}).get(name)
+        beside = f"{value / before:.2f} x dense, {before:.2f}" if before else "dense not measured"
+        cards.append((f"perplexity {name}", f"{value:.2f}", beside))
+    for name, metrics in list(pruned.get("tasks", {}).items())[:1]:
+        metric = next((key for key in ("acc_norm", "acc") if key in metrics), None)
+        if metric:
+            before = dense.get("tasks", {}).get(name, {}).get(metric)
+            cards.append((f"{name} {metric}", f"{metrics[metric]:.1%}", f"dense {before:.1%}" if before else ""))
+    sparsity = report.get("sparsity", {})
+    if sparsity.get("per_linear"):
+        beside = f"{sparsity.get('zeros', 0):,} of {sparsity.get('parameters', 0):,}"
+        cards.append(("zeros in the linears", f"{sparsity['total']:.2%}", beside))
+    if parameters := report.get("structure", {}).get("parameters"):
+        less = 1 - parameters["pruned"] / parameters["dense"]
+        cards.append(("parameters removed", f"{less:.1%}", f"{parameters['pruned']:,} of {parameters['dense']:,} left"))
+    if decode := report.get("speed", {}).get("faster", {}).get("decode"):
+        batch = min(decode, key=int)
+        cards.append(("decoding", f"{decode[batch]:.2f} x", f"the dense model's speed, batch {batch}"))
+    if stages := report.get("stages"):
+        seconds = sum(stage["seconds"] for stage in stages)
+        peak = human_size(max(stage["peak_memory_bytes"] for stage in stages))
+        cards.append(("whole run", duration(seconds), f"peak memory {peak}"))
+    inside = "".join(
+        f"<div><dt>{escape(what)}</dt><dd>{escape(value)}<small>{escape(beside)}</small></dd></div>"
+        for what, value, beside in cards
+    )
+    return f'<dl class="headline">{inside}</dl>' if cards else ""
+
+
+def quality(report: Report) -> str:
+    """Perplexity and tasks, dense and pruned, with 95 % confidence where standard errors are known."""
+    dense, pruned = _evaluation(report)
+    texts: dict[str, tuple[str, list[Bar]]] = {}
+    for name in pruned.get("perplexity", {}):
+        where = pruned.get("context", {}).get(name, {})
+        remark = f"{where['windows']} x {where['length']} tokens" if where else ""
+        texts[name] = (remark, [])
+        for who, measured in (("dense", dense), ("pruned", pruned)):
+            value, stderr = (measured.get(key, {}).get(name) for key in ("perplexity", "perplexity_stderr"))
+            if value is not None:
+                texts[name][1].append(_bar(who, value, stderr, 2))
+    tasks: dict[str, tuple[str, list[Bar]]] = {}
+    for name, metrics in pruned.get("tasks", {}).items():
+        for metric in [key for key in metrics if key != "n" and not key.endswith("_stderr") and 0 <= metrics[key] <= 1]:
+            remark = f"{metrics['n']:,} documents" if "n" in metrics else ""
+            both = [("dense", dense.get("tasks", {}).get(name, {})), ("pruned", metrics)]
+            found = [_bar(who, of[metric], of.get(f"{metric}_stderr"), 3) for who, of in both if metric in of]
+            tasks[f"{name} {metric}"] = (remark, found)
+    charts = [bars("Perplexity (lower is better)", texts)] if texts else []
+    charts += [bars("Tasks (higher is better)", tasks, top=1.0)] if tasks else []
+    sure = any(bar.stderr for _, group in (texts | tasks).values() for bar in group)
+    note = '<p class="soft small">The lines across the bars, and ±, span 95 % confidence.</p>' if sure else ""
+    return f'{note}<div class="wide">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>' if charts else ""
+
+
+def _bar(who: str, value: float, stderr: float | None, digits: int) -> Bar:
+    return Bar(who, value, stderr, f"{value:.{digits}f}" + (f" ± {1.96 * stderr:.{digits}f}" if stderr else ""))
+
+
+def speed(report: Report) -> str:
+    """What `sparsekit bench` measured."""
+    found = report.get("speed")
+    if not found:
+        return ""
+    from sparsekit.results.benchmark import SPREAD, bench_rows
+
+    head = ["", *(["pruned", "dense", "relation"] if len(found["models"]) == 2 else ["pruned"])]
+    cores = found.get("hardware", {}).get("threads")
+    remark = f"on {found['settings']['device']}, {cores} threads" if cores else f"on {found['settings']['device']}"
+    remark += f". {SPREAD}" if len(head) == 4 else "."
+    return f'<p class="soft small">Measured {escape(remark)}</p>{_table(head, bench_rows(found))}'
+
+
+def linears(report: Report) -> str:
+    """Sparsity and error of every linear."""
+    per_linear = report.get("sparsity", {}).get("per_linear") or {}
+    sparsity = {name: values["sparsity"] for name, values in per_linear.items()}
+    maps = [
+        heat("Sparsity, % of weights that are zero", "sparsity", sparsity, top=1.0) if any(sparsity.values()) else "",
+        heat("Error of the output, % of its energy", "error", report.get("error") or {}),
+    ]
+    return f'<div class="wide">{"".join(maps)}</div>' if any(maps) else ""
+
+
+def training(report: Report, metrics: str | None) -> str:
+    """Curves: of recovery stages, of LAMP's blocks, and whatever else the run logged as it went."""
+    charts = []
+    for stage, notes in (report.get("notes") or {}).items():
+        points = [(*point, None)[:3] for point in notes.get("curve") or []]  # the validation loss may be left out
+        series = {
+            "training": [(step, loss) for step, loss, _ in points if loss is not None],
+            "validation": [(step, loss) for step, _, loss in points if loss is not None],
+        }
+        charts.append(lines(f"{stage}: loss", series, x="step"))
+    lamp = [notes["lamp"] for notes in (report.get("blocks") or {}).values() if "lamp" in notes]
+    left = {
+        f"trained {when} pruning": [
+            (index, 100 * notes[when]["after"] / notes[when]["before"])
+            for index, notes in enumerate(lamp)
+            if notes.get(when, {}).get("before")
+        ]
+        for when in ("before", "after")
+    }
+    charts.append(lines("lamp: held-out error that training leaves of a block, %", left, x="block"))
+    charts += [lines(f"logged: {name}", {name: points}, x="step") for name, points in logged(metrics or "").items()]
+    charts = [chart for chart in charts if chart]
+    return f'<div class="wide">{"".join(charts)}</div>' if charts else ""
+
+
+def logged(metrics: str) -> dict[str, list[tuple[float, float]]]:
+    """{column: [(step, value), ...]} of Lightning's metrics.csv, but for what never changes and the sparsity."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in csv.DictReader(io.StringIO(metrics)):
+        for column, value in row.items():
+            if value and row.get("step") and column not in ("step", "epoch", "sparsity"):
+                found.setdefault(column, []).append((float(row["step"]), float(value)))
+    return {column: points for column, points in found.items() if len({value for _, value in points}) > 1}
+
+
+def cost(report: Report) -> str:
+    """Seconds and peak memory of each stage."""
+    stages = report.get("stages") or []
+    if not stages:
+        return ""
+    longest = max(stage["seconds"] for stage in stages) or 1
+    most = max(stage["peak_memory_bytes"] for stage in stages) or 1
+    body = ""
+    for stage in stages:
+        time, memory = fill(stage["seconds"] / longest, ""), fill(stage["peak_memory_bytes"] / most, "third")
+        body += (
+            f'<tr><th scope="row">{escape(stage["name"])}</th>'
+            f'<td>{duration(stage["seconds"])}<span class="track">{time}</span></td>'
+            f'<td>{human_size(stage["peak_memory_bytes"])}<span class="track">{memory}</span></td></tr>'
+        )
+    head = '<thead><tr><td></td><th scope="col">time</th><th scope="col">peak memory</th></tr></thead>'
+    return f'<table class="stages"><colgroup><col><col><col></colgroup>{head}<tbody>{body}</tbody></table>'
+
+
+def samples(report: Report) -> str:
+    """What the dense and the pruned model say after the same prompts."""
+    parts = []
+    for sample in report.get("samples") or []:
+        texts = {who: sample[who].lstrip(" ").strip("\n") for who in ("dense", "pruned") if sample.get(who) is not None}
+        said = "".join(
+            f'<div><div class="who">{who}</div><p class="said">{escape(text)}</p></div>' for who, text in texts.items()
+        )
+        prompt = escape(sample.get("prompt", ""))
+        parts.append(f'<div class="sample"><p class="prompt">{prompt}</p><div class="wide">{said}</div></div>')
+    note = '<p class="soft small">Greedy: the likeliest next token each time.</p>'
+    return note + "".join(parts) if parts else ""
+
+
+def remarks(report: Report) -> str:
+    """Failures, warnings with how often they came, and what was left as it is."""
+    verified = report.get("verified")
+    failures = verified if isinstance(verified, list) else []
+    items = [f'<li class="bad">not as asked: {escape(failure)}</li>' for failure in failures]
+    count: dict[str, list[str]] = {}
+    for name, sentences in (report.get("warnings") or {}).items():
+        for sentence in sentences:
+            count.setdefault(sentence, []).append(name)
+    for sentence, names in count.items():
+        where = f"{len(names)} linears, the first is {names[0]}" if len(names) > 1 else names[0]
+        items.append(f'<li>{escape(sentence)} <span class="soft">({escape(where)})</span></li>')
+    items += [
+        f"<li>left as it is: {escape(n)} ({escape(why)})</li>" for n, why in (report.get("skipped") or {}).items()
+    ]
+    if why := report.get("packed", {}).get("why_not"):
+        items.append(f"<li>not packed: {escape(why)}</li>")
+    return f"<ul>{''.join(items)}</ul>" if items else ""
+
+
+def recipe(report: Report) -> str:
+    """The resolved recipe, and what it ran with."""
+    if not report.get("recipe"):
+        return ""
+    from sparsekit.recipe import to_yaml
+
+    ran = [f"{name} {version}" for name, version in (report.get("versions") or {}).items()]
+    hardware = report.get("hardware") or {}
+    if hardware:
+        where = hardware.get("accelerator") or f"{hardware.get('cores')} cores, {hardware.get('threads')} threads"
+        ran.append(f"on {hardware.get('system')} {hardware.get('machine')}, {where}")
+    return f'<pre>{escape(to_yaml(report["recipe"]).strip())}</pre><p class="soft small">{escape(", ".join(ran))}</p>'
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: '0.8 s', '12 s', '4 min 5 s', '40 min', '2 h 3 min'."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds < 599.5:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _evaluation(report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+    evaluation = report.get("evaluation") or {}
+    return evaluation.get("dense") or {}, evaluation.get("pruned") or {}
+
+
+def _table(head: list[str], rows: list[tuple[str, ...]]) -> str:
+    first = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(what)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for what, *cells in rows
+    )
+    return (
+        f'<div class="scroll"><table class="plain"><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table></div>'
+    )

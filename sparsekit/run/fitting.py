@@ -1,0 +1,244 @@
+"""`sparsekit fit`: from a checked recipe to a model on disk that is verified, measured and reported."""
+
+import json
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from sparsekit.data import calibration_images, calibration_tokens
+from sparsekit.maths import Pattern, parse
+from sparsekit.measure import PROMPTS, check_evaluation, evaluate, labelled_images, perplexity_windows, samples
+from sparsekit.model import channels_of, load_tokenizer, loading_code, locate
+from sparsekit.model import load as load_model
+from sparsekit.recipe import Recipe, to_yaml
+from sparsekit.results import REPORT, clear_working_files, closing_table, model_card
+from sparsekit.results.page import write_page
+from sparsekit.run import plan, preview, result
+from sparsekit.run.claim import check_output, claim_output, fingerprint_of, measured_once
+from sparsekit.run.plan import Plan
+from sparsekit.system import Meter, hardware, human_size, session, versions, write_atomically, write_json
+from sparsekit.walk import Commits
+
+
+def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None) -> int:
+    """Run a recipe. Returns 0 when everything asked for is true, 1 when verification failed.
+
+    Raises:
+        ValueError: the recipe, the model, the text or the output folder cannot be used; nothing was overwritten.
+        OSError: the disk is full or a folder cannot be written; committed blocks are kept.
+    """
+    from sparsekit.system import die_with_parent, divide_threads, process_rank
+
+    console = console or Console()
+    with session():
+        output = Path(str(recipe_.output))
+        leads = process_rank() == 0  # of several processes that run this recipe, the first writes and talks
+        if dry_run:
+            preview.show_plan(plan.make_plan(recipe_), console)
+            return 0
+        if leads:
+            check_output(output, resume)
+        else:
+            console = Console(quiet=True)
+            die_with_parent()
+        planned = plan.make_plan(recipe_)
+        divide_threads(recipe_.trainer.devices)
+        with Meter() as meter:
+            with meter.stage("prepare"):
+                tokenizer = load_tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
+                tokens = _tokens(planned, tokenizer)
+                texts = _texts(planned, tokenizer)
+                fingerprint = fingerprint_of(planned, tokens)
+                finished = claim_output(output, fingerprint) if leads else (output / REPORT).is_file()
+            if finished and not leads:
+                return 0
+            if finished:
+                clear_working_files(output, recipe_.keep)  # it may have been killed while it did so
+                write_page(output)
+                verified = json.loads((output / REPORT).read_text(encoding="utf-8"))["verified"] is True
+                said = "nothing to do" if verified else "but its result is not as asked"
+                console.print(f"{output} is finished, {said}. Look at {output / REPORT}")
+                return 0 if verified else 1
+            try:
+                return _fit(planned, tokenizer, tokens, texts, fingerprint, output, meter, console)
+            except OSError as error:
+                done = len(Commits(output / "blocks").done())
+                raise OSError(
+                    f"{error}. {done} of {len(planned.blocks)} blocks are committed in {output}; "
+                    "make room or repair the folder, then run the same command with --resume"
+                ) from error
+
+
+def _fit(
+    planned: Plan,
+    tokenizer: Any,
+    tokens: Tensor,
+    texts: dict[str, Tensor],
+    fingerprint: dict[str, Any],
+    output: Path,
+    meter: Meter,
+    console: Console,
+) -> int:
+    from sparsekit.run.sequence import run_stages
+    from sparsekit.system import leave_group, process_rank
+
+    recipe_ = planned.recipe
+    trust = recipe_.model.trust_remote_code
+    settings = recipe_.evaluate.model_dump(exclude={"dense", "samples"})
+    measured = bool(settings["perplexity"] or settings["tasks"] or settings["accuracy"])
+    evaluation: dict[str, Any] = {}
+    with meter.stage("load"):
+        dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
+        model, _ = load_model(planned.folder, dtype=dtype, trust_remote_code=trust)
+    if measured and recipe_.evaluate.dense and process_rank() == 0:
+        with meter.stage("evaluate dense"):
+            console.print("measuring the dense model")
+            dense = model
+            if planned.dense != planned.folder:
+                dense, _ = load_model(planned.dense, dtype=dtype, trust_remote_code=trust)
+            measure = partial(_measure, planned, dense, tokenizer, settings, texts)
+            evaluation["dense"] = measured_once(output / "blocks" / "dense.json", settings, measure)
+            del measure, dense
+    if planned.postponed:
+        with meter.stage("allocate"):
+            planned.patterns = _allocated(planned, model, tokens, output, console)
+    outcome = run_stages(planned, model, tokens, output, meter, console)
+    if process_rank():  # the first process does the rest
+        return 0
+    leave_group()
+    with meter.stage("save"):
+        shape = result.save(planned, model, tokenizer, outcome, output)
+    found, changed, cuts = result.facts(planned, outcome, shape), result.changed(outcome), outcome.cuts
+    del model, outcome  # from here on only what is on disk counts
+    with meter.stage("verify"):
+        patterns = {name: each["pattern"] for name, each in found["sparsity"]["per_linear"].items()}
+        failures = result.prove(planned, output, cuts, patterns, changed)
+    if planned.quantization and not failures:
+        found["packed"], failures = result.pack(planned, output)
+    if measured:
+        with meter.stage("evaluate pruned"):
+            console.print("measuring the pruned model, loaded from disk")
+            pruned, _ = load_model(output / "model", trust_remote_code=trust)
+            evaluation["pruned"] = _measure(planned, pruned, tokenizer, settings, texts)
+    complete = {
+        "model": {"name": recipe_.model.path, "class": planned.model.__class__.__name__, "dtype": str(dtype or "auto")},
+        "recipe": planned.resolved,
+        "versions": versions(planned.packages()),
+        "hardware": hardware(),
+        "stages": meter.stages(),
+        **found,
+        "evaluation": evaluation,
+        "samples": _side_by_side(evaluation),
+        "verified": failures or True,
+        "fingerprint": fingerprint,
+    }
+    yaml = to_yaml(planned.resolved)
+    write_atomically(output / "recipe.yaml", lambda aside: aside.write_text(yaml, encoding="utf-8"))
+    card = model_card(complete, yaml, loading_code(output / "model"))
+    write_atomically(output / "model" / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
+    write_json(output / REPORT, complete)
+    write_page(output)
+    clear_working_files(output, recipe_.keep)
+    _close(complete, output, console)
+    return 0 if not failures else 1
+
+
+def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Measure any model that a recipe's `model` could name: what `evaluate.evaluate` gives."""
+    trust = isinstance(model, dict) and bool(model.get("trust_remote_code"))
+    with session():
+        loaded, tokenizer = load_model(locate(model), trust_remote_code=trust)
+        return evaluate(loaded, tokenizer, settings)
+
+
+def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str, Any], texts: Any) -> dict[str, Any]:
+    """Measure a model on the accelerator that the recipe walks on; afterwards it is in CPU memory again."""
+    from sparsekit.system import alone
+
+    try:
+        with alone():
+            found: dict[str, Any] = evaluate(model.to(planned.device), tokenizer, settings, texts)
+            if planned.recipe.evaluate.samples and not planned.images:
+                found["samples"] = samples(model, tokenizer)
+            return found
+    finally:
+        model.to("cpu")
+
+
+def _side_by_side(evaluation: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """What the dense and the pruned model say to the same prompts; taken out of their measurements."""
+    said = {name: texts for name, found in evaluation.items() if (texts := found.pop("samples", []))}
+    return [
+        {"prompt": prompt} | {name: texts[index] for name, texts in said.items()}
+        for index, prompt in enumerate(PROMPTS)
+        if said
+    ]
+
+
+def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, console: Console) -> dict[str, Pattern]:
+    """The patterns by a rule that looks at the dense model; a resumed run, or another process, reads them."""
+    from sparsekit.system import process_rank
+
+    file = output / "blocks" / "allocation.json"
+
+    def measure() -> dict[str, str]:
+        console.print(f"a pass through the dense model, for allocation by {planned.recipe.allocation.name}")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            patterns = plan.measured_patterns(planned, model, tokens, output / "activations")
+        for warning in said:
+            console.print(f"[yellow]warning[/]: {warning.message}", highlight=False)
+        return {name: str(pattern) for name, pattern in patterns.items()}
+
+    while process_rank() and not file.is_file():
+        time.sleep(0.1)  # for the first process
+    settings = {key: planned.resolved[key] for key in ("pattern", "allocation")}
+    return {name: parse(text) for name, text in measured_once(file, settings, measure).items()}
+
+
+def _tokens(planned: Plan, tokenizer: Any) -> Tensor:
+    """The calibration tokens (samples, length), or pixels (samples, channels, height, width)."""
+    settings = planned.recipe.calibration.model_dump(exclude={"batch"})
+    if planned.images:
+        return calibration_images(settings, tokenizer, channels_of(planned.config))
+    return calibration_tokens(settings, tokenizer, planned.positions, planned.config.vocab_size)
+
+
+def _texts(planned: Plan, tokenizer: Any) -> dict[str, Tensor]:
+    """The windows of every perplexity set, read before the model is, so that a mistake costs no time."""
+    settings = planned.recipe.evaluate.model_dump(exclude={"dense", "samples"})
+    check_evaluation(settings)
+    for entry in settings["accuracy"]:
+        labelled_images(entry).classes(planned.model)
+    return perplexity_windows(settings, tokenizer, planned.positions)
+
+
+def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
+    console.print()
+    console.print(closing_table(complete, str(output)))
+    said = {sentence for sentences in complete["warnings"].values() for sentence in sentences}
+    for sentence in sorted(said):
+        count = sum(sentence in sentences for sentences in complete["warnings"].values())
+        console.print(f"[yellow]warning[/] ({count} linears): {sentence}", highlight=False)
+    for name, why in complete["skipped"].items():
+        console.print(f"left as it is: {name} ({why})", highlight=False)
+    if complete["verified"] is not True:
+        for failure in complete["verified"]:
+            console.print(f"[bold red]verification failed[/]: {failure}", highlight=False)
+        return
+    if "packed" in complete:
+        console.print(_said_of(complete["packed"], output / "model-packed"), highlight=False)
+    console.print("\nLoad it:\n")
+    console.print(loading_code(output / "model"), markup=False, highlight=False, soft_wrap=True)
+
+
+def _said_of(packed: dict[str, Any], where: Path) -> str:
+    if "why_not" in packed:
+        return f"not packed: {packed['why_not']}"
+    sizes = f"{human_size(packed['bytes'])} instead of {human_size(packed['simulated_bytes'])}"
+    return f"packed: {where}, {sizes}; it loads where compressed-tensors is installed"

@@ -1,0 +1,95 @@
+"""What `--dry-run` shows: the resolved recipe, blocks and groups, and what a run will need."""
+
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sparsekit.maths import Pattern, Unstructured
+from sparsekit.model import Block
+from sparsekit.recipe import to_yaml
+from sparsekit.run.plan import Plan
+from sparsekit.system import human_size
+
+
+def show_plan(planned: Plan, console: Console) -> None:
+    """Print it all; no weight is read."""
+    from rich.table import Table
+
+    console.print(to_yaml(planned.resolved), markup=False, highlight=False)
+    table = Table(title=f"{planned.model.__class__.__name__}: {len(planned.blocks)} blocks", title_justify="left")
+    for column in ("blocks", "group", "linear", "out x in", "pattern"):
+        table.add_column(column)
+    later = f"set after a dense pass by {planned.recipe.allocation.name}" if planned.postponed else ""
+    kinds: dict[Any, list[Block]] = {}
+    for block in planned.blocks:
+        shapes = tuple(
+            tuple(
+                (name.removeprefix(block.name), block.linears[name].shape, planned.patterns.get(name)) for name in group
+            )
+            for group in block.groups
+        )
+        kinds.setdefault(shapes, []).append(block)
+    for shapes, alike in kinds.items():
+        indices = _ranges([block.index for block in alike])
+        for number, group in enumerate(shapes):
+            for name, (out, width), pattern in group:
+                said = later or (_text(pattern) if pattern else "")
+                table.add_row(indices, str(number + 1), name.lstrip("."), f"{out} x {width}", said)
+    console.print(table)
+    for name, why in planned.skipped.items():
+        console.print(f"left as it is: {name} ({why})")
+    for what, value in estimates(planned).items():
+        console.print(f"{what}: {value}", highlight=False)
+
+
+def estimates(plan: Plan) -> dict[str, str]:
+    """What a run will need, from shapes alone."""
+    calibration = plan.recipe.calibration
+    config, given = plan.config, plan.recipe.model.dtype
+    dtype = (config.dtype or torch.float32) if given == "auto" else getattr(torch, given)
+    parameters = sum(parameter.numel() for parameter in plan.model.parameters())
+    largest = max(sum(p.numel() for p in block.module.parameters()) for block in plan.blocks)
+    grams = max(sum(_width(block, names) ** 2 for names in block.groups) for block in plan.blocks)
+    widest = max(_width(block, names) for block in plan.blocks for names in block.groups)
+    tokens = calibration.samples * plan.length
+    streams = 2 if plan.recipe.error_correction == "model" else 1
+    budget = plan.recipe.memory.activations
+    activations = tokens * config.hidden_size * dtype.itemsize * streams
+    pruned = sum(linear.weight.numel() for block in plan.blocks for linear in block.linears.values())
+    gram_work = 2 * tokens * sum(_width(block, names) ** 2 for block in plan.blocks for names in block.groups)
+    passes = {"none": 1, "prefix": 2}.get(plan.recipe.error_correction) or 2 + len(plan.blocks[0].groups)
+    passes += plan.postponed
+    found = {
+        "weights on disk and in memory": human_size(parameters * dtype.itemsize),
+        "one block, in float32": human_size(largest * 4),
+        "Grams of one block": human_size(grams * 4),
+        "factorization of the widest Gram": human_size(2 * widest**2 * 4),
+        "activations": f"{human_size(activations)}, of which at most {human_size(budget)} in memory",
+    }
+    if not plan.patterns:  # no stage prunes weights, so what there is to do depends on the stage alone
+        return found
+    return found | {
+        "forward work": f"{passes * 2 * tokens * pruned / 1e12:.2f} TFLOP in {passes} passes over {tokens:,} tokens",
+        "Gram work": f"{gram_work / 1e12:.2f} TFLOP",
+        "weights to prune": f"{pruned:,} of {parameters:,}",
+    }
+
+
+def _ranges(indices: list[int]) -> str:
+    """Such as "0-4, 7"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _text(pattern: Pattern) -> str:
+    return f"{100 * pattern.sparsity:.6g}%" if isinstance(pattern, Unstructured) else str(pattern)
+
+
+def _width(block: Block, names: list[str]) -> int:
+    return block.linears[names[0]].shape[1]

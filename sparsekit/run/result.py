@@ -1,0 +1,137 @@
+"""What a run leaves: the model on disk, the proof that it is as asked, and the facts about it for the report."""
+
+from pathlib import Path
+from typing import Any
+
+from sparsekit.model import Block, find_blocks, save_model, skeleton, write_model
+from sparsekit.model.structure import COUNTED, Cuts, Shape
+from sparsekit.results import MASKS, export_packed, packed_differences, prove_structure, stored_masks, verify
+from sparsekit.run.plan import Plan
+from sparsekit.run.sequence import Outcome
+from sparsekit.system import write_atomically, write_tensors
+
+
+def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Path) -> Shape | None:
+    """Write model/, and the masks of pruned weights beside it.
+
+    Returns:
+        the shape of a model that structures were cut out of, else None
+    """
+    target = output / "model"
+    shape = None
+    before = Shape.read(planned.folder)
+    if outcome.cuts or before is not None:
+        shape = Shape.of(model, outcome.cuts, before=before, changed=changed(outcome))
+        shape = save_model(model, tokenizer, target, shape, source=planned.folder)
+    else:
+        write_model(model, tokenizer, target, source=planned.folder)
+    if outcome.masks is not None:
+        bits = {name: mask for block in outcome.blocks for name, mask in outcome.masks.masks(block).items()}
+        write_atomically(output / MASKS, lambda file: write_tensors(file, bits))
+    return shape
+
+
+def changed(outcome: Outcome) -> set[str]:
+    """The parameters that stages changed after structures were cut, by their names in the result."""
+    trained = {f"{block.name}.{inner}" for block in outcome.blocks for inner in block.trained}
+    return trained | {f"{name}.weight" for name in _records(outcome)}
+
+
+def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], changed: set[str]) -> list[str]:
+    """What is wrong with the model on disk, sentence by sentence; empty: it is as asked.
+
+    patterns: of the pruned linears, by name. changed: see the function of that name.
+    """
+    trust, cast = planned.recipe.model.trust_remote_code, planned.recipe.model.dtype != "auto"
+    pruned = (output / MASKS).is_file()
+    cut = Shape.read(output / "model") is not None
+    failures: list[str] = []
+    if cut:
+        failures += prove_structure(
+            output / "model", planned.folder, cuts, changed=changed, cast=cast, trust_remote_code=trust
+        )
+    if pruned or not cut:
+        failures += verify(
+            output / "model",
+            against=None if cut else planned.folder,
+            masks=stored_masks(output, planned.blocks) if pruned else None,
+            patterns=patterns,
+            quantization=planned.quantization,
+            trained=changed,
+            cast=cast,
+            trust_remote_code=trust,
+        ).failures
+    return failures
+
+
+def pack(planned: Plan, output: Path) -> tuple[dict[str, Any], list[str]]:
+    """Write model-packed/ where the layout allows it: its size, or why there is none; and what is wrong with it."""
+    source, target = output / "model", output / "model-packed"
+    assert planned.quantization is not None
+    settings = dict.fromkeys(planned.patterns, planned.quantization)
+    try:
+        export_packed(source, target, settings, trust_remote_code=planned.recipe.model.trust_remote_code)
+    except ValueError as error:
+        return {"why_not": str(error)}, []
+    sizes = {each.name: sum(file.stat().st_size for file in each.iterdir()) for each in (source, target)}
+    return {"bytes": sizes[target.name], "simulated_bytes": sizes[source.name]}, packed_differences(target, source)
+
+
+def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any]:
+    """What the report says of the pruned weights and structures."""
+    records = _records(outcome)
+    linears = [linear for block in outcome.blocks for linear in block.linears.values()]
+    zeros = sum(record["zeros"] for record in records.values())
+    parameters = sum(linear.weight.numel() for linear in linears)
+    keys = ("sparsity", "pattern", "zeros", "parameters")
+    found: dict[str, Any] = {
+        "sparsity": {
+            "total": zeros / parameters,
+            "zeros": zeros,
+            "parameters": parameters,
+            "per_linear": {name: {key: record[key] for key in keys} for name, record in records.items()},
+        },
+        "error": {name: record["error"] for name, record in records.items()},
+        "blocks": {block.name: block.notes for block in outcome.blocks if block.notes},
+        "warnings": {name: record["warnings"] for name, record in records.items() if record["warnings"]},
+        "skipped": planned.skipped,
+    }
+    if outcome.notes:
+        found["notes"] = outcome.notes
+    if shape is not None:
+        found["structure"] = _structure(planned, outcome, shape)
+    return found
+
+
+def _structure(planned: Plan, outcome: Outcome, shape: Shape) -> dict[str, Any]:
+    """Counts of what is left, beside the model that the recipe names, even where it goes on from an earlier run."""
+    dense = planned.model
+    if planned.dense != planned.folder:
+        dense = skeleton(planned.dense, trust_remote_code=planned.recipe.model.trust_remote_code)
+    begun = Shape.read(planned.dense)  # it may be cut itself
+    blocks = find_blocks(dense)
+    indices = [layer.index for layer in begun.layers] if begun else range(len(blocks))
+    before = {index: _parameters(block) for index, block in zip(indices, blocks, strict=True)}
+    after = [_parameters(block) for block in outcome.blocks]
+    counts = []
+    for layer, parameters in zip(shape.layers, after, strict=True):
+        units = {kind: [count.kept, count.of] for kind in COUNTED if (count := getattr(layer, kind)) is not None}
+        counts.append({**units, "parameters": [parameters, before[layer.index]]})
+    return {
+        "parameters": {"dense": sum(p.numel() for p in dense.parameters()), "pruned": shape.parameters},
+        "total": 1 - sum(after) / sum(before.values()),
+        "removed": [units.removed(removal.kept) for units, removal in outcome.cuts],
+        "source_layers": max(indices) + 1,
+        "layers": [layer.index for layer in shape.layers],
+        "blocks": counts,
+        "layout": shape.layout,
+        "load": shape.load,
+    }
+
+
+def _parameters(block: Block) -> int:
+    return sum(parameter.numel() for parameter in block.module.parameters())
+
+
+def _records(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    return {name: record for block in outcome.blocks for name, record in block.records.items()}

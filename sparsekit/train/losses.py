@@ -1,0 +1,56 @@
+"""What recovery minimises: the loss of the text, and of what the dense model says of the same text."""
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sparsekit.train.records import IGNORED
+from sparsekit.train.teacher import Cached, Running, distance, divergence, divergence_of_top
+
+
+def text_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """The summed cross-entropy of the labels that count, in float32, and how many they are.
+
+    logits: (sequences, length, vocabulary); labels: (sequences, length), each predicted from the tokens before it
+    """
+    targets = labels[:, 1:].flatten()
+    total = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+    return total, int((targets != IGNORED).sum())
+
+
+class Objective:
+    """The loss of a batch: (1 - distill) text + distill KL to the dense model + hidden distance of hidden states.
+
+    teacher: the dense model, None for the text alone
+    """
+
+    def __init__(
+        self,
+        teacher: Running | Cached | None = None,
+        *,
+        distill: float = 0.0,
+        hidden: float = 0.0,
+        temperature: float = 1.0,
+    ):
+        self.teacher, self.distill, self.hidden, self.temperature = teacher, distill, hidden, temperature
+
+    def __call__(self, model: nn.Module, ids: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, float]:
+        """The loss to be minimised of tokens and labels (sequences, length), and the mean cross-entropy in it.
+
+        rows: (sequences,), the numbers of the training rows that they are
+        """
+        out = model(input_ids=ids, use_cache=False, output_hidden_states=self.hidden > 0)
+        total, count = text_loss(out.logits, labels)
+        count = max(count, 1)
+        text = total / count
+        if self.teacher is None:
+            return text, float(text.detach())
+        loss = (1 - self.distill) * text
+        if isinstance(self.teacher, Cached):
+            kl = divergence_of_top(out.logits, *self.teacher.read(rows), labels, self.temperature)
+            return loss + self.distill * kl / count, float(text.detach())
+        dense = self.teacher.look(ids, self.hidden > 0)
+        if self.distill:
+            loss = loss + self.distill * divergence(out.logits, dense.logits, labels, self.temperature) / count
+        if self.hidden:
+            loss = loss + self.hidden * distance(out.hidden_states[1:], dense.hidden_states[1:])
+        return loss, float(text.detach())

@@ -1,0 +1,333 @@
+"""Block reconstruction: train one block so that its outputs come near to given targets; pruned weights stay zero."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparsekit.model import Block
+from sparsekit.recipe import at_least
+from sparsekit.system import Team
+from sparsekit.train.schedule import cosine
+
+TRAINABLE = ("all", "low-rank", "norms-and-biases")
+CLIP = 1.0  # largest norm of a gradient, the error beginning at 1
+
+
+class Chunks(Protocol):
+    """An ActivationStore, or any sequence of tensors (sequences, length, hidden)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+def reconstruct(
+    block: Block,
+    inputs: Chunks,
+    targets: Chunks,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    trainable: str = "all",
+    epochs: int = 12,
+    learning_rate: float = 1e-3,
+    batch: int = 1,
+    held_out: float = 0.05,
+    warmup: float = 0.1,
+    rank: int = 16,
+    weight_decay: float = 0.0,
+    patience: int = 3,
+    per_token: bool = True,
+    seed: int = 0,
+    team: Team = Team(),  # noqa: B008 (frozen)
+) -> dict[str, Any]:
+    """Lower the mean squared error between a block's outputs and `targets` by AdamW, in place.
+
+    inputs, targets: equally many chunks (sequences, length, hidden) of pairwise equal shape, at least two
+    masks: linear's name -> the weights (out, in) that are kept; the others are zero and stay so, bit for bit, as their
+        gradients are zeroed before the optimizer sees them. Linears that are not named are trained as dense ones.
+    trainable: all; low-rank (W + mask * (B A) for the linears, and the norms and biases; PERP, arXiv:2312.15230); or
+        norms-and-biases (all parameters with one dimension)
+    epochs: passes over the chunks; learning_rate: its peak, after a linear warm-up of the share `warmup` of all steps,
+        from where it falls to zero along a cosine. batch: chunks in a step.
+    held_out: share of the chunks, evenly spread, that are not trained on and choose the best epoch: the block never
+        ends worse on them than it began, in its own dtype. 0: the training chunks choose.
+    patience: epochs without a better state after which it ends. rank: of low-rank. seed: of the order of the chunks.
+    per_token: each token's error is relative to the energy of its own target, as what comes next normalises token by
+        token. The plain mean (false) looks at little but the first token of each sequence, whose activations are
+        hundreds of times larger in many models.
+    team: processes that have the same block and other chunks. Gradients and errors are sums over all of them, each
+        takes as many chunks as the one that has the fewest, and all end with the same block.
+
+    The block runs in eval mode; it computes in float32 (float64 if it is), under autocast on an accelerator if it is
+    stored in half precision. Memory beside the block: one float32 copy, its gradient and two moments of what is
+    trained; the best state is the block itself. It marks what it changed in `block.trained`.
+
+    Returns:
+        before, after: squared error over the target's mean square (by token, or of all), on the held-out chunks
+        epochs, best_epoch (0: as it began), learning_rate, seconds
+        held_out, train: the same error after each epoch, and its mean while training in it; None where not finite
+
+    Raises:
+        ValueError: options out of range, too few chunks, shapes that differ, inputs or targets that are not finite,
+            weights outside their mask that are not zero.
+    """
+    started = time.perf_counter()
+    check_reconstruction(
+        trainable, learning_rate, held_out, warmup, epochs=epochs, batch=batch, rank=rank, patience=patience
+    )
+    at_least(0, weight_decay=weight_decay)
+    task = _Task(block, inputs, targets, team, per_token)
+    scale = task.mean_square()
+    training, testing = _split(min(task.counts()), held_out)
+    generator = torch.Generator().manual_seed(seed)
+    leaves, effective = _leaves(block, masks or {}, trainable, rank, generator)
+    optimizer = torch.optim.AdamW(leaves, weight_decay=weight_decay)
+    share = cosine(epochs * math.ceil(len(training) / batch), warmup)
+
+    def rate(step: int) -> float:
+        return learning_rate * share(step)
+
+    stored = {name: parameter.dtype for name, parameter in block.module.named_parameters()}
+    mode = block.module.training
+    block.module.eval()
+    try:
+        before = task.error({}, testing)
+        if not math.isfinite(before):
+            raise ValueError(f"the outputs of {block.name} are not finite, so it cannot be trained; look at its inputs")
+        best, best_epoch, train, test = before, 0, [], []
+        for epoch in range(1, epochs + 1):
+            order = [training[i] for i in torch.randperm(len(training), generator=generator)]
+            # gradients of an error that begins at 1, whatever the size of the activations
+            train.append(_epoch(task, effective, optimizer, rate, order, batch, before or scale))
+            with torch.no_grad():
+                state = {name: tensor.to(stored[name]) for name, tensor in effective().items()}
+            test.append(task.error(state, testing))
+            if not math.isfinite(train[-1] + test[-1]):
+                warnings.warn(
+                    f"training of {block.name} diverged in epoch {epoch} and was ended; its best state before that is "
+                    f"kept, a learning rate below {learning_rate} is better",
+                    stacklevel=2,
+                )
+                break
+            if test[-1] < best:
+                best, best_epoch = test[-1], epoch
+                _write(block, state)
+            elif epoch - best_epoch >= patience:
+                break
+    finally:
+        block.module.train(mode)
+    return {
+        "before": before / scale,
+        "after": best / scale,
+        "epochs": len(test),
+        "best_epoch": best_epoch,
+        "learning_rate": learning_rate,
+        "seconds": time.perf_counter() - started,
+        "held_out": [error / scale if math.isfinite(error) else None for error in test],
+        "train": [error / scale if math.isfinite(error) else None for error in train],
+    }
+
+
+def check_reconstruction(
+    trainable: str, learning_rate: float, held_out: float, warmup: float, *, epochs: int, **counts: int
+) -> None:
+    """Raise ValueError for options of `reconstruct` that are out of range. counts: batch, rank, patience."""
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable is {trainable!r}; it can be {', '.join(TRAINABLE)}")
+    at_least(0, epochs=epochs, held_out=held_out, warmup=warmup)
+    at_least(1, **counts)
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
+    if max(held_out, warmup) >= 1:
+        raise ValueError(f"held_out is {held_out}, warmup {warmup}; they are shares, from 0 to below 1")
+
+
+def _split(count: int, held_out: float) -> tuple[list[int], list[int]]:
+    """The indices to train on and, evenly spread over the chunks, those held out: at least one of each."""
+    if count < 2:
+        raise ValueError(
+            f"there is {count} chunk of activations; reconstruction needs at least 2, one to train on and one held "
+            "out: give more samples or put fewer in a batch"
+        )
+    if held_out == 0:
+        return list(range(count)), list(range(count))
+    number = min(max(1, round(held_out * count)), count - 1)
+    testing = [count * (index + 1) // number - 1 for index in range(number)]
+    return sorted(set(range(count)) - set(testing)), testing
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A block, what enters it and what should leave it, in this process and in others."""
+
+    block: Block
+    inputs: Chunks
+    targets: Chunks
+    team: Team
+    per_token: bool
+
+    def pairs(self, order: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The chunks in an order of one's own; the next pair is read while the caller works on this one."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead = None
+            for index in order:
+                now, ahead = ahead, reader.submit(lambda i: (self.inputs[i], self.targets[i]), index)
+                if now is not None:
+                    yield now.result()
+            if ahead is not None:
+                yield ahead.result()
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value's sum over the processes."""
+        if self.team.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.block.device)
+        self.team.sum([sums])
+        return list(sums.tolist())
+
+    def counts(self) -> list[int]:
+        """How many chunks each process has."""
+        own = [len(self.inputs) * (rank == self.team.rank) for rank in range(self.team.size)]
+        return [int(count) for count in self.sum(*own)]
+
+    def weighed(self, difference: Tensor, y: Tensor) -> Tensor:
+        """Squares, each over the mean square of its token's target where errors are relative by token."""
+        squares = difference.square()
+        if not self.per_token:
+            return squares
+        energy = y.to(difference).square().mean(-1, keepdim=True)
+        return squares * torch.where(energy > 0, 1 / energy, 0)
+
+    def mean_square(self) -> float:
+        """Of the targets; raises ValueError for chunks that do not fit together."""
+        if len(self.inputs) != len(self.targets):
+            raise ValueError(
+                f"there are {len(self.inputs)} chunks of inputs and {len(self.targets)} of targets; give equally many"
+            )
+        energy, elements = 0.0, 0.0
+        for index, (x, y) in enumerate(self.pairs(range(len(self.inputs)))):
+            if x.shape != y.shape:
+                raise ValueError(f"chunk {index}: inputs {tuple(x.shape)}, targets {tuple(y.shape)}; make them equal")
+            if not (x.isfinite().all() and y.isfinite().all()):
+                raise ValueError(f"chunk {index} contains NaN or Inf, so a block cannot be trained on it")
+            energy, elements = energy + float(self.weighed(y.double(), y).sum()), elements + y.numel()
+        energy, elements = self.sum(energy, elements)
+        return energy / max(elements, 1) or 1.0
+
+    def squared(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The squared error (a sum) of the block with these parameters on one chunk, in float32 or wider."""
+        out = self.block.with_parameters(parameters, x, dtype)
+        wide = torch.promote_types(out.dtype, torch.float32)
+        y = y.to(out.device, wide)
+        return self.weighed(out.to(wide) - y, y).sum()
+
+    @torch.no_grad()
+    def error(self, parameters: dict[str, Tensor], order: list[int]) -> float:
+        """The mean squared error over the chunks `order`, in the dtypes in which the block is stored."""
+        total, count = 0.0, 0.0
+        for x, y in self.pairs(order):
+            total, count = total + float(self.squared(parameters, x, y)), count + y.numel()
+        total, count = self.sum(total, count)
+        return total / count
+
+
+def _leaves(
+    block: Block, masks: Mapping[str, Tensor], trainable: str, rank: int, generator: torch.Generator
+) -> tuple[list[Tensor], Callable[[], dict[str, Tensor]]]:
+    """What the optimizer moves, and a function that makes the block's parameters of it, by their inner names."""
+    if unknown := masks.keys() - block.linears.keys():
+        raise ValueError(f"masks name {min(unknown)}, which is no linear of {block.name}")
+    parameters = {name: p for name, p in block.module.named_parameters() if p.is_floating_point()}
+    wide = {
+        name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in parameters.items()
+    }
+    linears = {f"{name.removeprefix(f'{block.name}.')}.weight": linear for name, linear in block.linears.items()}
+    keep = {}
+    for name, linear in linears.items():
+        if linear.name in masks:
+            keep[name] = linear.stored(masks[linear.name]).to(wide[name].device)
+            if keep[name].shape != wide[name].shape or wide[name].masked_select(~keep[name]).count_nonzero():
+                raise ValueError(f"the weight of {linear.name} is not zero outside its mask, or of another shape")
+    low = [name for name in linears if trainable == "low-rank"]
+    free = [name for name, tensor in wide.items() if name not in low and (trainable == "all" or tensor.ndim == 1)]
+    for name in free:
+        wide[name].requires_grad_()
+        if name in keep:
+            wide[name].register_hook(lambda gradient, mask=keep[name]: gradient * mask)  # type: ignore[misc]
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in low:
+        rows, columns = wide[name].shape
+        size = min(rank, rows, columns)
+        right = torch.randn(size, columns, generator=generator) / math.sqrt(columns)
+        factors[name] = (
+            torch.zeros(rows, size).to(wide[name]).requires_grad_(),
+            right.to(wide[name]).requires_grad_(),
+        )
+
+    def effective() -> dict[str, Tensor]:
+        made = {name: wide[name] for name in free}
+        for name, (left, right) in factors.items():
+            update = left @ right
+            made[name] = wide[name] + (update * keep[name] if name in keep else update)
+        return made | {name: tensor for name, tensor in wide.items() if name not in made}
+
+    return [wide[name] for name in free] + [factor for pair in factors.values() for factor in pair], effective
+
+
+def _epoch(
+    task: _Task,
+    effective: Callable[[], dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    rate: Callable[[int], float],
+    order: list[int],
+    batch: int,
+    unit: float,
+) -> float:
+    """One pass of gradient steps on the mean squared error in `unit`; returns its mean on the way."""
+    total, seen, pending = 0.0, 0.0, 0
+    for position, (x, y) in enumerate(task.pairs(order), start=1):
+        with torch.enable_grad(), _autocast(task.block):
+            loss = task.squared(effective(), x, y, torch.promote_types(x.dtype, torch.float32))
+            (loss / unit).backward()  # type: ignore[no-untyped-call]
+        total, seen, pending = total + float(loss.detach()), seen + y.numel(), pending + y.numel()
+        if position % batch == 0 or position == len(order):
+            _step(task, optimizer, rate, pending)
+            pending = 0
+    total, seen = task.sum(total, seen)
+    return total / seen
+
+
+def _step(task: _Task, optimizer: torch.optim.Optimizer, rate: Callable[[int], float], elements: float) -> None:
+    """Gradients were summed over elements, which half precision cannot lose; here they become those of the mean."""
+    group = optimizer.param_groups[0]
+    moved = [leaf for leaf in group["params"] if leaf.grad is not None]
+    task.team.sum(leaf.grad for leaf in moved)
+    (elements,) = task.sum(elements)
+    for leaf in moved:
+        leaf.grad /= elements
+    torch.nn.utils.clip_grad_norm_(moved, CLIP)
+    group["lr"] = rate(group.get("taken", 0))
+    group["taken"] = group.get("taken", 0) + 1
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _autocast(block: Block) -> torch.autocast:
+    dtype = next(block.module.parameters()).dtype
+    half = dtype in (torch.float16, torch.bfloat16) and block.device.type != "cpu"
+    return torch.autocast(block.device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
+
+
+@torch.no_grad()
+def _write(block: Block, state: dict[str, Tensor]) -> None:
+    """Make a state the block's own, and note which parameters differ from what they were."""
+    for name, parameter in block.module.named_parameters():
+        if name in state and not torch.equal(parameter, state[name]):
+            parameter.copy_(state[name]).add_(0.0)  # -0.0 becomes 0.0
+            block.trained.add(name)

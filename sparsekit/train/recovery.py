@@ -1,0 +1,99 @@
+"""Recovery as Lightning sees it: a language model of which some parameters are trained, and a small checkpoint."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from sparsekit.system import Team
+from sparsekit.train.losses import Objective, text_loss
+from sparsekit.train.rows import Rows
+from sparsekit.train.schedule import cosine
+
+
+class Recovery(LightningModule):
+    """Trains the parameters `leaves` of a language model by AdamW, with a linear warm-up and a cosine to zero.
+
+    leaves: name in the model -> parameter; nothing else is in its checkpoints
+    steps: of the optimizer; warmup: share of them. weight_decay: of parameters with two dimensions
+    switch: called with True before a training step and with False before validation, where layers differ between them
+    seed: with the batch's number added, of what is random in a step (dropout), so that a resumed run repeats it
+
+    The model stays in eval mode. `trainer_options` is what it asks of the Trainer.
+    """
+
+    strict_loading = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        leaves: dict[str, nn.Parameter],
+        objective: Objective,
+        *,
+        steps: int,
+        learning_rate: float,
+        warmup: float = 0.1,
+        weight_decay: float = 0.0,
+        switch: Callable[[bool], Any] = lambda _: None,
+        seed: int = 0,
+        team: Team = Team(),  # noqa: B008 (frozen)
+    ):
+        super().__init__()
+        self.model, self.leaves, self.objective, self.switch = model.eval(), leaves, objective, switch
+        self.steps, self.learning_rate, self.warmup, self.weight_decay = steps, learning_rate, warmup, weight_decay
+        self.seed, self.team = seed, team
+        self.losses: list[float] = []  # of the batches since the last step
+        self.trainer_options: dict[str, Any] = {}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, and its rate step by step."""
+        wide = [leaf for leaf in self.leaves.values() if leaf.ndim > 1]
+        flat = [leaf for leaf in self.leaves.values() if leaf.ndim <= 1]
+        groups = [{"params": wide, "weight_decay": self.weight_decay}, {"params": flat, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(self.steps, self.warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
+        """The loss of a batch: tokens and labels, each (sequences, length), and the numbers of their rows."""
+        self.switch(True)
+        torch.manual_seed(self.seed + index * self.team.size + self.team.rank)
+        loss, text = self.objective(self.model, *batch)
+        self.losses.append(text)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """With several processes: the mean of their gradients."""
+        if self.team.size > 1:
+            gradients = [leaf.grad for leaf in self.leaves.values() if leaf.grad is not None]
+            self.team.sum(gradients)
+            for gradient in gradients:
+                gradient /= self.team.size
+
+    @torch.no_grad()
+    def validate(self, rows: Rows, batch: int) -> float:
+        """The mean cross-entropy of the labels of `rows`; with several processes each looks at its share."""
+        self.switch(False)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        mine = rows[self.team.rank :: self.team.size]
+        with self.trainer.precision_plugin.val_step_context():
+            for start in range(0, len(mine.ids), batch):  # a process may have no rows
+                ids, labels = mine.ids[start : start + batch], mine.labels[start : start + batch]
+                logits = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+                total, count = text_loss(logits, labels.to(self.device))
+                sums += torch.tensor([float(total), count], dtype=torch.float64).to(sums)
+        self.team.sum([sums])
+        return float(sums[0] / sums[1].clamp_min(1))
+
+    def mean_loss(self) -> float:
+        """The mean text loss since it was last asked for, over all processes."""
+        sums = torch.tensor([sum(self.losses), len(self.losses)], dtype=torch.float64, device=self.device)
+        self.team.sum([sums])
+        self.losses.clear()
+        return float(sums[0] / sums[1])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Only what is trained."""
+        checkpoint["state_dict"] = {f"model.{name}": leaf.detach() for name, leaf in self.leaves.items()}

@@ -1,0 +1,263 @@
+"""What `lora` and `finetune` share: text, precision, checkpointed activations, and the parts Trainer.fit takes."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from sparsekit.data import check_length
+from sparsekit.model import Block, load_plain
+from sparsekit.recipe import at_least
+from sparsekit.train.losses import Objective
+from sparsekit.train.recovery import Recovery
+from sparsekit.train.rows import Batches, Rows, training_rows
+from sparsekit.train.rows import check_training_source as check_source
+from sparsekit.train.teacher import Cached, Running
+from sparsekit.train.watch import Best, Checkpoints, RecoveryProgress
+
+LENGTH = 512  # tokens of a row, or the model's positions if they are fewer
+CLIP = 1.0  # largest norm of a gradient
+HALF = (torch.float16, torch.bfloat16)
+LEAST = dict.fromkeys(("rank", "tokens", "steps", "batch", "accumulate", "checks", "patience"), 1.0)
+LEAST |= {"weight_decay": 0.0, "hidden": 0.0, "cache": 0.0, "temperature": 1e-3, "length": 2.0, "alpha": 1e-3}
+
+
+def check_recovery(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of a recovery that are out of range, or a source that is not there.
+
+    options: all of a stage, by name; those that are not known here are passed over, and so is None
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, least in LEAST.items():
+        at_least(least, **{name: given.get(name, least)})
+    if not 0 < given.get("learning_rate", 1.0) < math.inf:
+        raise ValueError(f"learning_rate is {given['learning_rate']}; it must be above 0")
+    for name in ("warmup", "validation", "dropout"):
+        if not 0 <= given.get(name, 0) < 1:
+            raise ValueError(f"{name} is {given[name]}; it is a share, from 0 to below 1")
+    if not 0 <= given["distill"] <= 1:
+        raise ValueError(f"distill is {given['distill']}; it is a share of the loss, from 0 to 1")
+    if given["cache"] and given["hidden"]:
+        raise ValueError("cache keeps the dense model's logits alone; leave it 0 where `hidden` is above 0")
+    check_source(given.get("source"))
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a recovery reads: the batches of all its steps, and the rows that choose the best state."""
+
+    batches: Batches
+    validation: Rows
+    steps: int
+    accumulate: int
+
+    @property
+    def tokens(self) -> int:
+        """Of one step, over all processes."""
+        return self.accumulate * self.batches.batch * self.batches.team.size * self.batches.rows.ids.shape[1]
+
+
+def recovery_text(
+    work: Any,
+    *,
+    source: str | Mapping[str, Any] | None,
+    tokens: int,
+    steps: int | None,
+    length: int | None,
+    batch: int,
+    accumulate: int,
+    validation: float,
+) -> Text:
+    """The text of a recovery; source None: the recipe's calibration text.
+
+    Raises:
+        ValueError: text, tokenizer and model do not fit each other, or `tokens` are less than one step.
+    """
+    positions = work.planned.positions
+    check_length(length or 1, positions, "recovery")
+    length = length or min(LENGTH, positions or LENGTH)
+    wide = batch * accumulate * work.team.size
+    steps = tokens // (wide * length) if steps is None else steps
+    if steps < 1:
+        raise ValueError(
+            f"tokens is {tokens}, less than the {wide * length} of one step ({wide} rows of {length}): give more "
+            "tokens, or a smaller batch or length"
+        )
+    settings = check_source(source) or work.recipe.calibration.model_dump()
+    training, held_out = training_rows(
+        settings, work.tokenizer(), length=length, rows=steps * wide, validation=validation, seed=work.seed
+    )
+    if int(training.ids.max()) >= (vocabulary := work.planned.config.vocab_size):
+        raise ValueError(f"the tokenizer gives token {int(training.ids.max())}, but the model embeds {vocabulary}")
+    batches = Batches(training, count=steps * accumulate, batch=batch, seed=work.seed, team=work.team)
+    return Text(batches, held_out, steps, accumulate)
+
+
+class Stored:
+    """A model's parameters as they were stored, while it is trained: what they were is what they become again.
+
+    wide: it computes in float32 meanwhile. Otherwise half precision stays what it is, beside float32 leaves.
+    """
+
+    def __init__(self, model: nn.Module, wide: bool):
+        self.model = model
+        self.kinds = {name: (tensor.dtype, tensor.requires_grad) for name, tensor in _named(model)}
+        self.masters: dict[str, Tensor] = {}
+        for _, tensor in _named(model):
+            if wide and tensor.dtype in HALF:
+                tensor.data = tensor.data.float()
+        model.requires_grad_(False)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a parameter as it is stored."""
+        return self.kinds[name][0]
+
+    @torch.no_grad()
+    def rounded(self, on: bool, leaves: Mapping[str, nn.Parameter]) -> None:
+        """Give the leaves the values that they will have on disk, or (off) their own again."""
+        for name, leaf in leaves.items():
+            if on and leaf.dtype != self.dtype(name) and name not in self.masters:
+                self.masters[name] = leaf.detach().clone()
+                leaf.copy_(leaf.to(self.dtype(name)))
+            elif not on and name in self.masters:
+                leaf.copy_(self.masters.pop(name))
+
+    def restore(self, trained: Iterable[str]) -> None:
+        """Everything back to its own dtype, on the CPU; no -0.0 in what was trained."""
+        self.masters.clear()
+        self.model.to("cpu")
+        trained = set(trained)
+        for name, tensor in _named(self.model):
+            dtype, asked = self.kinds[name]
+            tensor.data = tensor.data.to(dtype)
+            if name in trained:
+                tensor.data += 0.0
+            tensor.grad = None
+            tensor.requires_grad_(asked)
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def precision(device: torch.device) -> str:
+    """What Lightning is told: bfloat16 autocast on an accelerator that has it, float32 elsewhere."""
+    if device.type == "cpu" or not torch.amp.is_autocast_available(device.type):
+        return "32-true"
+    known = getattr(getattr(torch, device.type), "is_bf16_supported", lambda: True)
+    return "bf16-mixed" if known() else "32-true"
+
+
+def flat_parameters(blocks: Iterable[Block], biases: bool = True, norms: bool = True) -> dict[str, nn.Parameter]:
+    """The blocks' parameters with one dimension, by their names in the model: biases of linears, and all others."""
+    found = {}
+    for block in blocks:
+        of_linears = {id(linear.module.bias) for linear in block.linears.values()}
+        for inner, parameter in block.module.named_parameters():
+            if parameter.ndim == 1 and (biases if id(parameter) in of_linears else norms):
+                found[f"{block.name}.{inner}"] = parameter
+    return found
+
+
+def mark_trained(blocks: Iterable[Block], names: Iterable[str]) -> None:
+    """Note in each block which of its parameters were trained, so that they are kept with it."""
+    for block in blocks:
+        inside = (name for name in names if name.startswith(f"{block.name}."))
+        block.trained |= {name.removeprefix(f"{block.name}.") for name in inside}
+
+
+def recompute(blocks: Iterable[Block], on: bool) -> None:
+    """Keep what enters the blocks alone for the backward pass, and run each block again in it; or (off) no more."""
+    for block in blocks:
+        if on:
+            block.module.forward = partial(recomputed, block.module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        elif "forward" in vars(block.module):
+            del block.module.forward
+
+
+def recovery_parts(
+    work: Any,
+    name: str,
+    leaves: dict[str, nn.Parameter],
+    reading: Text,
+    *,
+    finish: Callable[[], Any],
+    switch: Callable[[bool], Any],
+    learning_rate: float,
+    warmup: float,
+    weight_decay: float,
+    checks: int,
+    patience: int | None,
+    checkpointing: bool,
+    distill: float,
+    temperature: float,
+    hidden: float,
+    cache: int,
+) -> tuple[Recovery, Batches, list[Callback]]:
+    """What Trainer.fit takes; the record of the training goes to `work.notes[name]`."""
+
+    def dense() -> nn.Module:
+        model, _ = load_plain(work.planned.dense, trust_remote_code=work.recipe.model.trust_remote_code)
+        return model.float() if kind == "32-true" else model
+
+    def end() -> None:
+        recompute(work.blocks, False)
+        if isinstance(teacher, Running):
+            teacher.forget()
+        finish()
+
+    kind = precision(work.planned.device)
+    rows = reading.batches.rows
+    teacher: Running | Cached | None = None
+    if cache and distill:
+        file = work.checkpoints / "dense.safetensors"
+        batch = reading.batches.batch
+        teacher = Cached(dense, rows, file, top=cache, batch=batch, temperature=temperature, console=work.console)
+    elif distill or hidden:
+        teacher = Running(dense)
+    module = Recovery(
+        work.model,
+        leaves,
+        Objective(teacher, distill=distill, hidden=hidden, temperature=temperature),
+        steps=reading.steps,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        switch=switch,
+        seed=work.seed,
+        team=work.team,
+    )
+    module.trainer_options = {
+        "max_epochs": 1,
+        "accumulate_grad_batches": reading.accumulate,
+        "gradient_clip_val": CLIP,
+        "precision": kind,
+        "num_sanity_val_steps": 0,
+    }
+    if checkpointing:
+        recompute(work.blocks, True)
+    note = work.notes[name] = {
+        "trained_parameters": sum(leaf.numel() for leaf in leaves.values()),
+        "tokens": reading.steps * reading.tokens,
+        "passes": reading.steps * reading.tokens / rows.ids.numel(),
+        "validation_tokens": reading.validation.ids.numel(),
+    }
+    best = Best(
+        reading.validation,
+        batch=reading.batches.batch,
+        checks=checks,
+        patience=patience,
+        finish=end,
+        note=note,
+    )
+    callbacks: list[Callback] = [teacher] if isinstance(teacher, Cached) else []
+    callbacks += [best, Checkpoints(work.checkpoints), RecoveryProgress(work.console, best, reading.tokens)]
+    return module, reading.batches, callbacks

@@ -1,0 +1,136 @@
+"""The dense model as a teacher: it runs along on every batch, or its largest logits are read from a file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from rich.console import Console
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from sparsekit.system import write_atomically, write_tensors
+from sparsekit.train.records import IGNORED
+from sparsekit.train.rows import Rows
+
+
+class Running:
+    """The dense model on the same batch, without gradients. load: makes it; called at the first batch."""
+
+    def __init__(self, load: Callable[[], nn.Module]):
+        self.load = load
+        self.model: nn.Module | None = None
+
+    @torch.no_grad()
+    def look(self, ids: Tensor, hidden: bool = False) -> Any:
+        """Its outputs for (sequences, length) tokens, as transformers gives them."""
+        if self.model is None:
+            self.model = self.load().to(ids.device).eval()
+        return self.model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+
+    def forget(self) -> None:
+        """Give its memory back."""
+        self.model = None
+
+
+class Cached(Callback):
+    """The `top` largest log-probabilities of the dense model for every token of the training rows, in one file.
+
+    Written before the first step, in one pass of the dense model, which is not needed any more then; a resumed run
+    finds it. float16 and int32: 6 bytes for each of them.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], nn.Module],
+        rows: Rows,
+        file: Path,
+        *,
+        top: int,
+        batch: int,
+        temperature: float,
+        console: Console,
+    ):
+        self.running, self.rows, self.file = Running(load), rows, file
+        self.top, self.batch, self.temperature, self.console = top, batch, temperature, console
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        """Write the file, unless it is there; of several processes the first does."""
+        if trainer.is_global_zero and not self.file.is_file():
+            self._write(trainer, module)
+        trainer.strategy.barrier()
+
+    def _write(self, trainer: Trainer, module: Any) -> None:
+        self.console.print(f"what the dense model says of {self.rows.ids.numel()} tokens is kept in {self.file}")
+        logs, indices = [], []
+        with trainer.precision_plugin.val_step_context():
+            for ids in self.rows.ids.split(self.batch):
+                logits = self.running.look(ids.to(module.device)).logits.float() / self.temperature
+                best = log_softmax(logits, -1).topk(min(self.top, logits.shape[-1]))
+                logs.append(best.values.to("cpu", torch.float16))
+                indices.append(best.indices.to("cpu", torch.int32))
+        self.running.forget()
+        said = {"logs": torch.cat(logs), "indices": torch.cat(indices)}
+        write_atomically(self.file, lambda aside: write_tensors(aside, said))
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and vocabulary indices of some rows, each (rows, length, top), on their device."""
+        with safe_open(self.file, framework="pt") as handle:
+            slices = [handle.get_slice(key) for key in ("logs", "indices")]
+            logs, indices = (torch.cat([part[row : row + 1] for row in rows.tolist()]) for part in slices)
+        return logs.to(rows.device).float(), indices.to(rows.device).long()
+
+
+def divergence(logits: Tensor, dense: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """temperature^2 KL(dense || model) of the distributions softened by `temperature`, a sum over what is predicted.
+
+    logits, dense: (sequences, length, vocabulary). Hinton, Vinyals & Dean 2015, arXiv:1503.02531. One sequence at a
+    time, so that only one sequence's dense distributions are held beside the logits.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
+    for own, other, said in zip(logits[:, :-1], dense[:, :-1], labels[:, 1:], strict=True):
+        keep = said != IGNORED
+        log_q = log_softmax(own[keep].float() / temperature, -1)
+        log_p = log_softmax(other[keep].float() / temperature, -1)
+        total = total + kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return total * temperature**2
+
+
+def divergence_of_top(logits: Tensor, logs: Tensor, indices: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """The same from the dense model's largest log-probabilities at that temperature; all others count as one outcome.
+
+    logs, indices: (sequences, length, top). It is at most the whole divergence, by what is lost inside the rest.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
+    parts = (logits[:, :-1], logs[:, :-1], indices[:, :-1], labels[:, 1:])
+    for own, log_p, index, said in zip(*parts, strict=True):
+        keep = said != IGNORED
+        log_q = log_softmax(own[keep].float() / temperature, -1).gather(-1, index[keep])
+        log_q, log_p = (torch.cat((log, _rest(log)), -1) for log in (log_q, log_p[keep]))
+        total = total + kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return total * temperature**2
+
+
+def _rest(logs: Tensor) -> Tensor:
+    """The logarithm of what is left of 1, (..., 1); bounded, as float32 may leave nothing."""
+    return (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-6).log()
+
+
+def distance(hidden: tuple[Tensor, ...], dense: tuple[Tensor, ...]) -> Tensor:
+    """Squared differences of hidden states (sequences, length, width) over each dense token's energy, the mean.
+
+    Raises:
+        ValueError: there are not as many, or not of that width.
+    """
+    if [h.shape for h in hidden] != [h.shape for h in dense]:
+        raise ValueError(
+            f"the dense model has {len(dense)} layers of width {dense[0].shape[-1]}, the pruned one {len(hidden)} of "
+            f"{hidden[0].shape[-1]}: their hidden states cannot be compared, use `distill` alone"
+        )
+    parts = [
+        ((own.float() - other.float()).square().sum(-1) / other.float().square().sum(-1).clamp_min(1e-12)).mean()
+        for own, other in zip(hidden, dense, strict=True)
+    ]
+    return torch.stack(parts).mean()

@@ -1,0 +1,12 @@
+from .commits import Commits as Commits
+from .dense import weights_and_norms as weights_and_norms
+from .moments import Moments as Moments
+from .moments import need as need
+from .moments import walked as walked
+from .progress import WalkProgress as WalkProgress
+from .stream import BlockStream as BlockStream
+from .structural import Once as Once
+from .structural import Remove as Remove
+from .walk import Commit as Commit
+from .walk import OneShot as OneShot
+from .walk import Walk as Walk

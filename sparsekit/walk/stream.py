@@ -1,0 +1,201 @@
+"""The stream of blocks: carries activations from one block to the next, and gathers what solvers may know of them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.maths import Stats
+from sparsekit.model import Block, Linear, first_inputs
+from sparsekit.system import ActivationStore, Team, give_back
+from sparsekit.walk.commits import Commits
+
+ERROR_CORRECTIONS = ("prefix", "none", "block", "model")
+
+
+class BlockStream:
+    """What Trainer.fit takes as its data: iterates over the blocks and carries activations from one to the next.
+
+    inputs: what enters the first block, chunk by chunk
+    error_correction: what a linear's inputs and its target are
+        prefix  inputs from the pruned blocks before, target from the block's own dense weights on the same inputs
+        none    dense inputs, dense targets
+        block   the dense model's input to the block, pruned activations inside it, targets from the dense block
+                (FISTAPruner, section 3.1); blocks do not depend on one another
+        model   inputs from everything pruned before, targets from the dense model
+    dense_inputs: for `model`, a second store that holds the same chunks
+    dense_weight: gives a linear's dense weight (out, in), read from the source when its block is reached; None: the
+        weight that is there
+    commits: blocks that are committed there are restored instead of walked: resuming is starting further on
+    team: the processes that walk together. With `block` each takes other blocks; `rounds` are those of this process.
+        Else each has some of the inputs, sums run over all of them, and all are at the same block.
+    """
+
+    def __init__(
+        self,
+        blocks: list[Block],
+        inputs: ActivationStore,
+        dense_inputs: ActivationStore | None = None,
+        *,
+        error_correction: str = "prefix",
+        dense_weight: Callable[[Linear], Tensor] | None = None,
+        commits: Commits | None = None,
+        team: Team = Team(),  # noqa: B008 (frozen)
+    ):
+        if error_correction not in ERROR_CORRECTIONS:
+            raise ValueError(f"error_correction is {error_correction!r}; it can be {', '.join(ERROR_CORRECTIONS)}")
+        if (error_correction == "model") != (dense_inputs is not None):
+            raise ValueError("dense_inputs belong to error_correction: model, and it needs them")
+        self.blocks, self.inputs, self.dense_inputs = blocks, inputs, dense_inputs
+        self.error_correction, self.dense_weight, self.commits = error_correction, dense_weight, commits
+        done = set() if commits is None else commits.done()
+        remaining = [block for block in blocks if block.index not in done]
+        self.start = len(blocks) - len(remaining)
+        self.coupled = error_correction in ("block", "model")  # what a group is given depends on the groups before it
+        self.team, lanes = (Team(), team) if error_correction == "block" else (team, Team())
+        turns: list[Block | None] = list(remaining[lanes.rank :: lanes.size])
+        self.rounds = turns + [None] * (-(-len(remaining) // lanes.size) - len(turns))  # None: nothing left to do
+        self.pace = lanes.size  # blocks that are finished in a round
+        self.device = torch.device("cpu")  # where blocks compute; the walk sets it
+
+    @classmethod
+    def over(
+        cls,
+        model: nn.Module,
+        blocks: list[Block],
+        tokens: Tensor,
+        *,
+        batch: int = 1,
+        budget: int = 4 * 10**9,
+        folder: str | Path | None = None,
+        error_correction: str = "prefix",
+        team: Team = Team(),  # noqa: B008 (frozen)
+        **options: Any,
+    ) -> "BlockStream":
+        """The stream that starts with a model's embedding of `tokens` (sequences, length).
+
+        batch: sequences in a chunk. budget, folder: of the activations, see `ActivationStore`. The rest: see the class.
+        Raises ValueError for fewer sequences than processes that share them.
+        """
+        if error_correction != "block":
+            if len(tokens) < team.size:
+                raise ValueError(
+                    f"{len(tokens)} sequences cannot be shared out to {team.size} processes; "
+                    "give more samples, fewer devices, or error_correction: block"
+                )
+            tokens = tokens[team.rank :: team.size]
+        count = 2 if error_correction == "model" else 1
+        stores = [ActivationStore(budget // count, folder) for _ in range(count)]
+        for hidden in first_inputs(model, blocks, tokens, batch):
+            for store in stores:
+                store.append(hidden)
+        return cls(blocks, *stores, error_correction=error_correction, team=team, **options)
+
+    def close(self) -> None:
+        """Forget the activations."""
+        for store in (self.inputs, self.dense_inputs):
+            if store is not None:
+                store.close()
+
+    def __len__(self) -> int:
+        return len(self.rounds)
+
+    def __iter__(self) -> Iterator[Block | None]:
+        turns = [block for block in self.rounds if block is not None]
+        for block in self.blocks[: turns[-1].index + 1 if turns else 0]:
+            if block in turns:
+                self._read(block)
+                yield block
+            else:
+                self._replay(block.to(self.device))
+                block.to("cpu")
+        yield from self.rounds[len(turns) :]
+
+    @torch.no_grad()
+    def statistics(self, block: Block) -> Iterator[tuple[list[str], Stats]]:
+        """Each group's linears and the one Stats they share, in call order.
+
+        The caller writes a group's new weights before it asks for the next group: with `block` and `model` they change
+        what the next group is given.
+        """
+        if not self.coupled:
+            collected = self._collect(block)
+            for stats in collected:
+                self.team.sum(stats.parts())
+            for names in block.groups:
+                give_back()
+                yield names, collected.pop(0)  # a Gram lives no longer than its group needs it
+            return
+        twin = block.twin()
+        for group, names in enumerate(block.groups):
+            collected = [self._collect_pairs(block, twin, group)]
+            self.team.sum(collected[0].parts())
+            give_back()
+            yield names, collected.pop()
+        if block is not self.blocks[-1]:
+            _advance(twin, self.dense_inputs or self.inputs)
+
+    @torch.no_grad()
+    def advance(self, block: Block) -> None:
+        """Turn the inputs of a pruned block into those of the next."""
+        if self.error_correction in ("prefix", "model") and block is not self.blocks[-1]:
+            _advance(block, self.inputs)
+
+    def _collect(self, block: Block) -> list[Stats]:
+        """One pass with the block dense; with `none` its outputs are the next block's inputs at once."""
+        collected: dict[int, Stats] = {}
+        see = partial(_add, collected)
+        groups = list(range(len(block.groups)))
+        outputs = self.error_correction == "none" and block is not self.blocks[-1]
+        for index, chunk in enumerate(self.inputs):
+            if outputs:
+                with block.watching(groups, see):
+                    self.inputs[index] = block(chunk)
+            else:
+                block.until(chunk, groups, see)
+        return [collected[group] for group in groups]
+
+    def _collect_pairs(self, block: Block, twin: Block, group: int) -> Stats:
+        """One group's inputs in the pruned block beside those in the dense one."""
+        collected: dict[int, Stats] = {}
+        same = self.dense_inputs is None and group == 0  # nothing before it has been pruned
+        dense_chunks = iter(self.dense_inputs) if self.dense_inputs is not None else None
+        for chunk in self.inputs:
+            dense: dict[int, Tensor] = {}
+            if not same:
+                twin.until(next(dense_chunks) if dense_chunks else chunk, [group], dense.__setitem__)
+            block.until(chunk, [group], partial(_add, collected, dense=dense))
+        return collected[group]
+
+    def _read(self, block: Block) -> None:
+        if self.dense_weight is not None:
+            for linear in block.linears.values():
+                linear.write(self.dense_weight(linear))
+
+    @torch.no_grad()
+    def _replay(self, block: Block) -> None:
+        """Do for the activations what the walk did when this block was pruned, or does in another process."""
+        if self.error_correction != "prefix" and block is not self.blocks[-1]:
+            self._read(block)
+            _advance(block, self.dense_inputs or self.inputs)
+        if self.commits is not None and block.index in self.commits.done():
+            self.commits.restore(block)
+        self.advance(block)
+
+
+def _add(
+    collected: dict[int, Stats], group: int, inputs: Tensor, dense: Mapping[int, Tensor] = MappingProxyType({})
+) -> None:
+    """Add what enters a group, and what enters it in the dense block if that is known."""
+    if group not in collected:
+        collected[group] = Stats(inputs.shape[-1], device=inputs.device)
+    collected[group].add(inputs, dense.get(group))
+
+
+def _advance(block: Block, store: ActivationStore) -> None:
+    for index, chunk in enumerate(store):
+        store[index] = block(chunk)
