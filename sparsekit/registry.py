@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import entrypoints
 
-GROUPS = ("solvers", "allocators", "stages", "sources")
+GROUPS = ("solvers", "allocators", "stages", "criteria", "sources", "metrics", "exporters")
 Start = Literal["none", "optional", "required"]
 SIMPLE: dict[str, type] = {t.__name__: t for t in (bool, int, float, str, list, dict)} | {"None": types.NoneType}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}

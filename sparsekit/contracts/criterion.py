@@ -4,14 +4,13 @@ A criterion is a function `(context, units, *, remove, options...) -> scores`, f
 `sparsekit.criteria`. It is a stage of its own, with the options of `removing`, and what `policy_gradient` starts from.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from annotated_types import Gt
-from pydantic import AfterValidator
 
+from sparsekit.contracts.options import Share
 from sparsekit.contracts.stage import Context
 
 if TYPE_CHECKING:
@@ -52,24 +51,6 @@ def scores(*kinds: str, **rest: Any) -> Callable[[F], F]:
     return mark
 
 
-def share(given: str | float) -> float:
-    """A share as a number, from a text such as "30%" or from 0.3; ValueError unless it is above 0 and below 1."""
-    text = str(given).strip()
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise ValueError(f'is {given!r}, must be a share above 0 and below 1, such as "30%"')
-    return value
-
-
-def _kept_as_written(given: str | float) -> str | float:
-    share(given)
-    return given
-
-
-Share = Annotated[str | float, AfterValidator(_kept_as_written)]
 Kinds = Literal["heads-and-channels", "heads", "channels", "parts", "attention", "mlp", "layers"]
 
 

@@ -104,6 +104,7 @@ class Context(Protocol):
     output: the folder of the run; checkpoints: where Lightning's checkpoints of this stage go
     team: the processes that work together
     notes: a stage's name -> what it saw, for the report; JSON
+    calibration: the settings that the tokens were made from; base: what the source is called
     """
 
     model: "nn.Module"
@@ -114,6 +115,8 @@ class Context(Protocol):
     team: "Team"
     console: "Console"
     notes: dict[str, Any]
+    calibration: Mapping[str, Any]
+    base: str
 
     @property
     def patterns(self) -> "dict[str, Pattern]":
@@ -159,7 +162,19 @@ class Context(Protocol):
         """The stream over the blocks with the recipe's error correction; see `sparsekit.walk.BlockStream`."""
         ...
 
-    def through(self, device: "torch.device") -> Any:
+    def with_tokens(self, tokens: "Tensor") -> "Context":
+        """The same on other tokens."""
+        ...
+
+    def dense(self) -> "nn.Module":
+        """The model that was never pruned, loaded anew. ValueError where it is nowhere to be had."""
+        ...
+
+    def cutting(self, remove: str | float, units: Any, **options: Any) -> Any:
+        """What ends a structural stage: units are chosen, made up for and committed; see `sparsekit.walk.Cutting`."""
+        ...
+
+    def through(self) -> Any:
         """A stream through the model as it is: nothing is read, restored or pruned on the way."""
         ...
 

@@ -3,96 +3,75 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from sparsekit.contracts import Context, Decision, scores
 from sparsekit.model import Linear
-from sparsekit.model.structure import Units, choose, share
-from sparsekit.run import Work
-from sparsekit.walk import Once, need
+from sparsekit.model.structure import Units, choose
 
 Taylor = Literal["param_first", "param_second", "param_mix"]
-TAYLORS = ("param_first", "param_second", "param_mix")
+Blocks = Annotated[int, Ge(0)]
 
 
+@scores("heads", "channels", "attention", "mlp", removes=("heads", "channels"), shape="uniform", gradients=True)
 def llm_pruner(
-    work: Work,
+    context: Context,
+    units: Units,
     *,
-    remove: str | float,
+    remove: float,
     taylor: Taylor = "param_first",
     shape: Literal["free", "uniform"] = "uniform",
-    skip_first: int = 0,
-    skip_last: int = 0,
-    compensate: bool = False,
-    bias: bool = False,
-    damping: float = 0.01,
-) -> tuple[LightningModule, Any, list[Callback]]:
+    skip_first: Blocks = 0,
+    skip_last: Blocks = 0,
+) -> Decision:
     """Remove the KV groups and MLP channels without which the loss changes least, by its gradient.
 
     With g the gradient of the mean loss and a the mean over sequences of the squared gradient of each, a weight scores
     |w g| (param_first), w^2 a (param_second) or |w g - w^2 a / 2| (param_mix). A unit has the sum over all that goes
     with it: the rows of q, k, v and the columns of o of a KV group, the rows of gate and up and the column of down.
 
-    remove: share of the blocks' parameters, such as "30%"; the blocks that are not skipped give it up
     shape: uniform, as published, ranks the units of a block against one another; free those of all blocks
-    skip_first, skip_last: blocks that stay whole; 4 and 2 of 32 as published, but then shapes differ between blocks,
-        and plain transformers cannot load the result
-    compensate: make up for what is removed by least squares; bias: also by biases (loads then only where the family
-        has them); damping: of that
+    skip_first, skip_last: blocks that stay whole, so that the others give up more; 4 and 2 of 32 as published, but then
+        shapes differ between blocks, and plain transformers cannot load the result
 
     Source: Ma et al. 2023, LLM-Pruner: On the Structural Pruning of Large Language Models, arXiv:2305.11627.
     Cost: a forward and backward pass of the calibration text; one sequence at a time except for param_first. Memory:
     the linears' gradients in float32, twice for param_mix.
     """
-    if taylor not in TAYLORS:
-        raise ValueError(f"taylor is {taylor!r}; it can be {', '.join(TAYLORS)}")
-    units, ending = work.removal(
-        remove, ["heads", "channels"], shape=shape, compensate=compensate, bias=bias, damping=damping
-    )
-    inner = _between(work, units, share(remove), skip_first, skip_last)
-    decide = partial(_inside, units, inner, share(remove), shape=shape)
-    decide(torch.zeros(len(units)))  # so that it is said now if the blocks between cannot give up so much
-    measure = partial(scores, work, units, remove, taylor=taylor)
-    return Once(lambda device: decide(measure(device))), Once.data(), [ending]
-
-
-def scores(
-    work: Work, units: Units, remove: str | float, device: torch.device, *, taylor: Taylor = "param_first"
-) -> Tensor:
-    """The scores (units,) of heads and channels, or of whole attentions and MLPs; higher is better.
-
-    remove: of no influence here
-    """
-    need(units, ("heads", "channels", "attention", "mlp"), "llm-pruner")
-    values = _values(work, units, device, taylor)
+    kept = partial(_kept, units, remove, len(context.blocks), skip_first, skip_last, shape)
+    if skip_first or skip_last:
+        kept(torch.zeros(len(units)))  # so that it is said now if the blocks between cannot give up so much
+    values = _values(context, units, taylor)
     found = torch.zeros(len(units))
     for number, part in enumerate(units.parts):
         rows = [values[name].sum(1)[each].sum(1) for name, each in part.inputs.items()]  # each (count,)
         columns = values[str(part.output)].sum(0)[part.columns].sum(1)
         found[units.part == number] = torch.stack([*rows, columns]).sum(0)
-    return found
+    return Decision(found, kept=kept(found) if skip_first or skip_last else None)
 
 
 @torch.no_grad()
-def _values(work: Work, units: Units, device: torch.device, taylor: Taylor) -> dict[str, Tensor]:
+def _values(context: Context, units: Units, taylor: Taylor) -> dict[str, Tensor]:
     """What each weight (out, in) of the units' linears is worth, by the linear's name, on the CPU."""
     names = {name for part in units.parts for name in (*part.inputs, str(part.output))}
-    linears = {name: block.linears[name] for block in work.blocks for name in block.linears if name in names}
-    tokens = work.tokens[work.team.rank :: work.team.size]
-    work.model.to(device)
+    linears = {name: block.linears[name] for block in context.blocks for name in block.linears if name in names}
+    tokens = context.tokens[context.team.rank :: context.team.size]
+    device = context.device
+    context.model.to(device)
     try:
-        with _gradients(work.model, linears, squared=taylor != "param_first") as (first, second):
-            for batch in tokens.split(work.planned.batch if taylor == "param_first" else 1):
-                _backward(work.model, batch.to(device))
+        with _gradients(context.model, linears, squared=taylor != "param_first") as (first, second):
+            for batch in tokens.split(context.batch if taylor == "param_first" else 1):
+                _backward(context.model, batch.to(device))
         total = torch.tensor(float(len(tokens)), device=device)
-        work.team.sum([*first.values(), *second.values(), total])
+        context.team.sum([*first.values(), *second.values(), total])
         worth = {name: _worth(linears[name], first[name], second.get(name), float(total), taylor) for name in linears}
     finally:
-        work.model.to("cpu")
+        context.model.to("cpu")
     return worth
 
 
@@ -151,13 +130,13 @@ def _backward(model: Any, tokens: Tensor) -> None:
     (cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) * len(tokens)).backward()
 
 
-def _between(work: Work, units: Units, remove: float, skip_first: int, skip_last: int) -> Tensor:
-    """Whether units (units,) are in blocks that are not skipped."""
-    count = len(work.blocks)
-    if min(skip_first, skip_last) < 0 or skip_first + skip_last >= count:
+def _kept(
+    units: Units, remove: float, count: int, skip_first: int, skip_last: int, shape: str, scores: Tensor
+) -> Tensor:
+    """The mask (units,) that removes `remove` of all blocks' parameters from the blocks that are not skipped."""
+    if skip_first + skip_last >= count:
         raise ValueError(
-            f"skip_first is {skip_first} and skip_last {skip_last}; they must be at least 0 and leave one of the "
-            f"{count} blocks"
+            f"skip_first is {skip_first} and skip_last {skip_last}; they must leave one of the {count} blocks"
         )
     inner = (units.block >= skip_first) & (units.block < count - skip_last)
     if int(units.parameters[inner].sum()) <= remove * units.total:
@@ -165,13 +144,8 @@ def _between(work: Work, units: Units, remove: float, skip_first: int, skip_last
             f"skip_first {skip_first} and skip_last {skip_last} leave {count - skip_first - skip_last} of {count} "
             f"blocks, which cannot give up {remove:.0%} of all blocks' parameters; remove or skip less"
         )
-    return inner
-
-
-def _inside(units: Units, inner: Tensor, remove: float, scores: Tensor, *, shape: str) -> dict[str, Tensor]:
-    """Choose among the units that are not skipped, so that `remove` of all blocks' parameters goes."""
     parts = tuple(part for number, part in enumerate(units.parts) if bool(inner[units.part == number].any()))
     total = units.total * len({part.block for part in parts}) // len({part.block for part in units.parts})
     kept = torch.ones(len(units), dtype=torch.bool)
     kept[inner] = choose(Units(parts, total), scores[inner], remove * units.total / total, shape=shape)
-    return {"scores": scores, "kept": kept}
+    return kept

@@ -14,3 +14,4 @@ from .pattern import Unstructured as Unstructured
 from .pattern import parse as parse
 from .statistics import PANEL as PANEL
 from .statistics import Stats as Stats
+from .grid import ends_on_grid as ends_on_grid

@@ -231,3 +231,20 @@ def _steps(weight: Tensor, scale: Tensor) -> Tensor:
             fits = (inner * scale).to(weight.dtype) == weight
             steps = torch.where(far & fits, inner, torch.where(far & ~same, steps + toward, steps))
     return steps
+
+
+def ends_on_grid(settings: Callable[[Mapping[str, Any]], "Mapping[str, Any] | None"]) -> Callable[[Any], Any]:
+    """Declare that a solver's answers lie on a grid: `@ends_on_grid(lambda options: options["quantize"])`.
+
+    settings: from all of the solver's options, those of `Quantization`; None where these options quantize nothing
+    """
+
+    def grid(options: Mapping[str, Any]) -> Quantization | None:
+        found = settings(options)
+        return None if found is None else Quantization.of(found)
+
+    def mark(solver: Any) -> Any:
+        solver.grid = grid
+        return solver
+
+    return mark

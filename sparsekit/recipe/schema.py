@@ -295,7 +295,7 @@ class Recipe(Section):
     calibration: Annotated[Calibration, BeforeValidator(_empty)] = Calibration()
     error_correction: Literal["prefix", "none", "block", "model"] = "prefix"
     allocation: Annotated[Stage, BeforeValidator(method("allocators"))] = Stage("uniform")
-    stages: list[Annotated[Stage, BeforeValidator(method("solvers", "stages"))]] = Field(
+    stages: list[Annotated[Stage, BeforeValidator(method("solvers", "stages", "criteria"))]] = Field(
         min_length=1, description="methods, in order"
     )
     memory: Annotated[Memory, BeforeValidator(_empty)] = Memory()

@@ -1,7 +1,8 @@
-"""What a stage is given: the model as the stages before it left it, and what the recipe says of how to go over it."""
+"""What a stage or a criterion is given; see `sparsekit.contracts.Context`."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,84 +11,97 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from sparsekit import registry
+from sparsekit.contracts import Decision, share
 from sparsekit.maths import Pattern, chain
-from sparsekit.model import Block, Checkpoint, Linear, load_tokenizer
-from sparsekit.model.structure import Units, choose, find_units, share
-from sparsekit.recipe import Recipe, Stage, named_solvers
-from sparsekit.results import Before
-from sparsekit.run.plan import Plan, configured, timed
+from sparsekit.measure import perplexity
+from sparsekit.model import Block, Linear
+from sparsekit.model.structure import Units, find_units, kinds_of
+from sparsekit.recipe import named_solvers
+from sparsekit.run.methods import configured, timed
 from sparsekit.system import Meter, Team, unpack
-from sparsekit.walk import BlockStream, Commits, Remove
+from sparsekit.walk import BlockStream, Commits, Cutting
 
 
 @dataclass
-class Work:
-    """The model in memory and everything a stage may need of the run.
+class Context:
+    """The model in memory and what the recipe says of how to go over it. Fields as in `sparsekit.contracts.Context`.
 
-    model, blocks: on the CPU; what is in them is what the stages before left
-    tokens: the calibration tokens (sequences, length)
-    output: the run's folder
     commits: of this stage
-    index: of this stage, or of the solvers that share a walk, in the recipe
-    first: no stage has pruned weights, so there is nothing to start from
-    before: where the masks are of the stage that pruned weights before this one
-    notes: a stage's name -> what it saw; JSON, for the report
+    index: of this stage, or of the solvers that share a walk, among those that run one by one
+    before: where the masks are of the stage that pruned weights before this one (its `masks(block)` gives them packed);
+        None: none did
+    dense_weight: gives a linear's weight (out, in) as the source has it; None: what is in memory
+    load_dense, load_tokenizer: the model that was never pruned, and the tokenizer, when they are asked for
+    calibration: the settings that the tokens were made from, for stages that read more of the same text
+    base: what the model is called
     """
 
-    planned: Plan
     model: nn.Module
     blocks: list[Block]
     tokens: Tensor
     output: Path
-    commits: Commits
-    meter: Meter
+    patterns: dict[str, Pattern] = field(default_factory=dict)
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    seed: int = 0
+    error_correction: str = "prefix"
+    batch: int = 1
+    activations: int = 4 * 10**9
+    commits: Commits = field(default=None)  # type: ignore[assignment]
     index: int = 0
-    first: bool = True
-    before: Commits | Before | None = None
+    before: Any = None
+    dense_weight: Callable[[Linear], Tensor] | None = None
+    load_dense: Callable[[], nn.Module] | None = None
+    load_tokenizer: Callable[[], Any] | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
+    meter: Meter = field(default_factory=Meter)
     team: Team = field(default_factory=Team)
     notes: dict[str, Any] = field(default_factory=dict)
     console: Console = field(default_factory=Console)
 
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe."""
-        return self.planned.recipe
+    def __post_init__(self) -> None:
+        if self.commits is None:
+            self.commits = Commits(self.output / "blocks")
 
     @property
-    def seed(self) -> int:
-        """Of everything random."""
-        return self.recipe.seed
+    def first(self) -> bool:
+        """Whether no stage has pruned weights, so that there is no answer to start from."""
+        return self.before is None
 
     @property
-    def patterns(self) -> dict[str, Pattern]:
-        """A linear's name -> its pattern."""
-        return self.planned.patterns
-
-    @property
-    def activations(self) -> Path:
-        """Where this process keeps the activations that exceed the budget."""
+    def scratch(self) -> Path:
+        """Where this process keeps what is needed while the stage runs."""
         return self.output / "activations" / str(self.team.rank)
 
-    def stream(self, kind: type[BlockStream] = BlockStream, **options: Any) -> Any:
-        """The stream of the recipe: its error correction, batches and activation budget. options: see `BlockStream`."""
+    @property
+    def checkpoints(self) -> Path:
+        """Where this stage keeps Lightning's checkpoints while it trains."""
+        return self.commits.folder / "checkpoints"
+
+    def stream(self, kind: type[BlockStream] | None = None, **options: Any) -> Any:
+        """The stream of the recipe: its error correction, batches and activation budget.
+
+        kind: a subclass of `BlockStream`; options: see there
+        """
         settings: dict[str, Any] = {
-            "batch": self.planned.batch,
-            "budget": self.recipe.memory.activations,
-            "folder": self.activations,
-            "error_correction": self.recipe.error_correction,
-            "dense_weight": self._source() if self.index == 0 else None,
+            "batch": self.batch,
+            "budget": self.activations,
+            "folder": self.scratch,
+            "error_correction": self.error_correction,
+            "dense_weight": self.dense_weight if self.index == 0 else None,
             "commits": self.commits,
             "team": self.team,
         }
-        return kind.over(self.model, self.blocks, self.tokens, **(settings | options))
+        return (kind or BlockStream).over(self.model, self.blocks, self.tokens, **(settings | options))
 
-    def through(self, device: torch.device) -> Any:
+    def through(self) -> Any:
         """A stream through the model as it is, on `device`: nothing is read, restored or pruned on the way."""
         stream = self.stream(error_correction="prefix", commits=None, dense_weight=None)
-        stream.device = device
+        stream.device = self.device
         return stream
 
-    def solver(self, given: str | dict[str, Any] | Stage | Sequence[Any]) -> Callable[..., Tensor]:
+    def solver(self, given: Any) -> Callable[..., Tensor]:
         """A solver by name, {name: options}, or a chain as a list of these; each one's time counts to its name.
 
         Raises ValueError for unknown names, or a chain whose links do not fit.
@@ -96,69 +110,105 @@ class Work:
 
     def masks(self) -> dict[str, Tensor]:
         """A linear's name -> the weights (out, in) that the stages before kept; empty where they pruned none."""
+        return {name: kept for block in self.blocks for name, kept in self.earlier(block).items()}
+
+    def earlier(self, block: Block) -> dict[str, Tensor]:
+        """The same of one block."""
         if self.before is None:
             return {}
-        return {
-            name: unpack(bits, block.linears[name].shape)
-            for block in self.blocks
-            for name, bits in self.before.masks(block).items()
-        }
+        return {name: unpack(bits, block.linears[name].shape) for name, bits in self.before.masks(block).items()}
 
     def tokenizer(self) -> Any:
-        """The source checkpoint's."""
-        return load_tokenizer(self.planned.folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        """The source checkpoint's tokenizer, or image processor.
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where this stage keeps Lightning's checkpoints while it trains."""
-        return self.commits.folder / "checkpoints"
+        Raises ValueError where the model came without one.
+        """
+        if self.load_tokenizer is None:
+            raise ValueError("this stage reads text and the model came without a tokenizer; give one")
+        return self.load_tokenizer()
 
-    def removal(
+    def dense(self) -> nn.Module:
+        """The model that was never pruned, loaded anew.
+
+        Raises ValueError where it is nowhere to be had.
+        """
+        if self.load_dense is None:
+            raise ValueError(
+                "the dense model is asked for and was not kept; give the model by its folder, or copy=True to prune"
+            )
+        return self.load_dense()
+
+    def loss(self, tokens: Tensor | None = None) -> float:
+        """The mean loss (nats a token) of the model, as it runs now, on `tokens` or the calibration tokens.
+
+        Several processes share the sequences. A loss that is not a number counts as 1e4.
+        """
+        tokens = (self.tokens if tokens is None else tokens)[self.team.rank :: self.team.size]
+        mine = math.log(perplexity(self.model, tokens, batch=self.batch, device=self.device))
+        sums = torch.tensor([mine * len(tokens), float(len(tokens))], device=self.device)
+        self.team.sum([sums])
+        return float((sums[0] / sums[1]).nan_to_num(nan=1e4).clamp(max=1e4))
+
+    def scores(self, criterion: str, units: Units, remove: float) -> Tensor:
+        """The scores (units,) of a criterion, float32 in CPU memory; higher is better.
+
+        Raises ValueError for a criterion that is not there, or does not score these kinds of units.
+        """
+        return self.decide(criterion, units, remove).scores
+
+    def decide(self, criterion: str, units: Units, remove: float, **options: Any) -> Decision:
+        """The same with all that the criterion says. options: its own."""
+        function: Any = registry.load("criteria", criterion)
+        kinds = function.scoring.kinds
+        if others := set(units.kinds) - set(kinds):
+            raise ValueError(
+                f"{criterion} scores {', '.join(kinds)}, not {', '.join(sorted(others))}; choose another criterion"
+            )
+        found = function(self, units, remove=remove, **options)
+        decision = found if isinstance(found, Decision) else Decision(found)
+        scores = decision.scores
+        if not isinstance(scores, Tensor) or scores.shape != (len(units),) or not scores.isfinite().all():
+            raise ValueError(f"{criterion} must give a finite score for each of {len(units)} units")
+        decision.scores = scores.detach().cpu()
+        return decision
+
+    def with_tokens(self, tokens: Tensor) -> "Context":
+        """The same on other tokens (sequences, length)."""
+        return replace(self, tokens=tokens)
+
+    def cutting(
         self,
         remove: str | float,
-        kinds: Sequence[str],
+        units: str | Sequence[str],
         *,
         compensate: bool = False,
         bias: bool = False,
         damping: float = 0.01,
         **options: Any,
-    ) -> tuple[Units, Remove]:
-        """The units of these kinds, and the callback that ends a structural stage (see `Remove`).
+    ) -> Cutting:
+        """What ends a structural stage: units of these kinds are chosen, made up for, and committed; see `Cutting`.
 
         remove: a share such as "30%". options: shape, budgets and least of `choose`. Raises ValueError for what is out
         of range or would have no effect, and for units that this model does not have.
         """
+        kinds = kinds_of(units)
         if compensate and not set(kinds) <= {"heads", "channels"}:
             raise ValueError(
                 f"compensate: true makes up for heads and channels, not for {', '.join(kinds)}; leave it out"
             )
-        if bias and not compensate:
-            raise ValueError("bias: true is part of least squares; give compensate: true with it, or leave it out")
-        if bias and self.recipe.error_correction in ("block", "model"):
+        if compensate and bias and self.error_correction in ("block", "model"):
             raise ValueError(
-                f"error_correction is {self.recipe.error_correction}, with which no bias can be solved for; give "
+                f"error_correction is {self.error_correction}, with which no bias can be solved for; give "
                 "bias: false, or prefix or none"
             )
-        if not damping > 0:
-            raise ValueError(f"damping is {damping}; it must be above 0")
-        units = find_units(self.model, self.blocks, kinds)
-        choose(units, torch.zeros(len(units)), share(remove), **options)  # so that it is said now, not at the end
-        streams = partial(self.stream, dense_weight=None) if compensate else None
-        ending = Remove(
-            units,
+        return Cutting(
+            find_units(self.model, self.blocks, kinds),
             self.commits,
             remove=share(remove),
-            stream=streams,
+            stream=(lambda: self.stream(dense_weight=None)) if compensate else None,
+            device=self.device,
             bias=bias,
             damping=damping,
             leads=self.team.rank == 0,
             **options,
         )
-        return units, ending
-
-    def _source(self) -> Callable[[Linear], Tensor] | None:
-        source = Checkpoint(self.planned.folder)
-        prefix = str(self.model.base_model_prefix)
-        if not source.names(prefix) >= {f"{name}.weight" for block in self.blocks for name in block.linears}:
-            return None  # stored under other names; in memory are the source's weights, as nothing was pruned yet
-        return lambda linear: linear.stored(source.tensor(source.key(f"{linear.name}.weight", prefix)))

@@ -1,9 +1,6 @@
 """What a recipe comes to on a given model, known before any weight is read: blocks, groups, patterns, estimates."""
 
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from functools import partial, wraps
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,25 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit import registry
-from sparsekit.maths import Pattern, Quantization, Unstructured, mixture, parse
-from sparsekit.model import (
-    Block,
-    adopt,
-    channels_of,
-    discover,
-    height_and_width,
-    locate,
-    patches,
-    sees_images,
-    skeleton,
-    vision_config,
-)
-from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, kind, resolved, walking
-from sparsekit.system import Meter
-from sparsekit.train import missing_loggers as missing
+from sparsekit.maths import Pattern, Quantization
+from sparsekit.model import Block, adopt, discover, locate, patches, sees_images, skeleton, vision_config
+from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
+from sparsekit.run.allocation import allocate, sample_input
+from sparsekit.run.sources import Source, from_folder
+from sparsekit.train import missing_loggers
 from sparsekit.walk import weights_and_norms
 
-SAMPLE_LENGTH = 8  # tokens of the forward pass that looks for groups
 BATCH_TOKENS = 256  # tokens that go through a block at once, unless the recipe says otherwise: enough for full speed
 
 
@@ -45,6 +31,7 @@ class Plan:
     model: nn.Module  # on the meta device
     blocks: list[Block]
     patterns: dict[str, Pattern]  # the same for all where `postponed`; none without a pattern
+    source: Source  # of weights and tokenizer
 
     @property
     def postponed(self) -> bool:
@@ -103,8 +90,7 @@ class Plan:
     @property
     def quantization(self) -> Quantization | None:
         """How the weights of the result are quantized; None if the last stage leaves them as they are."""
-        [(name, options)] = self.resolved["stages"][-1].items()
-        return quantization_of(f"{kind(self.recipe.stages[-1])}s", name, options)
+        return effect_of(self.recipe.stages[-1]).grid
 
     def refit(self, model: nn.Module) -> None:
         """Follow a model out of which structures were cut: its blocks, and the patterns of its linears."""
@@ -113,7 +99,7 @@ class Plan:
 
     def packages(self) -> tuple[str, ...]:
         """The distributions that the recipe's methods come from."""
-        entries = [registry.find(f"{kind(stage)}s", stage.name) for stage in self.recipe.stages]
+        entries = [registry.find(group_of(stage), stage.name) for stage in self.recipe.stages]
         entries += [registry.find("allocators", self.recipe.allocation.name)]
         entries += [registry.find("sources", self.recipe.calibration.source)]
         return tuple(sorted({entry.distro.name for entry in entries if entry.distro is not None}))
@@ -127,16 +113,8 @@ def make_plan(recipe: Recipe) -> Plan:
         ValueError: there is no such model, or it cannot take the pattern.
     """
     problems = check_options(recipe)
-    devices = recipe.trainer.devices
-    several = recipe.trainer.num_nodes > 1 or (
-        len(devices) > 1 if isinstance(devices, list) else devices not in (1, "auto")
-    )
-    problems += [
-        f"stage {index + 1}, `{stage.name}`, runs in one process: give 1 as trainer.devices and trainer.num_nodes"
-        for index, stage in enumerate(recipe.stages)
-        if several and walking(stage)
-    ]
-    problems += missing(recipe.loggers) + _off_grid(recipe) + _unmerged(recipe)
+    problems += _machine(recipe) + missing_loggers(recipe.loggers) + _unmerged(recipe)
+    problems = problems or _alone(recipe)
     if problems:
         raise RecipeError(problems)
     dense = locate(recipe.model.model_dump())
@@ -149,8 +127,9 @@ def make_plan(recipe: Recipe) -> Plan:
         raise ValueError(
             f"{type(model).__name__} reads text, so evaluate.accuracy has nothing to measure; leave it out"
         )
+    source = from_folder(folder, dense, trust_remote_code=recipe.model.trust_remote_code)
     blocks = discover(model, sample_input(model))
-    planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks))
+    planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks), source)
     if planned.quantization is not None:
         for block in blocks:
             for name, linear in block.linears.items():
@@ -158,41 +137,43 @@ def make_plan(recipe: Recipe) -> Plan:
     return planned
 
 
-def _off_grid(recipe: Recipe) -> list[str]:
-    """Stages that would move quantized weights off their grid."""
-    problems, quantized = [], ""
-    for index, stage in enumerate(recipe.stages):
-        group = f"{kind(stage)}s"
-        grid = quantization_of(group, stage.name, stage.options)
-        if quantized and grid is None:
-            problems.append(
-                f"stage {index + 1}, `{stage.name}`, moves weights off the grid that `{quantized}` put them on: "
-                "quantize last"
-            )
-        quantized = stage.name if grid is not None else quantized
-    return problems
+def _machine(recipe: Recipe) -> list[str]:
+    """What the recipe asks of the machine and is not there."""
+    asked, there = recipe.trainer.accelerator, torch.accelerator.current_accelerator()
+    known = {"auto", "cpu"} | ({"gpu", there.type} if there else set())
+    if asked in known:
+        return []
+    found = f"the cpu and {there.type}" if there else "the cpu alone"
+    return [f"trainer.accelerator is {asked}, and this machine has {found}: give {', '.join(sorted(known))}"]
+
+
+def _alone(recipe: Recipe) -> list[str]:
+    """Stages that cannot share their work with other processes, where there are to be some."""
+    devices = recipe.trainer.devices
+    several = recipe.trainer.num_nodes > 1 or (
+        len(devices) > 1 if isinstance(devices, list) else devices not in (1, "auto")
+    )
+    return [
+        f"stage {index + 1}, `{stage.name}`, runs in one process: give 1 as trainer.devices and trainer.num_nodes"
+        for index, stage in enumerate(recipe.stages)
+        if several and effect_of(stage).processes == "one"
+    ]
 
 
 def _unmerged(recipe: Recipe) -> list[str]:
-    """Updates beside a model that would be lost: of the run that this one begins with, of stages before the last."""
-    problems = []
+    """An update beside the model that this run begins with, which would be lost."""
     if recipe.from_ and (Path(recipe.from_) / "adapter").is_dir():
-        problems.append(
+        return [
             f"`from: {recipe.from_}` keeps its update unmerged, in adapter/, and this run would begin without it: run "
             "that recovery with merge: true, or give the run that it went on from"
-        )
-    return problems + [
-        f"stage {index + 1}, `{stage.name}`, has merge: false, but later stages would change the model that its update "
-        "belongs to: merge it, or make it the last stage"
-        for index, stage in enumerate(recipe.stages[:-1])
-        if stage.options.get("merge") is False
-    ]
+        ]
+    return []
 
 
 def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
     """Raise ValueError for what a recipe of a vision model asks for and only language models have."""
     for index, stage in enumerate(recipe.stages):
-        if kind(stage) == "stage" and not walking(stage):
+        if "images" not in effect_of(stage).reads:
             raise ValueError(
                 f"stage {index + 1}, `{stage.name}`, is for language models, and {type(model).__name__} sees images: "
                 "its weights are pruned by solvers, alone or in `lamp`"
@@ -203,57 +184,6 @@ def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
                 f"evaluate.{key} is for language models, and {type(model).__name__} sees images: give "
                 "evaluate.accuracy, a folder of images with a folder for each class"
             )
-
-
-def sample_input(model: Any) -> Tensor:
-    """What the forward pass that looks for groups is given: tokens (1, few), or an image, on the model's device."""
-    if not sees_images(model):
-        return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=model.device)
-    size = height_and_width(vision_config(model.config).image_size)
-    return torch.zeros(1, channels_of(model.config), *size, dtype=model.dtype, device=model.device)
-
-
-def allocate(
-    recipe: Recipe, blocks: list[Block], dense: Iterable[tuple[str, Tensor, Tensor]] | None = None
-) -> dict[str, Pattern]:
-    """Every linear's pattern, by the recipe's allocation rule.
-
-    dense: name, weight (out, in) and norms of the inputs (in,) of every linear in the dense model, block after block;
-        a rule that asks for them gives the same pattern to all where they are not there yet.
-
-    Raises:
-        ValueError: a pattern does not divide a layer's width, the rule refuses its options, or it did not conserve the
-            total.
-    """
-    if recipe.pattern is None:
-        return {}
-    pattern = parse(recipe.pattern)
-    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
-    for name, linear in linears.items():
-        pattern.check(linear.shape[1], name)
-    rule = recipe.allocation
-    function = registry.load("allocators", rule.name)
-    beside = {"groups": [block.groups for block in blocks], "dense": dense}
-    asked = {name: beside[name] for name in registry.asks(function)}
-    if "dense" in asked and dense is None:
-        return dict.fromkeys(linears, pattern)
-    counts = {name: linear.weight.numel() for name, linear in linears.items()}
-    given = function(counts, pattern.sparsity, **asked, **_underscored(rule.options))
-    if given.keys() != counts.keys() or not all(0 <= value < 1 for value in given.values()):
-        raise ValueError(f"allocation `{rule.name}` must give every linear a sparsity from 0 to below 1")
-    total = sum(given[name] * counts[name] for name in counts) / sum(counts.values())
-    if abs(total - pattern.sparsity) > 1e-6:
-        raise ValueError(f"allocation `{rule.name}` gives {total:.4%} in total, {pattern} was asked")
-    if isinstance(pattern, Unstructured):
-        return {name: Unstructured(given[name]) for name in counts}
-    mixed = mixture(given, counts, pattern, [list(block.linears) for block in blocks])
-    if len(set(given.values())) > 1 and set(mixed.values()) == {pattern}:
-        warnings.warn(
-            f"allocation `{rule.name}` gives sparsities from {min(given.values()):.1%} to {max(given.values()):.1%}, "
-            f"which all round to {pattern}: it changes nothing; widen it by its options, or take larger groups",
-            stacklevel=2,
-        )
-    return dict(mixed)
 
 
 def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: Path) -> dict[str, Pattern]:
@@ -271,38 +201,3 @@ def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: P
         device=planned.device,
     )
     return allocate(planned.recipe, planned.blocks, dense)
-
-
-def timed(name: str, solver: Callable[..., Tensor], meter: Meter) -> Callable[..., Tensor]:
-    """The same solver, its time and memory counted to `name`."""
-
-    @wraps(solver)  # so that its signature, which says whether it takes a warm start, stays visible
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        with meter.stage(name):
-            return solver(*args, **kwargs)
-
-    return run
-
-
-def configured(group: str, stage: Stage) -> Callable[..., Any]:
-    """The function that a stage names, with its options filled in."""
-    return partial(registry.load(group, stage.name), **_underscored(stage.options))
-
-
-def quantization_of(group: str, name: str, options: Any) -> Quantization | None:
-    """What a method's options say: `bits` and the like, a mapping `quantize` of them, or those of its last solver."""
-    defaults = {option: p.default for option, p in registry.options(registry.load(group, name)).items()}
-    filled = defaults | (options or {})
-    settings = filled.get("quantize") or filled
-    if "bits" in settings:
-        keys = [field.name for field in fields(Quantization)]
-        return Quantization.of({key: settings[key] for key in keys if key in settings})
-    if "solver" not in filled:
-        return None
-    last = filled["solver"][-1] if isinstance(filled["solver"], list) else filled["solver"]
-    [(inner, given)] = last.items() if isinstance(last, dict) else [(last, {})]
-    return quantization_of("solvers", inner, given)
-
-
-def _underscored(options: dict[str, Any]) -> dict[str, Any]:
-    return {registry.normal(name): value for name, value in options.items()}

@@ -9,20 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from rich.console import Console
 from torch import Tensor, nn
 
+from sparsekit import registry
+from sparsekit.contracts import Effect, Fit, StageError
 from sparsekit.model import Block, adopt
 from sparsekit.model.structure import Removal, Units
-from sparsekit.recipe import Stage, kind, structural
+from sparsekit.recipe import Stage, effect_of, group_of, kind
 from sparsekit.results import MASKS, Before, commits_of
-from sparsekit.run.context import Work
-from sparsekit.run.plan import Plan, configured
-from sparsekit.run.together import Together
-from sparsekit.system import Meter, Team, meet, write_json
+from sparsekit.run.context import Context
+from sparsekit.run.methods import configured
+from sparsekit.run.plan import Plan
+from sparsekit.run.removing import remove_by
+from sparsekit.run.together import Together, start
+from sparsekit.system import Meter, meet, write_json
 from sparsekit.train import make_loggers
-from sparsekit.walk import Commit, Commits, OneShot, Walk, WalkProgress
+from sparsekit.walk import Commit, Commits, Inspect, Inspector, OneShot, Walk, WalkProgress, digests
 
 NOTES = "notes.json"
 LAST = "last.ckpt"  # in a stage's `checkpoints`: it goes on from there
@@ -53,32 +57,48 @@ def run_stages(
     """Run the recipe's stages on the model, in place.
 
     With several processes (`trainer.devices`) all of them call this, and after each stage all have the same model.
+
+    Raises:
+        StageError: a stage did something else than it declares; nothing of it was kept.
     """
     outcome = Outcome(adopt(model, planned.blocks))
-    if planned.recipe.from_ and (Path(planned.recipe.from_) / MASKS).is_file():
-        outcome.masks = Before(planned.recipe.from_)
+    recipe = planned.recipe
+    if recipe.from_ and (Path(recipe.from_) / MASKS).is_file():
+        outcome.masks = Before(recipe.from_)
         for block in outcome.blocks:
             block.records = outcome.masks.records(block)
+    team, device = start(**recipe.trainer.model_dump())
     for index, stages in enumerate(planned.segments):
         commits = commits_of(output, index)
-        work = Work(
-            planned,
+        effect = effect_of(stages[-1])  # of solvers that share a walk, the last has the last word
+        context = Context(
             model,
             outcome.blocks,
             tokens,
             output,
-            commits,
-            meter,
+            patterns=planned.patterns,
+            device=device,
+            seed=recipe.seed,
+            error_correction=recipe.error_correction,
+            batch=planned.batch,
+            activations=recipe.memory.activations,
+            commits=commits,
             index=index,
-            first=outcome.masks is None,
             before=outcome.masks,
+            dense_weight=planned.source.weights(model, outcome.blocks) if index == 0 else None,
+            load_dense=planned.source.dense,
+            load_tokenizer=planned.source.tokenizer,
+            calibration=recipe.calibration.model_dump(),
+            base=planned.source.name,
+            meter=meter,
+            team=team,
             console=console,
         )
-        if structural(stages[0]):
-            _remove(outcome, stages, work, console)
+        if effect.cuts:
+            _cut(outcome, planned, stages[0], effect, context)
             continue
         if len(commits.done()) < len(outcome.blocks):
-            _fit(stages, work, console)
+            _run(planned, stages, effect, context)
         for block in outcome.blocks:
             commits.restore(block)
         if (commits.folder / NOTES).is_file():
@@ -88,51 +108,75 @@ def run_stages(
     return outcome
 
 
-def _remove(outcome: Outcome, stages: list[Stage], work: Work, console: Console) -> None:
-    if Removal.read(work.commits.folder) is None:
-        _fit(stages, work, console)
-    removal = Removal.read(work.commits.folder)
-    assert removal is not None
-    outcome.cuts.append((removal.apply(work.model, work.blocks), removal))
-    outcome.tell(stages[0].name, removal.notes)
-    work.planned.refit(work.model)
-    outcome.blocks = work.planned.blocks
+def called(stage: Stage) -> str:
+    """A stage and its package, for messages."""
+    return f"`{stage.name}` of {registry.package(registry.find(group_of(stage), stage.name))}"
 
 
-def _fit(stages: list[Stage], work: Work, console: Console) -> None:
-    shutil.rmtree(work.activations, ignore_errors=True)  # of a run that was killed
-    loop = kind(stages[0]) == "stage"
-    given = work.recipe.trainer.model_dump()
-    group = Trainer(**given, logger=False, enable_checkpointing=False)
-    given["strategy"] = Together() if group.world_size > 1 else "auto"
-    work.team = Team(group.global_rank, group.world_size)
+def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context: Context) -> None:
+    if Removal.read(context.commits.folder) is None:
+        _run(planned, [stage], effect, context)
+    removal = Removal.read(context.commits.folder)
+    if removal is None:
+        raise StageError(f"{called(stage)} declares that it cuts, and decided nothing: end it by `context.cutting`")
+    outcome.cuts.append((removal.apply(context.model, context.blocks), removal))
+    outcome.tell(stage.name, removal.notes)
+    planned.refit(context.model)
+    outcome.blocks = planned.blocks
+
+
+def _run(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -> None:
+    """Run one segment, and have everything that it left checked against its effect and committed."""
+    shutil.rmtree(context.scratch, ignore_errors=True)  # of a run that was killed
+    name = "capture" if kind(stages[0]) == "solver" else stages[0].name
+    before = digests(context.model, _inside(context))
     try:
-        with work.meter.stage(stages[0].name if loop else "capture"):
-            module, data, own = configured("stages", stages[0])(work) if loop else one_shot(work, stages)
-            walk = isinstance(module, Walk)
-            trainer = Trainer(
-                **{"max_epochs": 1} | given | getattr(module, "trainer_options", {}),
-                logger=make_loggers(work.recipe.loggers, work.output, work.index, stages[0].name),
-                callbacks=[*own, Commit(work.commits), WalkProgress(console)] if walk else own,
-                use_distributed_sampler=False,  # stages share out their data themselves, by work.team
-                enable_checkpointing=False,  # committed blocks are the checkpoint; other stages write their own
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                log_every_n_steps=1,
-            )
-            last = work.checkpoints / LAST
-            with _interrupts():
-                if walk or not last.is_file():
-                    trainer.fit(module, data)
-                else:
-                    trainer.fit(module, data, ckpt_path=last, weights_only=True)
-            if walk:
-                data.close()
-            elif not structural(stages[0]):
-                _commit(work)
+        with context.meter.stage(name), _frozen(context.model, effect):
+            if kind(stages[0]) == "criterion":
+                remove_by(stages[0], context)
+            else:
+                _fit(planned, stages, effect, context)
             meet()  # what others committed is there
+        after = digests(context.model, _inside(context))
+        if changed := {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}:
+            raise StageError(f"{called(stages[0])} changed {min(changed)}, which is outside the blocks")
     finally:
-        shutil.rmtree(work.activations, ignore_errors=True)
+        shutil.rmtree(context.scratch, ignore_errors=True)
+
+
+def _fit(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -> None:
+    ready = one_shot(context, stages) if kind(stages[0]) == "solver" else configured("stages", stages[0])(context)
+    inspector = Inspector(called(stages[0]), effect, context.patterns)
+    if ready is None:
+        raise StageError(f"{called(stages[0])} gave nothing to fit; return sparsekit.contracts.Fit(module, data)")
+    module, data, callbacks = ready
+    walk = isinstance(module, Walk)
+    if walk:
+        callbacks = [Inspect(inspector), *callbacks, Commit(context.commits, inspector), WalkProgress(context.console)]
+    elif not effect.cuts:
+        for block in context.blocks:
+            inspector.remember(block)
+    given = planned.recipe.trainer.model_dump() | {"strategy": Together() if context.team.size > 1 else "auto"}
+    trainer = Trainer(
+        **{"max_epochs": 1} | given | getattr(module, "trainer_options", {}),
+        logger=make_loggers(planned.recipe.loggers, context.output, context.index, stages[0].name),
+        callbacks=list(callbacks),
+        use_distributed_sampler=False,  # stages share out their data themselves, by context.team
+        enable_checkpointing=False,  # committed blocks are the checkpoint; other stages write their own
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    last = context.checkpoints / LAST
+    with _interrupts():
+        if walk or not last.is_file():
+            trainer.fit(module, data)
+        else:
+            trainer.fit(module, data, ckpt_path=last, weights_only=True)
+    if walk:
+        data.close()
+    elif not effect.cuts:
+        _commit(context, inspector)
 
 
 @contextmanager
@@ -143,24 +187,45 @@ def _interrupts() -> Iterator[None]:
         raise KeyboardInterrupt from stop
 
 
-def _commit(work: Work) -> None:
-    """Commit all blocks of a stage that trains the model as a whole; the masks are those of the stages before."""
-    if work.team.rank:
-        return
-    if work.notes:
-        write_json(work.commits.folder / NOTES, work.notes)
-    masks = work.masks()
-    for block in work.blocks:
+@contextmanager
+def _frozen(model: nn.Module, effect: Effect) -> Iterator[None]:
+    """While this lasts, the model has no gradients of its own unless the stage declares that it needs them."""
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    if not effect.gradients:
+        model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in asked.items():
+            parameter.requires_grad_(before)
+
+
+def _inside(context: Context) -> set[str]:
+    """The names of all tensors of the blocks."""
+    return {f"{block.name}.{name}" for block in context.blocks for name in block.module.state_dict(keep_vars=True)}
+
+
+def _commit(context: Context, inspector: Inspector) -> None:
+    """Check and commit all blocks of a stage that worked on the model as a whole."""
+    for block in context.blocks:
         block.to("cpu")
+        earlier = context.earlier(block)
+        inspector.admit(block, earlier)
         for name, linear in block.linears.items():
-            block.masks[name] = masks[name] if name in masks else torch.ones(linear.shape, dtype=torch.bool)
-        work.commits.commit(block)
+            if name not in block.masks:  # nobody pruned it, or a stage before did
+                block.masks[name] = earlier.get(name, torch.ones(linear.shape, dtype=torch.bool))
+    if context.team.rank:
+        return
+    if context.notes:
+        write_json(context.commits.folder / NOTES, context.notes)
+    for block in context.blocks:
+        context.commits.commit(block)
         block.masks.clear()
-    shutil.rmtree(work.checkpoints, ignore_errors=True)
+    shutil.rmtree(context.checkpoints, ignore_errors=True)
 
 
-def one_shot(work: Work, stages: list[Stage]) -> tuple[LightningModule, Any, list[Any]]:
+def one_shot(context: Context, stages: list[Stage]) -> Fit:
     """Layer-wise solvers as what Trainer.fit takes: a walk, its stream, and the callback that solves."""
-    stream = work.stream()
-    solve = OneShot(work.solver(stages), work.patterns, work.seed, continues=not work.first)
-    return Walk(stream), stream, [solve]
+    stream = context.stream()
+    solve = OneShot(context.solver(stages), context.patterns, context.seed, continues=not context.first)
+    return Fit(Walk(stream), stream, [solve])

@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsekit.maths import Pattern, Quantization, Stats
+from sparsekit.maths import Pattern, Quantization, Stats, ends_on_grid
 from sparsekit.solvers.sparsegpt import factor
 
 _BLOCK = 128  # columns between two settlements
 
 
+@ends_on_grid(lambda options: {key: options[key] for key in ("bits", "group", "symmetric", "clip")})
 @torch.no_grad()
 def quantize(
     weight: Tensor,

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.maths import NM, Pattern, Quantization, Stats
+from sparsekit.maths import NM, Pattern, Quantization, Stats, ends_on_grid
 
 _STRIP = 16  # columns that are updated one by one before a matrix product updates the rest of their block
 _LARGEST_DAMPING = 1e4
 
 
+@ends_on_grid(lambda options: options["quantize"])
 @torch.no_grad()
 def sparsegpt(
     weight: Tensor,

@@ -1,19 +1,18 @@
 """Fine-tuning on text with pruned weights staying zero: all that is left of the blocks, or norms and biases alone."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from lightning.pytorch import Callback
+from annotated_types import Ge, Le
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sparsekit.contracts import Context, Count, Effect, Fit, Fraction, NotNegative, Positive, declares
 from sparsekit.model import Block
-from sparsekit.run import Work
 from sparsekit.train import (
-    Batches,
-    Recovery,
     Stored,
-    check_recovery,
+    TrainingSource,
+    check_distillation,
     flat_parameters,
     mark_trained,
     precision,
@@ -24,28 +23,29 @@ from sparsekit.train import (
 RATES = {"all": 1e-4, "norms-and-biases": 2e-3}
 
 
+@declares(Effect(moves=True, processes="many", gradients=True))
 def finetune(
-    work: Work,
+    context: Context,
     *,
     trainable: Literal["all", "norms-and-biases"] = "all",
-    source: str | dict[str, Any] | None = None,
-    tokens: int = 300_000,
-    steps: int | None = None,
-    length: int | None = None,
-    batch: int = 4,
-    accumulate: int = 1,
-    learning_rate: float | None = None,
-    warmup: float = 0.1,
-    weight_decay: float = 0.0,
-    validation: float = 0.05,
-    checks: int = 8,
-    patience: int | None = 3,
+    source: TrainingSource | None = None,
+    tokens: Count = 300_000,
+    steps: Count | None = None,
+    length: Annotated[int, Ge(2)] | None = None,
+    batch: Count = 4,
+    accumulate: Count = 1,
+    learning_rate: Positive | None = None,
+    warmup: Fraction = 0.1,
+    weight_decay: NotNegative = 0.0,
+    validation: Fraction = 0.05,
+    checks: Count = 8,
+    patience: Count | None = 3,
     checkpointing: bool = False,
-    distill: float = 0.0,
-    temperature: float = 1.0,
-    hidden: float = 0.0,
-    cache: int = 0,
-) -> tuple[Recovery, Batches, list[Callback]]:
+    distill: Annotated[float, Ge(0), Le(1)] = 0.0,
+    temperature: Positive = 1.0,
+    hidden: NotNegative = 0.0,
+    cache: Annotated[int, Ge(0)] = 0,
+) -> Fit:
     """Train the blocks' own parameters on text; pruned weights stay zero bit for bit.
 
     Gradients are masked before the optimizer sees them, so its momentum is zero where a weight is pruned, and what
@@ -59,9 +59,8 @@ def finetune(
 
     Source: Zimmer et al. 2023, PERP, arXiv 2312.15230; distillation: Hinton et al. 2015, arXiv 1503.02531.
     """
-    check_recovery(locals())
     reading = recovery_text(
-        work,
+        context,
         source=source,
         tokens=tokens,
         steps=steps,
@@ -70,24 +69,24 @@ def finetune(
         accumulate=accumulate,
         validation=validation,
     )
-    masks = work.masks() if trainable == "all" else {}
-    stored = Stored(work.model, wide=precision(work.planned.device) == "32-true")
-    leaves = flat_parameters(work.blocks)
+    masks = context.masks() if trainable == "all" else {}
+    stored = Stored(context.model, wide=precision(context.device) == "32-true")
+    leaves = flat_parameters(context.blocks)
     if trainable == "all":
-        leaves = {f"{b.name}.{inner}": p for b in work.blocks for inner, p in b.module.named_parameters()}
+        leaves = {f"{b.name}.{inner}": p for b in context.blocks for inner, p in b.module.named_parameters()}
     for parameter in leaves.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_()
-    hooks = [hook for block in work.blocks for hook in masked(block, masks)]
+    hooks = [hook for block in context.blocks for hook in masked(block, masks)]
 
     def finish() -> None:
         for hook in hooks:
             hook.remove()
-        mark_trained(work.blocks, leaves)
+        mark_trained(context.blocks, leaves)
         stored.restore(leaves)
 
     return recovery_parts(
-        work,
+        context,
         "finetune",
         leaves,
         reading,
@@ -106,7 +105,7 @@ def finetune(
     )
 
 
-finetune.check = check_recovery  # type: ignore[attr-defined]  # what can be said before anything runs
+finetune.check = check_distillation  # type: ignore[attr-defined]  # what options mean together
 
 
 def masked(block: Block, masks: Mapping[str, Tensor]) -> Iterator[RemovableHandle]:

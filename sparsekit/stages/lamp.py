@@ -4,38 +4,58 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt, Lt
 from lightning.pytorch import Callback, Trainer
+from pydantic import AfterValidator
 from torch import Tensor
 
-from sparsekit.maths import Pattern
+from sparsekit.contracts import Context, Effect, Fit, declares
+from sparsekit.maths import Pattern, Quantization
 from sparsekit.model import Block
-from sparsekit.recipe import named_solvers
-from sparsekit.run import Work, quantization_of
+from sparsekit.recipe import SolverChain, grid_of
 from sparsekit.system import ActivationStore, give_back
-from sparsekit.train import check_reconstruction, reconstruct
+from sparsekit.train import reconstruct
 from sparsekit.walk import BlockStream, OneShot, Walk
 
 RETRIES = 2
 
 
+def _a_grid(settings: dict[str, Any]) -> dict[str, Any]:
+    Quantization.of(settings)
+    return settings
+
+
+Grid = Annotated[dict[str, Any], AfterValidator(_a_grid)]
+
+
+def _effect(options: Mapping[str, Any]) -> Effect:
+    """It ends on the grid of `quantize`, or of its solver where nothing is trained after that."""
+    settings = options["quantize"]
+    grid = (
+        Quantization.of(settings) if settings is not None else None if options["after"] else grid_of(options["solver"])
+    )
+    return Effect(prunes=True, moves=True, start="dense", grid=grid, reads=("text", "images"), gradients=True)
+
+
+@declares(_effect)
 def lamp(
-    work: Work,
+    context: Context,
     *,
-    solver: Any = "sparsegpt",
+    solver: SolverChain = "sparsegpt",
     after: bool = True,
-    quantize: dict[str, Any] | None = None,
-    epochs: int = 12,
-    learning_rate: float | None = None,
-    trainable: str = "all",
-    rank: int = 16,
-    batch: int = 1,
-    held_out: float = 0.05,
-    warmup: float = 0.1,
-    patience: int = 3,
+    quantize: Grid | None = None,
+    epochs: Annotated[int, Ge(0)] = 12,
+    learning_rate: Annotated[float, Gt(0)] | None = None,
+    trainable: Literal["all", "low-rank", "norms-and-biases"] = "all",
+    rank: Annotated[int, Ge(1)] = 16,
+    batch: Annotated[int, Ge(1)] = 1,
+    held_out: Annotated[float, Ge(0), Lt(1)] = 0.05,
+    warmup: Annotated[float, Ge(0), Lt(1)] = 0.1,
+    patience: Annotated[int, Ge(1)] = 3,
     per_token: bool = True,
-) -> tuple[Walk, BlockStream, list[Callback]]:
+) -> Fit:
     """Train each block to make up for the pruning of those before it, then prune it (LAMP, Algorithm 1).
 
     Two streams go through the model: what the pruned blocks give, and what the dense ones give. A block that is still
@@ -56,31 +76,23 @@ def lamp(
     for one block a float32 copy, gradients and AdamW's two moments. Raises ValueError for a solver that is not there,
     and unless the recipe's error_correction is prefix, or if a solver's answer on a grid would be trained again.
     """
-    if work.recipe.error_correction != "prefix":
+    if context.error_correction != "prefix":
         raise ValueError(
-            f"error_correction is {work.recipe.error_correction!r}; lamp corrects errors between blocks itself and "
+            f"error_correction is {context.error_correction!r}; lamp corrects errors between blocks itself and "
             "needs prefix"
-        )
-    peak = 1.0 if learning_rate is None else learning_rate  # the rule's is in range
-    check_reconstruction(trainable, peak, held_out, warmup, epochs=epochs, batch=batch, rank=rank, patience=patience)
-    last = named_solvers(solver)[-1]
-    if after and quantization_of("solvers", last.name, last.options) is not None:
-        raise ValueError(
-            "lamp trains a block again after its solver has quantized it, which moves weights off the grid; "
-            "give `quantize` to lamp and not to its solver, or after: false"
         )
     grid = None
     if quantize is not None:
-        grid = OneShot(work.solver({"quantize": quantize}), work.patterns, work.seed, continues=True)
-    stream = work.stream(LampStream, error_correction="model")
+        grid = OneShot(context.solver({"quantize": quantize}), context.patterns, context.seed, continues=True)
+    stream = context.stream(LampStream, error_correction="model")
     train = Lamp(
-        OneShot(work.solver(solver), work.patterns, work.seed),
+        OneShot(context.solver(solver), context.patterns, context.seed),
         after=after,
         quantize=grid,
         learning_rate=learning_rate,
-        seed=work.seed,
-        timer=partial(work.meter.stage, "reconstruct"),
-        team=work.team,
+        seed=context.seed,
+        timer=partial(context.meter.stage, "reconstruct"),
+        team=context.team,
         epochs=epochs,
         trainable=trainable,
         rank=rank,
@@ -90,7 +102,18 @@ def lamp(
         patience=patience,
         per_token=per_token,
     )
-    return Walk(stream), stream, [train]
+    return Fit(Walk(stream), stream, [train])
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    if options["after"] and grid_of(options["solver"]) is not None:
+        raise ValueError(
+            "lamp trains a block again after its solver has quantized it, which moves weights off the grid; "
+            "give `quantize` to lamp and not to its solver, or after: false"
+        )
+
+
+lamp.check = _check  # type: ignore[attr-defined]  # what options mean together
 
 
 class LampStream(BlockStream):

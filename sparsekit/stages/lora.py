@@ -1,19 +1,18 @@
 """LoRA recovery: a low-rank update that keeps pruned weights zero, merged at the end without a trace."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lightning.pytorch import Callback
+from annotated_types import Ge, Le
 
+from sparsekit.contracts import Context, Count, Effect, Fit, Fraction, NotNegative, Positive, declares
 from sparsekit.model import Block, Linear
 from sparsekit.registry import suggest
-from sparsekit.run import Work
 from sparsekit.train import (
-    Batches,
-    Recovery,
     Stored,
+    TrainingSource,
     attach_updates,
-    check_recovery,
+    check_distillation,
     detach_updates,
     flat_parameters,
     mark_trained,
@@ -24,35 +23,41 @@ from sparsekit.train import (
 )
 
 
+def _effect(options: Mapping[str, Any]) -> Effect:
+    """An update that is not merged stays beside the model, which is then what it was."""
+    return Effect(moves=bool(options["merge"]), unmerged=not options["merge"], processes="many", gradients=True)
+
+
+@declares(_effect)
 def lora(
-    work: Work,
+    context: Context,
     *,
-    rank: int = 16,
-    alpha: float | None = None,
-    dropout: float = 0.0,
+    rank: Count = 16,
+    alpha: Positive | None = None,
+    dropout: Fraction = 0.0,
     variant: Literal["masked", "scale", "prune"] = "masked",
     targets: list[str] | None = None,
     biases: bool = False,
     norms: bool = False,
     merge: bool = True,
-    source: str | dict[str, Any] | None = None,
-    tokens: int = 300_000,
-    steps: int | None = None,
-    length: int | None = None,
-    batch: int = 4,
-    accumulate: int = 1,
-    learning_rate: float = 2e-4,
-    warmup: float = 0.1,
-    weight_decay: float = 0.0,
-    validation: float = 0.05,
-    checks: int = 8,
-    patience: int | None = 3,
+    source: TrainingSource | None = None,
+    tokens: Count = 300_000,
+    steps: Count | None = None,
+    length: Annotated[int, Ge(2)] | None = None,
+    batch: Count = 4,
+    accumulate: Count = 1,
+    learning_rate: Positive = 2e-4,
+    warmup: Fraction = 0.1,
+    weight_decay: NotNegative = 0.0,
+    validation: Fraction = 0.05,
+    checks: Count = 8,
+    patience: Count | None = 3,
     checkpointing: bool = False,
-    distill: float = 0.0,
-    temperature: float = 1.0,
-    hidden: float = 0.0,
-    cache: int = 0,
-) -> tuple[Recovery, Batches, list[Callback]]:
+    distill: Annotated[float, Ge(0), Le(1)] = 0.0,
+    temperature: Positive = 1.0,
+    hidden: NotNegative = 0.0,
+    cache: Annotated[int, Ge(0)] = 0,
+) -> Fit:
     """Train a low-rank update of each linear on text, pruned weights staying zero, and merge it into the weights.
 
     A linear that is pruned element by element computes with W + mask * s (B A), s = alpha / rank; any other, as after
@@ -82,10 +87,9 @@ def lora(
 
     Source: Zimmer et al. 2023, PERP, arXiv 2312.15230; Hu et al. 2021, LoRA, arXiv 2106.09685.
     """
-    check(locals())
-    linears = select(work.blocks, targets)
+    linears = select(context.blocks, targets)
     reading = recovery_text(
-        work,
+        context,
         source=source,
         tokens=tokens,
         steps=steps,
@@ -94,11 +98,11 @@ def lora(
         accumulate=accumulate,
         validation=validation,
     )
-    masks = work.masks()
-    stored = Stored(work.model, wide=precision(work.planned.device) == "32-true")
-    free = flat_parameters(work.blocks, biases, norms)
+    masks = context.masks()
+    stored = Stored(context.model, wide=precision(context.device) == "32-true")
+    free = flat_parameters(context.blocks, biases, norms)
     layers = attach_updates(
-        work.model,
+        context.model,
         linears,
         masks,
         rank=rank,
@@ -106,12 +110,12 @@ def lora(
         dropout=dropout,
         variant=variant,
         stored={linear.name: stored.dtype(f"{linear.name}.weight") for linear in linears},
-        seed=work.seed,
+        seed=context.seed,
     )
     for parameter in free.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_()
-    leaves = {name: p for name, p in work.model.named_parameters() if p.requires_grad}
+    leaves = {name: p for name, p in context.model.named_parameters() if p.requires_grad}
 
     def switch(training: bool) -> None:
         for layer in layers.values():
@@ -119,16 +123,16 @@ def lora(
         stored.rounded(not training, free)
 
     def finish() -> None:
-        if not merge and work.team.rank == 0:
-            work.notes["lora"]["adapter"] = "adapter"
-            save_adapter(work.output / "adapter", layers, base=str(work.planned.folder))
-        detach_updates(work.model, layers, merge=merge)
+        if not merge and context.team.rank == 0:
+            context.notes["lora"]["adapter"] = "adapter"
+            save_adapter(context.output / "adapter", layers, base=context.base)
+        detach_updates(context.model, layers, merge=merge)
         merged = [f"{linear.name}.weight" for linear in linears] if merge else []
-        mark_trained(work.blocks, [*free, *merged])
+        mark_trained(context.blocks, [*free, *merged])
         stored.restore(free)
 
     return recovery_parts(
-        work,
+        context,
         "lora",
         leaves,
         reading,
@@ -147,17 +151,16 @@ def lora(
     )
 
 
-def check(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for options, all of them by name, that are out of range alone or together."""
+def _check(options: Mapping[str, Any]) -> None:
     if not options["merge"] and (options["biases"] or options["norms"]):
         raise ValueError(
             "merge: false writes the low-rank update alone, and biases and norms trained with it would be lost; "
             "leave them as they are, or merge"
         )
-    check_recovery(options)
+    check_distillation(options)
 
 
-lora.check = check  # type: ignore[attr-defined]  # what can be said before anything runs
+lora.check = _check  # type: ignore[attr-defined]  # what options mean together
 
 
 def select(blocks: Sequence[Block], targets: list[str] | None) -> list[Linear]:

@@ -1,62 +1,53 @@
 """Policy gradient: which structures stay is learned from the loss of the pruned model, by forward passes alone."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from importlib import import_module
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lightning.pytorch import Callback, LightningModule
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsekit import registry
-from sparsekit.model.structure import check_kinds as check_units
-from sparsekit.model.structure import check_shape as check_choice
-from sparsekit.model.structure import share
-from sparsekit.recipe import at_least
-from sparsekit.run import Work
+from sparsekit.contracts import Context, Count, Effect, Fit, Fraction, Kinds, Positive, Share, declares, share
+from sparsekit.model.structure import check_shape, kinds_of
 from sparsekit.train import Checkpoints, PolicyGradient
+from sparsekit.walk import Remove
 
-Initial = Literal[
-    "wanda-sp", "flap", "llm-pruner", "layer-perplexity", "block-influence", "random", "random-progressive"
-]
-FINE = ("wanda-sp", "flap", "llm-pruner")  # these score heads and channels, the other methods layers or parts
-UNITS = {"heads-and-channels": ["heads", "channels"], "parts": ["attention", "mlp"], "layers": ["layers"]}
+RANDOM = ("random", "random-progressive")
 TESTING = 32  # sequences that are held out, at most
-COUNTS = ("tokens", "group", "steps", "masks", "batch", "length", "window")
 
 
+@declares(Effect(cuts=True, moves=True, start="dense", processes="many"))
 def policy_gradient(
-    work: Work,
+    context: Context,
     *,
-    remove: str | float,
-    units: list[str] | str = "heads-and-channels",
+    remove: Share,
+    units: Kinds | list[str] = "heads-and-channels",
     shape: Literal["free", "uniform"] = "free",
     budgets: Literal["separate", "joint"] = "separate",
-    initial: Initial | None = None,
-    tokens: int = 131072,
+    initial: str | None = None,
+    tokens: Count = 131072,
     projection: Literal["sigmoid-norm", "sigmoid-rank", "score-const"] | None = None,
     across: Literal["best", "block", "model"] = "best",
-    sharpness: float | None = None,
-    group: int = 32,
-    steps: int = 600,
-    masks: int = 4,
-    batch: int = 2,
-    length: int = 128,
-    learning_rate: float | None = None,
+    sharpness: Positive | None = None,
+    group: Count = 32,
+    steps: Count = 600,
+    masks: Count = 4,
+    batch: Count = 2,
+    length: Count = 128,
+    learning_rate: Positive | None = None,
     baseline: Literal["leave-one-out", "moving-average", "initial", "none"] = "leave-one-out",
-    window: int = 5,
+    window: Count = 5,
     antithetic: bool = True,
     scaling: Literal["natural", "sqrt", "none"] = "natural",
     normalize: bool = True,
-    floor: float = 0.01,
-    held_out: float = 0.125,
+    floor: Annotated[float, Ge(0), Lt(0.5)] = 0.01,
+    held_out: Fraction = 0.125,
     compensate: bool | None = None,
     bias: bool = False,
-    damping: float = 0.01,
-) -> tuple[LightningModule, Any, list[Callback]]:
+    damping: Positive = 0.01,
+) -> Fit:
     """Learn which heads, channels or layers to remove by policy gradient; the model runs forward only.
 
     Every unit is kept with a probability s of its own. In a step some masks are drawn, the model's loss under each is
@@ -68,8 +59,8 @@ def policy_gradient(
     units: heads-and-channels, parts (whole attentions and MLPs), layers, or a list of the kinds
     shape: free, or uniform: as many units in each block, which plain transformers loads
     budgets: separate for heads and channels, as in the paper, or joint, weighed by parameters
-    initial: the scores that s starts from; null: wanda-sp for heads and channels, else layer-perplexity. random, or
-        random-progressive, which begins by removing 5 % and goes on
+    initial: the scores that s starts from, of any installed criterion that scores these units; null: wanda-sp for heads
+        and channels, else layer-perplexity. random, or random-progressive, which begins by removing 5 % and goes on
     tokens: of calibration text for these scores and for least squares, at most
     projection: of scores to probabilities: sigmoid-norm (Eq. A10), sigmoid-rank, the same from ranks, for scores with
         outliers, or score-const (A11); null: sigmoid-norm for heads and channels, else sigmoid-rank
@@ -94,11 +85,10 @@ def policy_gradient(
     Several processes share the sequences of a step. Memory: that of a forward pass and a few numbers for each unit.
     Source: Bypass Back-propagation: Optimization-based Structural Pruning for LLMs via Policy Gradient, Algorithm 1.
     """
-    check(locals())
-    kinds = _kinds(units)
+    kinds = kinds_of(units)
     start = initial or _initial(kinds)
-    few = replace(work, tokens=work.tokens[: max(1, tokens // work.tokens.shape[1])])
-    found, ending = few.removal(
+    few = context.with_tokens(context.tokens[: max(1, tokens // context.tokens.shape[1])])
+    cutting = few.cutting(
         remove,
         kinds,
         shape=shape,
@@ -107,15 +97,12 @@ def policy_gradient(
         bias=bias,
         damping=damping,
     )
-    text, testing = _texts(work.tokens, length, held_out)
-    score = None
-    if not start.startswith("random"):
-        method = import_module(f"sparsekit.criteria.{registry.normal(start)}")
-        score = partial(method.scores, few, found, remove)
+    text, testing = _texts(context.tokens, length, held_out)
+    score = None if start in RANDOM else partial(few.scores, start, cutting.units, share(remove))
     module = PolicyGradient(
-        work.model,
-        work.blocks,
-        found,
+        context.model,
+        context.blocks,
+        cutting.units,
         text,
         testing,
         score=score,
@@ -137,43 +124,36 @@ def policy_gradient(
         normalize=normalize,
         floor=floor,
         progressive=start == "random-progressive",
-        seed=work.seed,
-        team=work.team,
-        say=work.console.print,
+        seed=context.seed,
+        team=context.team,
+        say=context.console.print,
     )
     data: Any = DataLoader(range(steps))  # type: ignore[arg-type]  # which text a step sees follows from its number
-    return module, data, [Checkpoints(work.checkpoints), ending]
+    return Fit(module, data, [Checkpoints(context.checkpoints), Remove(cutting)])
 
 
-def check(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for options, all of them by name, that are out of range alone or together."""
-    given = {name: options[name] for name in registry.options(policy_gradient)}
-    for problem in registry.option_problems(policy_gradient, given).values():
-        raise ValueError(problem)
-    kinds = _kinds(options["units"])
-    check_units(kinds)
-    check_choice(options["shape"], options["budgets"])
+def _check(options: Mapping[str, Any]) -> None:
+    kinds = kinds_of(options["units"])
+    check_shape(options["shape"], options["budgets"])
     initial = options["initial"] or _initial(kinds)
-    if not initial.startswith("random") and _fine(kinds) != (initial in FINE):
-        raise ValueError(f"initial is {initial!r}, which has no scores for {' and '.join(kinds)}; leave it out")
-    at_least(1, **{name: options[name] for name in COUNTS})
+    if initial not in RANDOM:
+        try:
+            criterion: Any = registry.load("criteria", initial)
+        except registry.UnknownName:
+            valid = [*registry.names("criteria"), *RANDOM]
+            raise ValueError(f"unknown initial `{initial}`, {registry.suggest(initial, valid)}") from None
+        if others := set(kinds) - set(criterion.scoring.kinds):
+            missing = " and ".join(sorted(others))
+            raise ValueError(f"initial is {initial!r}, which has no scores for {missing}; leave it out")
+    if options["bias"] and options["compensate"] is False:
+        raise ValueError("bias: true is part of least squares; give compensate: true with it, or leave it out")
     if options["baseline"] == "leave-one-out" and options["masks"] < 2:
         raise ValueError("baseline leave-one-out compares masks of one step: give at least 2 as masks, or another one")
     if options["across"] == "best" and not options["held_out"]:
         raise ValueError("across: best is decided on held-out text: give a held_out above 0, or block or model")
-    at_least(0, floor=options["floor"], held_out=options["held_out"])
-    if not (options["floor"] < 0.5 and options["held_out"] < 1):
-        raise ValueError(f"floor is {options['floor']} (below 0.5), held_out {options['held_out']} (below 1)")
-    for name in ("learning_rate", "sharpness"):
-        if options[name] is not None and not 0 < options[name] < math.inf:
-            raise ValueError(f"{name} is {options[name]}; it must be above 0")
 
 
-policy_gradient.check = check  # type: ignore[attr-defined]  # what can be said before anything runs
-
-
-def _kinds(units: list[str] | str) -> list[str]:
-    return UNITS.get(units, [units]) if isinstance(units, str) else units
+policy_gradient.check = _check  # type: ignore[attr-defined]  # what options mean together
 
 
 def _fine(kinds: list[str]) -> bool:

@@ -4,33 +4,40 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from sparsekit.maths import ACTIVATIONS, Unstructured
+from sparsekit.contracts import Context, Effect, Fit, declares
+from sparsekit.maths import ACTIVATIONS
 from sparsekit.model import Block
-from sparsekit.run import Work
+from sparsekit.recipe import SolverChain, grid_of
 from sparsekit.system import ActivationStore, tight
 from sparsekit.train import FeedForward, Found, prune_jointly
-from sparsekit.walk import BlockStream, OneShot, Walk
+from sparsekit.walk import BlockStream, OneShot, Walk, leave_dense
 
 
+def _effect(options: Mapping[str, Any]) -> Effect:
+    return Effect(prunes=True, moves=True, start="dense", grid=grid_of(options["solver"]), reads=("text", "images"))
+
+
+@declares(_effect)
 def sparsellm(
-    work: Work,
+    context: Context,
     *,
-    solver: Any = "sparsegpt",
-    alpha: float = 1.0,
-    beta: float = 1.0,
-    gamma: float = 1.0,
+    solver: SolverChain = "sparsegpt",
+    alpha: Annotated[float, Gt(0)] = 1.0,
+    beta: Annotated[float, Gt(0)] = 1.0,
+    gamma: Annotated[float, Gt(0)] = 1.0,
     relative: bool = True,
-    epochs: int = 4,
-    damping: float = 0.01,
+    epochs: Annotated[int, Ge(0)] = 4,
+    damping: Annotated[float, Ge(0)] = 0.01,
     settle: bool | None = None,
     first_half_only: bool = False,
-) -> tuple[Walk, BlockStream, list[Callback]]:
+) -> Fit:
     """Prune each feed-forward part towards its dense output, not towards the dense outputs of its linears.
 
     Alternating minimisation over sparse weights and auxiliary activations, see `feedforward.joint`. Every other linear
@@ -47,25 +54,20 @@ def sparsellm(
     first_half_only: leave the second half of the blocks dense, as in the paper's tables
 
     Source: Bai et al. 2024, SparseLLM: Towards Global Pruning of Pre-trained Language Models, Eq. 4 to 13.
-    Raises ValueError for penalties that are not positive and for an error correction other than prefix and none.
+    Raises ValueError for an error correction other than prefix and none.
     """
-    if not (min(alpha, beta, gamma) > 0 and epochs >= 0 and damping >= 0):
+    if context.error_correction not in ("prefix", "none"):
         raise ValueError(
-            "alpha, beta and gamma must be above 0, epochs and damping at least 0, "
-            f"not {alpha}, {beta}, {gamma}, {epochs} and {damping}"
-        )
-    if work.recipe.error_correction not in ("prefix", "none"):
-        raise ValueError(
-            f"sparsellm cannot have error_correction {work.recipe.error_correction}: its target is the block's own "
+            f"sparsellm cannot have error_correction {context.error_correction}: its target is the block's own "
             "dense output on the same inputs; choose prefix or none"
         )
-    share = work.recipe.memory.activations // 2  # the other half for what enters the blocks
-    stream = work.stream(budget=share)
+    share = context.activations // 2  # the other half for what enters the blocks
+    stream = context.stream(budget=share)
     joint = SparseLLM(
-        OneShot(work.solver(solver), work.patterns, work.seed),
-        len(work.blocks) // 2 if first_half_only else len(work.blocks),
+        OneShot(context.solver(solver), context.patterns, context.seed),
+        len(context.blocks) // 2 if first_half_only else len(context.blocks),
         budget=share,
-        folder=work.activations,
+        folder=context.scratch,
         alpha=alpha,
         beta=beta,
         gamma=gamma,
@@ -74,7 +76,7 @@ def sparsellm(
         damping=damping,
         settle=settle,
     )
-    return Walk(stream), stream, [joint]
+    return Fit(Walk(stream), stream, [joint])
 
 
 class SparseLLM(Callback):
@@ -100,7 +102,8 @@ class SparseLLM(Callback):
             ValueError: as `OneShot` does.
         """
         if block.index >= self.blocks:
-            _leave(block)
+            for name in block.linears:
+                leave_dense(block, name, "left dense: first_half_only prunes the first half of the blocks alone")
             return
         part, seconds = find_part(block, walk.stream.inputs[0]), 0.0
         self.local.answers = {}
@@ -194,19 +197,3 @@ def _inputs(stream: BlockStream, block: Block) -> Iterator[Tensor]:
 
 def _bias(module: Any) -> Tensor | float:
     return 0.0 if module.bias is None else module.bias.detach().float()
-
-
-def _leave(block: Block) -> None:
-    """Masks and records of a block that stays dense."""
-    for name, linear in block.linears.items():
-        zeros, count = int((linear.weight == 0).sum()), linear.weight.numel()
-        block.masks[name] = torch.ones(linear.shape, dtype=torch.bool)
-        block.records[name] = {
-            "error": 0.0,
-            "seconds": 0.0,
-            "sparsity": zeros / count,
-            "zeros": zeros,
-            "parameters": count,
-            "pattern": str(Unstructured(0)),
-            "warnings": [],
-        }

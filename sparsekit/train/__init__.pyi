@@ -11,8 +11,9 @@ from .reconstruction import check_reconstruction as check_reconstruction
 from .reconstruction import reconstruct as reconstruct
 from .recovery import Recovery as Recovery
 from .rows import Batches as Batches
+from .rows import TrainingSource as TrainingSource
 from .session import Stored as Stored
-from .session import check_recovery as check_recovery
+from .session import check_distillation as check_distillation
 from .session import flat_parameters as flat_parameters
 from .session import mark_trained as mark_trained
 from .session import precision as precision

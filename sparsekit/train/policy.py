@@ -48,7 +48,7 @@ class PolicyGradient(LightningModule):
         text: Tensor,
         testing: Tensor,
         *,
-        score: Callable[[torch.device], Tensor] | None,
+        score: Callable[[], Tensor] | None,
         remove: float,
         steps: int,
         masks: int,
@@ -102,7 +102,7 @@ class PolicyGradient(LightningModule):
         model, _ = self.outside
         scores = self.start.cpu()
         if self.global_step == 0:
-            scores = self.score(self.device).double().cpu() if self.score else self._at_random()
+            scores = self.score().double().cpu() if self.score else self._at_random()
             self.start.copy_(scores)
         model.to(self.device)
         self.groups = Groups.by_score(self.units, scores, self.group)

@@ -8,9 +8,10 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from sparsekit.data import CALIBRATION, Corpus, corpus, load_rows, resolve
@@ -98,6 +99,14 @@ def check_training_source(settings: str | Mapping[str, Any] | None) -> dict[str,
         format_of([], known["format"])
     resolve(known, ("format", *CALIBRATION, "batch"))
     return known
+
+
+def _known_source(settings: str | dict[str, Any]) -> str | dict[str, Any]:
+    check_training_source(settings)
+    return settings
+
+
+TrainingSource = Annotated[str | dict[str, Any], AfterValidator(_known_source)]  # the type of an option `source`
 
 
 def training_rows(

@@ -1,19 +1,17 @@
 """What `lora` and `finetune` share: text, precision, checkpointed activations, and the parts Trainer.fit takes."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from sparsekit.contracts import Context, Fit
 from sparsekit.data import check_length
-from sparsekit.model import Block, load_plain
-from sparsekit.recipe import at_least
+from sparsekit.model import Block
 from sparsekit.train.losses import Objective
 from sparsekit.train.recovery import Recovery
 from sparsekit.train.rows import Batches, Rows, training_rows
@@ -24,28 +22,12 @@ from sparsekit.train.watch import Best, Checkpoints, RecoveryProgress
 LENGTH = 512  # tokens of a row, or the model's positions if they are fewer
 CLIP = 1.0  # largest norm of a gradient
 HALF = (torch.float16, torch.bfloat16)
-LEAST = dict.fromkeys(("rank", "tokens", "steps", "batch", "accumulate", "checks", "patience"), 1.0)
-LEAST |= {"weight_decay": 0.0, "hidden": 0.0, "cache": 0.0, "temperature": 1e-3, "length": 2.0, "alpha": 1e-3}
 
 
-def check_recovery(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for options of a recovery that are out of range, or a source that is not there.
-
-    options: all of a stage, by name; those that are not known here are passed over, and so is None
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    for name, least in LEAST.items():
-        at_least(least, **{name: given.get(name, least)})
-    if not 0 < given.get("learning_rate", 1.0) < math.inf:
-        raise ValueError(f"learning_rate is {given['learning_rate']}; it must be above 0")
-    for name in ("warmup", "validation", "dropout"):
-        if not 0 <= given.get(name, 0) < 1:
-            raise ValueError(f"{name} is {given[name]}; it is a share, from 0 to below 1")
-    if not 0 <= given["distill"] <= 1:
-        raise ValueError(f"distill is {given['distill']}; it is a share of the loss, from 0 to 1")
-    if given["cache"] and given["hidden"]:
+def check_distillation(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for options of a recovery that do not go together."""
+    if options["cache"] and options["hidden"]:
         raise ValueError("cache keeps the dense model's logits alone; leave it 0 where `hidden` is above 0")
-    check_source(given.get("source"))
 
 
 @dataclass(frozen=True)
@@ -64,7 +46,7 @@ class Text:
 
 
 def recovery_text(
-    work: Any,
+    context: Context,
     *,
     source: str | Mapping[str, Any] | None,
     tokens: int,
@@ -79,23 +61,24 @@ def recovery_text(
     Raises:
         ValueError: text, tokenizer and model do not fit each other, or `tokens` are less than one step.
     """
-    positions = work.planned.positions
+    config: Any = context.model.config.get_text_config()  # type: ignore[union-attr,operator]
+    positions = getattr(config, "max_position_embeddings", None)
     check_length(length or 1, positions, "recovery")
     length = length or min(LENGTH, positions or LENGTH)
-    wide = batch * accumulate * work.team.size
+    wide = batch * accumulate * context.team.size
     steps = tokens // (wide * length) if steps is None else steps
     if steps < 1:
         raise ValueError(
             f"tokens is {tokens}, less than the {wide * length} of one step ({wide} rows of {length}): give more "
             "tokens, or a smaller batch or length"
         )
-    settings = check_source(source) or work.recipe.calibration.model_dump()
+    settings = check_source(source) or context.calibration
     training, held_out = training_rows(
-        settings, work.tokenizer(), length=length, rows=steps * wide, validation=validation, seed=work.seed
+        settings, context.tokenizer(), length=length, rows=steps * wide, validation=validation, seed=context.seed
     )
-    if int(training.ids.max()) >= (vocabulary := work.planned.config.vocab_size):
+    if int(training.ids.max()) >= (vocabulary := config.vocab_size):
         raise ValueError(f"the tokenizer gives token {int(training.ids.max())}, but the model embeds {vocabulary}")
-    batches = Batches(training, count=steps * accumulate, batch=batch, seed=work.seed, team=work.team)
+    batches = Batches(training, count=steps * accumulate, batch=batch, seed=context.seed, team=context.team)
     return Text(batches, held_out, steps, accumulate)
 
 
@@ -184,7 +167,7 @@ def recompute(blocks: Iterable[Block], on: bool) -> None:
 
 
 def recovery_parts(
-    work: Any,
+    context: Context,
     name: str,
     leaves: dict[str, nn.Parameter],
     reading: Text,
@@ -201,30 +184,30 @@ def recovery_parts(
     temperature: float,
     hidden: float,
     cache: int,
-) -> tuple[Recovery, Batches, list[Callback]]:
-    """What Trainer.fit takes; the record of the training goes to `work.notes[name]`."""
+) -> Fit:
+    """What Trainer.fit takes; the record of the training goes to `context.notes[name]`."""
 
     def dense() -> nn.Module:
-        model, _ = load_plain(work.planned.dense, trust_remote_code=work.recipe.model.trust_remote_code)
+        model = context.dense()
         return model.float() if kind == "32-true" else model
 
     def end() -> None:
-        recompute(work.blocks, False)
+        recompute(context.blocks, False)
         if isinstance(teacher, Running):
             teacher.forget()
         finish()
 
-    kind = precision(work.planned.device)
+    kind = precision(context.device)
     rows = reading.batches.rows
     teacher: Running | Cached | None = None
     if cache and distill:
-        file = work.checkpoints / "dense.safetensors"
+        file = context.checkpoints / "dense.safetensors"
         batch = reading.batches.batch
-        teacher = Cached(dense, rows, file, top=cache, batch=batch, temperature=temperature, console=work.console)
+        teacher = Cached(dense, rows, file, top=cache, batch=batch, temperature=temperature, console=context.console)
     elif distill or hidden:
         teacher = Running(dense)
     module = Recovery(
-        work.model,
+        context.model,
         leaves,
         Objective(teacher, distill=distill, hidden=hidden, temperature=temperature),
         steps=reading.steps,
@@ -232,8 +215,8 @@ def recovery_parts(
         warmup=warmup,
         weight_decay=weight_decay,
         switch=switch,
-        seed=work.seed,
-        team=work.team,
+        seed=context.seed,
+        team=context.team,
     )
     module.trainer_options = {
         "max_epochs": 1,
@@ -243,8 +226,8 @@ def recovery_parts(
         "num_sanity_val_steps": 0,
     }
     if checkpointing:
-        recompute(work.blocks, True)
-    note = work.notes[name] = {
+        recompute(context.blocks, True)
+    note = context.notes[name] = {
         "trained_parameters": sum(leaf.numel() for leaf in leaves.values()),
         "tokens": reading.steps * reading.tokens,
         "passes": reading.steps * reading.tokens / rows.ids.numel(),
@@ -258,6 +241,6 @@ def recovery_parts(
         finish=end,
         note=note,
     )
-    callbacks: list[Callback] = [teacher] if isinstance(teacher, Cached) else []
-    callbacks += [best, Checkpoints(work.checkpoints), RecoveryProgress(work.console, best, reading.tokens)]
-    return module, reading.batches, callbacks
+    callbacks: list[Any] = [teacher] if isinstance(teacher, Cached) else []
+    callbacks += [best, Checkpoints(context.checkpoints), RecoveryProgress(context.console, best, reading.tokens)]
+    return Fit(module, reading.batches, callbacks)

@@ -127,9 +127,3 @@ def walked(
             stream.advance(block)
         block.to("cpu")
     stream.close()
-
-
-def need(units: Units, kinds: Iterable[str], method: str) -> None:
-    """Raise ValueError unless a method that scores these kinds alone is given no others."""
-    if others := set(units.kinds) - set(kinds):
-        raise ValueError(f"{method} scores {', '.join(kinds)}, not {', '.join(sorted(others))}; choose another method")

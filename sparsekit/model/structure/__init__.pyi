@@ -1,6 +1,5 @@
 from .choice import check_shape as check_shape
 from .choice import choose as choose
-from .choice import share as share
 from .masks import masking as masking
 from .origins import Cuts as Cuts
 from .origins import Origin as Origin
@@ -16,3 +15,4 @@ from .units import Part as Part
 from .units import Units as Units
 from .units import check_kinds as check_kinds
 from .units import find_units as find_units
+from .units import kinds_of as kinds_of

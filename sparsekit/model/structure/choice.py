@@ -5,22 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from sparsekit.contracts import share
 from sparsekit.model.structure.units import Units
 
 SHAPES = ("free", "uniform")
 BUDGETS = ("separate", "joint")
-
-
-def share(given: str | float) -> float:
-    """A share as a number, from a text such as "30%" or from 0.3; ValueError unless it is above 0 and below 1."""
-    text = str(given).strip()
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise ValueError(f'remove is {given!r}; it must be a share of the blocks\' parameters, such as "30%"')
-    return value
 
 
 def check_shape(shape: str, budgets: str) -> None:

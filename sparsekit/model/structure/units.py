@@ -123,6 +123,19 @@ def _gone(block: Block, attention: bool) -> bool:
     return any((module.layer_idx is not None) == attention for module in left)
 
 
+NAMED = {"heads-and-channels": ["heads", "channels"], "parts": ["attention", "mlp"]}
+
+
+def kinds_of(units: str | Sequence[str]) -> list[str]:
+    """The kinds of units that an option names: "heads-and-channels", "parts", a kind, or a list of kinds.
+
+    Raises ValueError for kinds that are unknown or cannot be removed together.
+    """
+    kinds = NAMED.get(units, [units]) if isinstance(units, str) else list(units)
+    check_kinds(kinds)
+    return kinds
+
+
 def check_kinds(kinds: Sequence[str]) -> None:
     """Raise ValueError unless these kinds of units exist and can be removed together."""
     if not kinds or not any(set(kinds) <= each for each in TOGETHER):

@@ -1,0 +1,67 @@
+"""Every linear's pattern, by the recipe's allocation rule."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsekit import registry
+from sparsekit.maths import Pattern, Unstructured, mixture, parse
+from sparsekit.model import Block, channels_of, height_and_width, sees_images, vision_config
+from sparsekit.recipe import Recipe
+from sparsekit.run.methods import underscored
+
+SAMPLE_LENGTH = 8  # tokens of the forward pass that looks for groups
+
+
+def sample_input(model: Any) -> Tensor:
+    """What the forward pass that looks for groups is given: tokens (1, few), or an image, on the model's device."""
+    if not sees_images(model):
+        return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=model.device)
+    size = height_and_width(vision_config(model.config).image_size)
+    return torch.zeros(1, channels_of(model.config), *size, dtype=model.dtype, device=model.device)
+
+
+def allocate(
+    recipe: Recipe, blocks: list[Block], dense: Iterable[tuple[str, Tensor, Tensor]] | None = None
+) -> dict[str, Pattern]:
+    """Every linear's pattern, by the recipe's allocation rule.
+
+    dense: name, weight (out, in) and norms of the inputs (in,) of every linear in the dense model, block after block;
+        a rule that asks for them gives the same pattern to all where they are not there yet.
+
+    Raises:
+        ValueError: a pattern does not divide a layer's width, the rule refuses its options, or it did not conserve the
+            total.
+    """
+    if recipe.pattern is None:
+        return {}
+    pattern = parse(recipe.pattern)
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    for name, linear in linears.items():
+        pattern.check(linear.shape[1], name)
+    rule = recipe.allocation
+    function = registry.load("allocators", rule.name)
+    beside = {"groups": [block.groups for block in blocks], "dense": dense}
+    asked = {name: beside[name] for name in registry.asks(function)}
+    if "dense" in asked and dense is None:
+        return dict.fromkeys(linears, pattern)
+    counts = {name: linear.weight.numel() for name, linear in linears.items()}
+    given = function(counts, pattern.sparsity, **asked, **underscored(rule.options))
+    if given.keys() != counts.keys() or not all(0 <= value < 1 for value in given.values()):
+        raise ValueError(f"allocation `{rule.name}` must give every linear a sparsity from 0 to below 1")
+    total = sum(given[name] * counts[name] for name in counts) / sum(counts.values())
+    if abs(total - pattern.sparsity) > 1e-6:
+        raise ValueError(f"allocation `{rule.name}` gives {total:.4%} in total, {pattern} was asked")
+    if isinstance(pattern, Unstructured):
+        return {name: Unstructured(given[name]) for name in counts}
+    mixed = mixture(given, counts, pattern, [list(block.linears) for block in blocks])
+    if len(set(given.values())) > 1 and set(mixed.values()) == {pattern}:
+        warnings.warn(
+            f"allocation `{rule.name}` gives sparsities from {min(given.values()):.1%} to {max(given.values()):.1%}, "
+            f"which all round to {pattern}: it changes nothing; widen it by its options, or take larger groups",
+            stacklevel=2,
+        )
+    return dict(mixed)

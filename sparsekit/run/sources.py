@@ -1,0 +1,48 @@
+"""Where the model of a run comes from: a checkpoint's folder, or memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsekit.model import Block, Checkpoint, Linear, load, load_tokenizer
+
+DenseWeight = Callable[[Linear], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run may ask of its source.
+
+    name: what the model is called
+    digest: of its weights: two sources with the same digest hold the same bits
+    tokenizer: loads the tokenizer, or image processor; None: there is none
+    dense: loads the model that was never pruned; None: it is nowhere to be had
+    weights: gives what reads one dense weight at a time, for a model and its blocks; None: memory has it
+    """
+
+    name: str
+    digest: Callable[[], str]
+    tokenizer: Callable[[], Any] | None = None
+    dense: Callable[[], nn.Module] | None = None
+    weights: Callable[[nn.Module, list[Block]], DenseWeight | None] = lambda model, blocks: None
+
+
+def from_folder(folder: Path, dense: Path, *, trust_remote_code: bool = False) -> Source:
+    """The checkpoint that a run begins with. dense: of the model that was never pruned, which may be the same."""
+
+    def weights(model: nn.Module, blocks: list[Block]) -> DenseWeight | None:
+        stored, prefix = Checkpoint(folder), str(model.base_model_prefix)
+        if not stored.names(prefix) >= {f"{name}.weight" for block in blocks for name in block.linears}:
+            return None  # stored under other names; in memory are the source's weights, as nothing was pruned yet
+        return lambda linear: linear.stored(stored.tensor(stored.key(f"{linear.name}.weight", prefix)))
+
+    return Source(
+        str(folder),
+        digest=lambda: Checkpoint(folder).digest(),
+        tokenizer=lambda: load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        dense=lambda: load(dense, trust_remote_code=trust_remote_code)[0],
+        weights=weights,
+    )
