@@ -1,7 +1,7 @@
 """Fine-tuning on text with pruned weights staying zero: all that is left of the blocks, or norms and biases alone."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from torch import Tensor
@@ -15,6 +15,7 @@ from sparsekit.train import (
     check_distillation,
     flat_parameters,
     mark_trained,
+    masked_gradient,
     precision,
     recovery_parts,
     recovery_text,
@@ -118,11 +119,5 @@ def masked(block: Block, masks: Mapping[str, Tensor]) -> Iterator[RemovableHandl
         if name in masks:
             if linear.weight.masked_select(~masks[name].to(linear.weight.device)).count_nonzero():
                 raise ValueError(f"the weight of {name} is not zero outside its mask, so there is no mask to keep")
-            kept = [linear.stored(masks[name])]  # on the CPU until the first gradient comes
-
-            def zero(weight: Tensor, kept: list[Tensor] = kept) -> None:
-                assert weight.grad is not None
-                kept[0] = kept[0].to(weight.device)
-                weight.grad.mul_(kept[0])
-
-            yield linear.module.weight.register_post_accumulate_grad_hook(zero)  # type: ignore[union-attr,operator]
+            weight: Any = linear.module.weight
+            yield masked_gradient(weight, linear.stored(masks[name]))

@@ -20,3 +20,5 @@ from .session import precision as precision
 from .session import recovery_parts as recovery_parts
 from .session import recovery_text as recovery_text
 from .watch import Checkpoints as Checkpoints
+from .zeros import HoldZeros as HoldZeros
+from .zeros import masked_gradient as masked_gradient
