@@ -20,8 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     2: a mistake in what was given (one message, no traceback). 1: the result is not as asked, or the machine failed,
     such as a full disk. 130: Ctrl-C. A defect of sparsekit itself stays a traceback.
     """
+    from sparsekit.system import other_sparsekit
+
     parser = _parser()
     given = parser.parse_args(argv)
+    if said := other_sparsekit():
+        print(f"sparsekit: {said}", file=sys.stderr)
     if given.command is None:
         parser.print_help(sys.stderr)
         return MISTAKE

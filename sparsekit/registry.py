@@ -136,10 +136,10 @@ def load(group: str, name: str) -> Callable[..., Any]:
 
 
 def package(entry: entrypoints.EntryPoint) -> str:
-    """The distribution an entry point comes from and its version, such as "sparsekit 0.1.0"."""
+    """The distribution an entry point comes from and its version, such as "sparsekit-lightning 0.1.0"."""
     if entry.distro is None:
         return "an unknown package"
-    name, version = entry.distro.name, entry.distro.version
+    name, version = entry.distro.name.replace("_", "-"), entry.distro.version
     if version is None:  # an egg-info folder without a version in its name
         from importlib import metadata
 

@@ -34,7 +34,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_builtins_come_through_the_door() -> None:
     assert {"magnitude", "wanda", "sparsegpt", "refit"} <= set(registry.names("solvers"))
     assert registry.names("sparsekit.solvers") == registry.names("solvers") == sorted(registry.names("solvers"))
-    assert registry.package(registry.find("solvers", "wanda")).startswith("sparsekit ")
+    assert registry.package(registry.find("solvers", "wanda")).startswith("sparsekit-lightning ")
     assert registry.load("allocators", "uniform")({"a": 1}, 0.5) == {"a": 0.5}
 
 

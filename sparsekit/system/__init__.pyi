@@ -11,6 +11,8 @@ from .files import unpack as unpack
 from .files import write_atomically as write_atomically
 from .files import write_json as write_json
 from .files import write_tensors as write_tensors
+from .install import OURS as OURS
+from .install import other_sparsekit as other_sparsekit
 from .meter import Meter as Meter
 from .meter import hardware as hardware
 from .meter import human_size as human_size

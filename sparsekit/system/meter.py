@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("sparsekit", "torch", "lightning", "transformers", "datasets", "lm-eval", "torchmetrics", "safetensors")
+from sparsekit.system.install import OURS
+
+PACKAGES = ("torch", "lightning", "transformers", "datasets", "lm-eval", "torchmetrics", "safetensors")
 
 
 class Meter:
@@ -95,7 +97,7 @@ def hardware() -> dict[str, Any]:
 def versions(extra: tuple[str, ...] = ()) -> dict[str, str]:
     """Python, the libraries that matter, and the packages of the plugins that were used."""
     found = {"python": platform.python_version()}
-    for package in (*PACKAGES, *extra):
+    for package in (OURS, *PACKAGES, *extra):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
