@@ -178,7 +178,7 @@ def test_methods_lists_everything_installed(capsys: pytest.CaptureFixture[str]) 
         for name in registry.names(group):
             assert f"  {name} " in out
             assert registry.describe(registry.find(group, name)).summary in out
-    assert f"sparsekit {__version__}" in out
+    assert f"sparsekit-lightning {__version__}" in out
 
 
 def test_methods_explains_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def test_a_strangers_plugin(install: Any) -> None:
     install("ria_pkg", "2.1", {"solvers": {"ria-x": "ria_mod:ria"}}, ria_mod="def ria(weight, stats, pattern): ...")
     assert "ria-x" in registry.names("solvers")
     assert registry.load("solvers", "ria_x").__name__ == "ria"
-    assert registry.package(registry.find("solvers", "ria-x")) == "ria_pkg 2.1"
+    assert registry.package(registry.find("solvers", "ria-x")) == "ria-pkg 2.1"
 
 
 def test_a_name_offered_twice_is_an_error_only_when_used(install: Any) -> None:
