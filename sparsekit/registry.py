@@ -10,24 +10,29 @@ import difflib
 import importlib.machinery
 import importlib.util
 import inspect
-import json
 import re
 import sys
 import types
-import typing
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import entrypoints
 
+from sparsekit.contracts import WORDS, misfit, removing
+
 GROUPS = ("solvers", "allocators", "stages", "criteria", "sources", "metrics", "exporters")
+BOUNDS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
+OPTIONS = {  # the types of contracts, in words
+    "Count": "int, at least 1",
+    "Fraction": "float, at least 0 and below 1",
+    "NotNegative": "float, at least 0",
+    "Positive": "float, above 0",
+    "Share": "str | float",
+}
 Start = Literal["none", "optional", "required"]
-SIMPLE: dict[str, type] = {t.__name__: t for t in (bool, int, float, str, list, dict)} | {"None": types.NoneType}
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list"}
-WORDS |= {dict: "a mapping", types.NoneType: "null"}
 
 
 class UnknownName(ValueError):
@@ -77,12 +82,6 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(normal(name).lower(), spelling, n=1)
     listed = f"valid: {', '.join(sorted(spelling.values())) or 'none'}"
     return f"did you mean `{spelling[near[0]]}`? ({listed})" if near else listed
-
-
-def show(value: Any) -> str:
-    """A value as it would stand in YAML, shortened."""
-    text = json.dumps(value, default=repr, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def entries(group: str) -> list[entrypoints.EntryPoint]:
@@ -151,9 +150,17 @@ def package(entry: entrypoints.EntryPoint) -> str:
 
 
 def options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The options of a method: its keyword-only parameters."""
+    """The options of a method: its keyword-only parameters; a criterion has those of every structural stage too."""
     parameters = inspect.signature(function).parameters
-    return {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    own = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    if not hasattr(function, "scoring"):
+        return own
+    common = inspect.signature(removing).parameters
+    return (
+        {"remove": common["remove"]}
+        | {n: p for n, p in own.items() if n != "remove"}
+        | {n: p for n, p in common.items() if n not in own}
+    )
 
 
 def start(function: Callable[..., Any]) -> Start:
@@ -175,16 +182,23 @@ def option_problems(function: Callable[..., Any], given: dict[str, Any], also: I
 
     also: further names to show as valid where one is unknown.
 
-    Only simple types are compared (bool, int, float, str, list, dict, None, Literal, and unions of them; a whole number
-    is a number); what a value may be beyond its type is for the function itself to say.
+    Types and ranges are those of the annotations (see `sparsekit.contracts.misfit`), or the type of the default where
+    there is none. What only the method itself can tell, it says when it is called.
     """
-    known = options(function)
+    known, hints = options(function), _hints(function)
     spelling = {normal(name): name for name in known}
     problems = {}
     for name, value in given.items():
         if normal(name) not in spelling:
             problems[name] = f"unknown option `{name}`, {suggest(name, [*also, *known])}"
-        elif wrong := wrong_type(known[spelling[normal(name)]], value):
+            continue
+        parameter = known[spelling[normal(name)]]
+        annotation = hints.get(parameter.name, parameter.annotation)
+        if annotation is parameter.empty:
+            annotation = type(parameter.default) if type(parameter.default) in WORDS else object
+        if value is None and parameter.default is None:
+            continue
+        if wrong := misfit(annotation, value):
             problems[name] = f"option `{name}` {wrong}"
     there = {normal(name) for name in given}
     for name, parameter in known.items():
@@ -193,29 +207,48 @@ def option_problems(function: Callable[..., Any], given: dict[str, Any], also: I
     return problems
 
 
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations that are texts (from __future__ import annotations) as what they name, where that can be had."""
+    found: dict[str, Any] = {}
+    for each in (removing, function) if hasattr(function, "scoring") else (function,):
+        own = {name: p.annotation for name, p in inspect.signature(each).parameters.items()}
+        scope = vars(sys.modules.get(getattr(each, "__module__", ""), types.ModuleType("")))
+        for name, annotation in own.items():
+            if isinstance(annotation, str):
+                try:
+                    own[name] = eval(annotation, dict(scope))  # the module's own text
+                except Exception:  # a name for type checkers alone: the text is compared as it stands
+                    continue
+        found = (
+            own
+            | ({"remove": found["remove"]} if "remove" in found else {})
+            | {name: value for name, value in found.items() if name not in own}
+        )
+    return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
+
+
 def check_options(function: Callable[..., Any], given: dict[str, Any], where: str) -> list[str]:
     """The sentences of `option_problems`, each after `where`."""
     return [f"{where}: {problem}" for problem in option_problems(function, given).values()]
 
 
-def wrong_type(parameter: inspect.Parameter, value: Any) -> str | None:
-    """Why the value does not fit the parameter ("is 'x', must be a number"), or None where it fits or nobody knows."""
-    allowed = _choices(parameter.annotation)
-    if parameter.annotation is parameter.empty and type(parameter.default) in WORDS:
-        allowed = [type(parameter.default)] if parameter.default is not None else None
-    if allowed is None or (value is None and parameter.default is None):
-        return None
-    kinds = {each for each in allowed if isinstance(each, type)}
-    literals = [each for each in allowed if not isinstance(each, type)]
-    if type(value) in kinds or (type(value) is int and float in kinds) or value in literals:
-        return None
-    words = [WORDS[kind] for kind in WORDS if kind in kinds] + [show(each) for each in literals]
-    return f"is {show(value)}, must be {' or '.join(words)}"
-
-
 def describe(entry: entrypoints.EntryPoint) -> Description:
     """Docstring, options and place of a method, from its source text: nothing is imported, torch least of all."""
-    module, name = entry.module_name, entry.object_name or ""
+    found = _described(entry.module_name, entry.object_name or "")
+    if not any(_target(entry) == _target(each) for each in entries("criteria")):
+        return found
+    common = _described(removing.__module__, removing.__name__)
+    own = {option.name for option in found.options} - {"remove"}
+    options_ = [option for option in common.options if option.name not in own]
+    more = common.doc.partition("\n\n")[2]
+    return replace(
+        found,
+        doc=f"{found.doc}\n\nAs a stage of its own:\n{more}",
+        options=(options_[0], *(each for each in found.options if each.name != "remove"), *options_[1:]),
+    )
+
+
+def _described(module: str, name: str) -> Description:
     for _ in range(5):  # the name may be imported into its module from another one
         spec = _spec(module)
         if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
@@ -255,7 +288,7 @@ def _spec(module: str) -> importlib.machinery.ModuleSpec | None:
 def _description(node: ast.FunctionDef, file: str) -> Description:
     arguments = node.args
     texts = [
-        Option(a.arg, ast.unparse(a.annotation) if a.annotation else "", ast.unparse(d) if d else None)
+        Option(a.arg, _told(a.annotation) if a.annotation else "", ast.unparse(d) if d else None)
         for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     ]
     positional = [a.arg for a in [*arguments.posonlyargs, *arguments.args]]
@@ -267,23 +300,18 @@ def _description(node: ast.FunctionDef, file: str) -> Description:
     )
 
 
-def _choices(annotation: Any) -> list[Any] | None:
-    """Simple types and literal values that an annotation allows; None if any part of it is not simple."""
-    if isinstance(annotation, str):  # from __future__ import annotations
-        parts: Iterable[Any] = [SIMPLE.get(part.strip(), object) for part in annotation.split("|")]
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        parts = typing.get_args(annotation)
-    else:
-        parts = [annotation]
-    found: list[Any] = []
-    for part in parts:
-        if typing.get_origin(part) is typing.Literal:
-            found += typing.get_args(part)
-        elif (kind := typing.get_origin(part) or part) in WORDS:
-            found.append(kind)
-        else:
-            return None
-    return found
+def _told(annotation: ast.expr) -> str:
+    """An annotation in words: "float, at least 0" for Annotated[float, Ge(0)], or for a type of contracts."""
+    if isinstance(annotation, ast.BinOp):
+        return " | ".join(map(_told, (annotation.left, annotation.right)))
+    if isinstance(annotation, ast.Name) and annotation.id in OPTIONS:
+        return OPTIONS[annotation.id]
+    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith("Annotated"):
+        inner, *more = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        bounds = [(ast.unparse(each.func), ast.unparse(each.args[0])) for each in more if isinstance(each, ast.Call)]
+        said = [f"{BOUNDS[name]} {limit}" for name, limit in bounds if name in BOUNDS]
+        return f"{_told(inner)}, {' and '.join(said)}" if said else _told(inner)
+    return ast.unparse(annotation)
 
 
 def _target(entry: entrypoints.EntryPoint) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from sparsekit.data.corpora import python_docs
 from sparsekit.model import load_plain
 from sparsekit.stages.finetune import finetune
 from sparsekit.stages.lora import lora
+from sparsekit.testing import begin
 from sparsekit.train import precision
 from sparsekit.train.losses import Objective, text_loss
 from sparsekit.train.records import IGNORED
@@ -111,11 +112,11 @@ def test_resuming_gives_the_same_bits(models, tmp_path):
     whole, killed, resumed = (work_on(models / "tiny-llama", tmp_path / name) for name in ("whole", "rest", "rest"))
     expected = fit(finetune, whole, **options)
     fit(finetune, killed, stop_at=3, **options)
-    stamp = (tmp_path / "rest" / "checkpoints" / "dense.safetensors").stat().st_mtime_ns
+    stamp = (tmp_path / "rest" / "blocks" / "checkpoints" / "dense.safetensors").stat().st_mtime_ns
     found = fit(finetune, resumed, resume=True, **options)
     assert same_bits(whole.model, resumed.model)
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
-    assert (tmp_path / "rest" / "checkpoints" / "dense.safetensors").stat().st_mtime_ns == stamp
+    assert (tmp_path / "rest" / "blocks" / "checkpoints" / "dense.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_it_never_ends_worse_than_it_began(models, tmp_path):
@@ -241,17 +242,17 @@ def test_precision_follows_the_device():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be at least 0"),
-        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
-        ({"checks": 0}, "checks is 0; it must be at least 1"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"weight_decay": -1.0}, "option `weight_decay` is -1.0, must be at least 0"),
+        ({"learning_rate": -1.0}, "option `learning_rate` is -1.0"),
+        ({"checks": 0}, "option `checks` is 0, must be at least 1"),
+        ({"temperature": 0.0}, "option `temperature` is 0.0, must be above 0"),
         ({"source": {"source": "python-docs", "format": "record"}}, "`format` is 'record'"),
     ],
 )
 def test_mistakes_are_said_before_the_model_is_touched(options, said, models, tmp_path):
     work = work_on(models / "tiny-llama", tmp_path)
     with pytest.raises(ValueError, match=said):
-        finetune(work, **options)
+        begin(finetune, work, **options)
 
 
 def test_a_mask_that_is_not_that_of_the_weights(models, tmp_path):

@@ -1,7 +1,7 @@
 """LAMP: what the two streams carry, what it is worth on trained models, and resuming."""
 
 import copy
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from sparsekit.measure import perplexity, perplexity_windows
 from sparsekit.model import discover, load_plain
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.stages.lamp import Lamp, LampStream, lamp, rate_for
+from sparsekit.testing import context
 from sparsekit.walk import BlockStream, Commit, Commits, OneShot, Walk
 
 TOKENS = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
@@ -117,7 +118,7 @@ def test_the_learning_rate_follows_sparsity_and_the_size_of_weights():
 
 
 def test_it_has_an_error_correction_of_its_own():
-    work = SimpleNamespace(recipe=SimpleNamespace(error_correction="block"))
+    work = context(build("Llama"), TOKENS, Path(), pattern="2:4", error_correction="block")
     with pytest.raises(ValueError, match=r"error_correction is 'block'; lamp .* needs prefix"):
         lamp(work)
 

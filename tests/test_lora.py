@@ -15,9 +15,10 @@ from torch.nn.functional import linear as product
 
 from sparsekit.maths import parse
 from sparsekit.model import discover, find_blocks, load_plain
+from sparsekit.model import load as load_model
 from sparsekit.run.plan import sample_input
 from sparsekit.stages.lora import lora, select
-from sparsekit.system import Team
+from sparsekit.testing import begin, context
 from sparsekit.train import Checkpoints, attach_updates, detach_updates, recovery_text, save_adapter
 from sparsekit.train.adapter import load_adapter
 from sparsekit.train.lowrank import ADAPTER, _Product, factors
@@ -37,33 +38,15 @@ def work_on(folder, output, *, pattern="50%", dtype=torch.float32):
         for name, linear in block.linears.items():
             masks[name] = parse(pattern).keep(linear.weight.float().abs(), per="row")
             linear.write_pruned(linear.weight * masks[name])
-    planned = SimpleNamespace(
-        folder=folder,
-        dense=folder,
-        positions=256,
-        config=model.config,
-        device=torch.device("cpu"),
-        resolved={},
-        blocks=blocks,
-    )
-    recipe = SimpleNamespace(
-        calibration=SimpleNamespace(
-            model_dump=lambda: {"source": "python-docs", "samples": 8, "length": 64, "seed": 0}
-        ),
-        model=SimpleNamespace(trust_remote_code=False),
-    )
-    return SimpleNamespace(
-        model=model,
-        blocks=blocks,
-        planned=planned,
-        recipe=recipe,
-        output=output,
-        checkpoints=output / "checkpoints",
-        masks=lambda: dict(masks),
-        tokenizer=lambda: tokenizer,
-        team=Team(),
-        notes={},
-        seed=0,
+    return context(
+        model,
+        torch.zeros(1, 8, dtype=torch.long),
+        output,
+        masks=masks,
+        tokenizer=tokenizer,
+        calibration={"source": "python-docs", "samples": 8, "length": 64, "seed": 0},
+        load_dense=lambda: load_model(folder)[0],
+        base=str(folder),
         console=Console(quiet=True),
     )
 
@@ -405,7 +388,7 @@ def test_resuming_gives_the_same_bits(family, stop_at, models, tmp_path):
 def test_a_checkpoint_holds_what_is_trained_alone(models, tmp_path):
     work = work_on(models / "tiny-llama", tmp_path)
     record = fit(lora, work, stop_at=2, **QUICK)
-    size = (tmp_path / "checkpoints" / "last.ckpt").stat().st_size
+    size = (tmp_path / "blocks" / "checkpoints" / "last.ckpt").stat().st_size
     assert size < 4 * 4 * record["trained_parameters"] + 400_000  # itself, two moments, the best state; names
 
 
@@ -454,11 +437,11 @@ def test_part_of_a_name_is_a_whole_part():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rank": 0}, "rank is 0; it must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
-        ({"dropout": 1.0}, "dropout is 1.0; it is a share"),
-        ({"warmup": -0.1}, "warmup is -0.1; it is a share"),
-        ({"distill": 2.0}, "distill is 2.0; it is a share of the loss"),
+        ({"rank": 0}, "option `rank` is 0, must be at least 1"),
+        ({"learning_rate": 0.0}, "option `learning_rate` is 0.0, must be above 0"),
+        ({"dropout": 1.0}, "option `dropout` is 1.0, must be at least 0 and below 1"),
+        ({"warmup": -0.1}, "option `warmup` is -0.1, must be at least 0 and below 1"),
+        ({"distill": 2.0}, "option `distill` is 2.0, must be at least 0 and at most 1"),
         ({"hidden": 1.0, "cache": 8}, "cache keeps the dense model's logits alone"),
         ({"tokens": 100}, "tokens is 100, less than the 1024 of one step"),
         ({"length": 512}, "recovery `length` is 512, but the model has 256 positions"),
@@ -471,7 +454,7 @@ def test_mistakes_are_said_before_the_model_is_touched(options, said, models, tm
     work = work_on(models / "tiny-llama", tmp_path)
     before = copy.deepcopy(work.model)
     with pytest.raises(ValueError, match=said):
-        lora(work, **options)
+        begin(lora, work, **options)
     assert same_bits(work.model, before) and all(p.requires_grad for p in work.model.parameters())
 
 

@@ -1,7 +1,6 @@
 """Policy gradient: the estimator against enumeration, projection against its definition, learning, resuming."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader
 from sparsekit.model import discover
 from sparsekit.model.structure import choose, find_units
 from sparsekit.stages.policy_gradient import policy_gradient
+from sparsekit.testing import begin, context
 from sparsekit.train import Checkpoints, PolicyGradient
 from sparsekit.train.bernoulli import Budget, Groups, budgets, sample, score_const, sigmoid_norm, surrogate
 
@@ -126,7 +126,7 @@ def test_one_outlier_does_not_make_layers_alike():
         assert float((start * allowed[0].weight).sum() / allowed[0].weight.sum()) == pytest.approx(allowed[0].limit)
     for across in ("block", "best"):
         options = {"across": across, "projection": "sigmoid-rank", "sharpness": 8.0, "learning_rate": 0.0}
-        module = learn((model, discover(model, TEXT[:1, :8]), units), 1, score=lambda _: scores, remove=0.4, **options)
+        module = learn((model, discover(model, TEXT[:1, :8]), units), 1, score=lambda: scores, remove=0.4, **options)
         torch.testing.assert_close(module.probabilities.detach(), rank.float())
 
 
@@ -178,7 +178,7 @@ def test_the_start_wins_where_nothing_is_learned(small):
         best = choose(units, scores, 0.3)
         return float((kept.bool() != best).sum())
 
-    module = learn(small, 8, loss=loss, score=lambda _: scores, learning_rate=5.0, scaling="natural", across="model")
+    module = learn(small, 8, loss=loss, score=lambda: scores, learning_rate=5.0, scaling="natural", across="model")
     assert torch.equal(choose(units, module.scores, 0.3), choose(units, scores, 0.3))
     assert module.notes["held_out"][0] == min(module.notes["held_out"])
 
@@ -230,31 +230,27 @@ def test_the_model_is_left_as_it_was(small):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"initial": "wandasp"}, 'option `initial` is "wandasp", must be null or "wanda-sp"'),
+        ({"initial": "wandasp"}, "unknown initial `wandasp`, did you mean `wanda-sp`?"),
         ({"baseline": "mean"}, 'option `baseline` is "mean", must be "leave-one-out"'),
         ({"masks": 1}, "give at least 2 as masks"),
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"remove": "130%"}, "remove is '130%'; it must be a share"),
+        ({"steps": 0}, "option `steps` is 0, must be at least 1"),
+        ({"remove": "130%"}, "option `remove` is '130%'; it must be a share"),
         ({"units": ["heads", "layers"]}, "units are heads, layers; they can be heads and channels"),
         ({"shape": "round"}, 'option `shape` is "round", must be "free" or "uniform"'),
         ({"shape": "uniform", "budgets": "joint"}, "budgets cannot be joint with it"),
         ({"length": 1000}, "length is 1000, but the calibration has sequences of 16"),
-        ({"floor": 0.7}, "floor is 0.7"),
+        ({"floor": 0.7}, "option `floor` is 0.7, must be at least 0 and below 0.5"),
         ({"held_out": 0.0}, "across: best is decided on held-out text"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"learning_rate": 0.0}, "option `learning_rate` is 0.0, must be above 0"),
         ({"units": "layers", "compensate": True}, "makes up for heads and channels, not for layers"),
         ({"bias": True, "compensate": False}, "bias: true is part of least squares"),
-        ({"damping": 0.0}, "damping is 0.0; it must be above 0"),
+        ({"damping": 0.0}, "option `damping` is 0.0, must be above 0"),
         ({"units": "layers", "initial": "flap"}, "'flap', which has no scores for layers"),
+        ({"initial": "block-influence"}, "'block-influence', which has no scores for channels and heads"),
     ],
 )
 def test_mistakes(small, options, said, tmp_path):
-    from sparsekit.run import Work
-    from sparsekit.walk import Commits
-
-    model, blocks, _ = small
-    planned = SimpleNamespace(recipe=SimpleNamespace(seed=0, error_correction="prefix"), batch=2)
-    work = Work(planned, model, blocks, TEXT, tmp_path, Commits(tmp_path), None)
+    work = context(small[0], TEXT, tmp_path, batch=2)
     with pytest.raises(ValueError) as error:
-        policy_gradient(work, **{"remove": "30%", "length": 16} | options)
+        begin(policy_gradient, work, **{"remove": "30%", "length": 16} | options)
     assert said in str(error.value)

@@ -53,7 +53,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (tmp_path / "site" / "extra_mod.py").write_text(
         "def stairs(linears, sparsity, groups, dense, *, strength: float = 0.1): ...\n"
-        "def lora(model, tokens, *, rank: int = 8): ...\n"
+        "from sparsekit.contracts import Effect, declares\n"
+        "@declares(Effect(moves=True))\ndef lora(context, *, rank: int = 8): ...\n"
         "def lasso(weight, stats, pattern, init=None, *, pair: tuple = (1, 2), iterations: int = 20): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "site")

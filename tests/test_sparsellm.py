@@ -2,7 +2,7 @@
 
 import copy
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,28 +17,16 @@ from sparsekit.model import discover, load_plain, load_tokenizer
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
 from sparsekit.stages.sparsellm import find_part, sparsellm
+from sparsekit.testing import begin, context
 from sparsekit.walk import BlockStream, Commit, Commits, OneShot, Walk
 
 TOKENS = torch.randint(1, 96, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
-class Work(SimpleNamespace):
-    """As much of a Work as a stage uses."""
-
-    def __init__(self, model, tokens, pattern, mode="prefix", commits=None, folder=None):
-        blocks = discover(model, tokens[:1, :8])
-        patterns = {name: parse(pattern) for block in blocks for name in block.linears}
-        memory = SimpleNamespace(activations=10**9)
-        recipe = SimpleNamespace(error_correction=mode, memory=memory)
-        super().__init__(model=model, blocks=blocks, tokens=tokens, patterns=patterns, recipe=recipe)
-        self.seed, self.commits, self.activations = 0, commits, folder
-
-    def stream(self, **options):
-        settings = {"batch": 2, "error_correction": self.recipe.error_correction, "commits": self.commits}
-        return BlockStream.over(self.model, self.blocks, self.tokens, **(settings | options))
-
-    def solver(self, given):
-        return {"sparsegpt": sparsegpt, "wanda": wanda}[given]
+def work(model, tokens, pattern, mode="prefix", commits=None):
+    """A context around a model in memory."""
+    more = {} if commits is None else {"commits": commits}
+    return context(model, tokens, Path(), pattern=pattern, batch=2, index=1, error_correction=mode, **more)
 
 
 def fit(walk, stream, callbacks, stop_after=None):
@@ -58,14 +46,14 @@ def fit(walk, stream, callbacks, stop_after=None):
 
 
 def joint(model, tokens=TOKENS, pattern="2:4", mode="prefix", commits=None, stop_after=None, **options):
-    walk, stream, callbacks = sparsellm(Work(model, tokens, pattern, mode, commits), **options)
+    walk, stream, callbacks = sparsellm(work(model, tokens, pattern, mode, commits), **options)
     return fit(walk, stream, callbacks + ([Commit(commits)] if commits else []), stop_after)
 
 
 def local(model, tokens=TOKENS, pattern="2:4", solver=sparsegpt):
-    work = Work(model, tokens, pattern)
-    stream = work.stream()
-    return fit(Walk(stream), stream, [OneShot(solver, work.patterns)])
+    here = work(model, tokens, pattern)
+    stream = here.stream()
+    return fit(Walk(stream), stream, [OneShot(solver, here.patterns)])
 
 
 def first_block(family, dtype=torch.float32, settings=None):
@@ -158,13 +146,15 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("options", [{"alpha": 0}, {"beta": -1}, {"gamma": 0.0}, {"epochs": -1}, {"damping": -0.1}])
 def test_wrong_options_are_refused(options):
-    with pytest.raises(ValueError, match=r"must be above 0.*at least 0, not"):
-        sparsellm(Work(build("Llama"), TOKENS, "2:4"), **options)
+    [(name, value)] = options.items()
+    least = "above 0" if name in ("alpha", "beta", "gamma") else "at least 0"
+    with pytest.raises(ValueError, match=f"option `{name}` is {value}, must be {least}"):
+        begin(sparsellm, work(build("Llama"), TOKENS, "2:4"), **options)
 
 
 def test_other_error_corrections_are_refused():
     with pytest.raises(ValueError, match="choose prefix or none"):
-        sparsellm(Work(build("Llama"), TOKENS, "2:4", "block"))
+        sparsellm(work(build("Llama"), TOKENS, "2:4", "block"))
     joint(build("Llama"), mode="none", epochs=1)
 
 

@@ -127,7 +127,13 @@ def test_mistakes_are_said_before_anything_runs(setting, said, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("option", "said"), [("epochs: -1", "epochs is -1"), ("held_out: 1.5", "held_out is 1.5")])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("epochs: -1", "option `epochs` is -1, must be at least 0"),
+        ("held_out: 1.5", "option `held_out` is 1.5, must be at least 0 and below 1"),
+    ],
+)
 def test_options_out_of_range_are_said_before_a_block_is_pruned(option, said, tmp_path):
     done = fit(recipe(tmp_path), "--set", f"stages=[{{lamp: {{{option}}}}}]", "evaluate={}")
     assert done.returncode == 2 and said in done.stderr, done.stderr

@@ -3,77 +3,76 @@
 import copy
 import math
 import threading
-from functools import cache
+import typing
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 from families import build
-from lightning.pytorch import Trainer
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from sparsekit import registry
+from sparsekit.contracts import Decision
 from sparsekit.criteria import block_influence, flap, layer_perplexity, llm_pruner, wanda_sp
 from sparsekit.data import calibration_tokens
 from sparsekit.measure import perplexity, perplexity_windows
 from sparsekit.model import discover, load_plain, load_tokenizer
 from sparsekit.model.structure import Removal, choose, find_units, masking
-from sparsekit.run import Work
-from sparsekit.system import Meter, Team
-from sparsekit.walk import Commits, Moments, Once
+from sparsekit.recipe import Stage
+from sparsekit.run.removing import remove_by
+from sparsekit.system import Team
+from sparsekit.testing import context
+from sparsekit.walk import Moments
 
 TOKENS = torch.randint(1, 96, (7, 12), generator=torch.Generator().manual_seed(1))
 FINE = ["heads", "channels"]
 PARTS = ["attention", "mlp"]
 MODELS = Path(__file__).parent / "models"
-CPU = torch.device("cpu")
 SCORES = {
-    "wanda-sp": (wanda_sp, FINE),
-    "flap": (flap, FINE),
-    "llm-pruner": (llm_pruner, FINE),
-    "layer-perplexity": (layer_perplexity, ["layers"]),
-    "block-influence": (block_influence, ["layers"]),
+    "wanda-sp": (wanda_sp.wanda_sp, FINE),
+    "flap": (flap.flap, FINE),
+    "llm-pruner": (llm_pruner.llm_pruner, FINE),
+    "layer-perplexity": (layer_perplexity.layer_perplexity, ["layers"]),
+    "block-influence": (block_influence.block_influence, ["layers"]),
 }
 
 
-def worked(model, tokens=TOKENS, folder=None, team=Team()):  # noqa: B008
-    """A Work around a model in memory."""
-    recipe = SimpleNamespace(error_correction="prefix", memory=SimpleNamespace(activations=10**9), seed=0)
-    planned = SimpleNamespace(recipe=recipe, batch=2)
-    blocks = discover(model, tokens[:1, :8])
-    commits = Commits(folder) if folder else None
-    return Work(planned, model, blocks, tokens, folder or Path(), commits, Meter(), index=1, team=team)
+def worked(model, tokens=TOKENS, folder=Path(), team=Team()):  # noqa: B008
+    """A context around a model in memory."""
+    return context(model, tokens, folder, batch=2, index=1, team=team)
 
 
-def run(stage, model, folder, tokens=TOKENS, **options):
-    """Run a structural stage and cut the model as it says; returns the units as they were and the removal."""
-    folder.mkdir(exist_ok=True)
+def scored(criterion, work, units, remove, **options):
+    """The scores (units,) of a criterion."""
+    found = criterion(work, units, remove=remove, **options)
+    return found.scores if isinstance(found, Decision) else found
+
+
+def run(criterion, model, folder, tokens=TOKENS, **options):
+    """Run a criterion as a stage and cut the model as it says; returns the units as they were and the removal."""
     work = worked(model, tokens, folder)
-    module, loader, callbacks = stage(work, **options)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader)
-    removal = Removal.read(folder)
-    kinds = removal.kinds
-    units = find_units(model, work.blocks, kinds)
-    removal.apply(model, work.blocks)
+    if problems := registry.option_problems(criterion, options):
+        raise ValueError("; ".join(problems.values()))
+    remove_by(Stage(criterion.__name__, options), work)
+    return applied(work)
+
+
+def applied(work):
+    removal = Removal.read(work.commits.folder)
+    units = find_units(work.model, work.blocks, removal.kinds)
+    removal.apply(work.model, work.blocks)
     return units, removal
 
 
-def randomly(work, *, remove, kinds, seed, shape):
-    units, ending = work.removal(remove, kinds, shape=shape)
-    scores = torch.rand(len(units), generator=torch.Generator().manual_seed(seed))
-    return Once(lambda _: scores), Once.data(), [ending]
+def randomly(model, folder, tokens, *, remove, kinds, seed, shape):
+    work = worked(model, tokens, folder)
+    cutting = work.cutting(remove, kinds, shape=shape)
+    scores = torch.rand(len(cutting.units), generator=torch.Generator().manual_seed(seed))
+    cutting.finish(Decision(scores))
+    return applied(work)
 
 
 def entering(model, names, tokens=TOKENS):
@@ -115,7 +114,7 @@ def test_wanda_sp_by_hand(family):
     pruned = copy.deepcopy(model)
     work = worked(model)
     units = find_units(model, work.blocks, FINE)
-    scores = wanda_sp.scores(work, units, "40%", CPU)
+    scores = scored(wanda_sp.wanda_sp, work, units, 0.40)
     linears = {name: linear for block in discover(pruned, TOKENS[:1, :8]) for name, linear in block.linears.items()}
     for index in range(3):
         mine = [(n, part) for n, part in enumerate(units.parts) if part.block == index]
@@ -144,7 +143,7 @@ def test_groups_of_queries_count_together():
     units = find_units(model, work.blocks, FINE)
     part = units.parts[0]
     assert part.count == 2 and part.columns.shape == (2, 16)  # 4 query heads of 8
-    scores = wanda_sp.scores(work, units, "40%", CPU)
+    scores = scored(wanda_sp.wanda_sp, work, units, 0.40)
     inputs = entering(model, [part.output])[part.output]
     each = model.get_submodule(part.output).weight.abs().double().mean(0) * inputs.square().mean(0).sqrt()
     heads = each.reshape(4, 8).sum(1)  # of each query head
@@ -156,7 +155,7 @@ def test_flap_by_hand(family):
     model = build(family)
     work = worked(model)
     units = find_units(model, work.blocks, FINE)
-    scores = flap.scores(work, units, "30%", CPU)
+    scores = scored(flap.flap, work, units, 0.30)
     inputs = entering(model, [part.output for part in units.parts])
     for number, part in enumerate(units.parts):
         weight = work.blocks[part.block].linears[part.output].weight.double().numpy()
@@ -218,14 +217,14 @@ def test_flap_without_biases_changes_nothing(tmp_path):
     assert removal.changed and all(name.endswith("weight") for name in removal.changed)
 
 
-@pytest.mark.parametrize("taylor", llm_pruner.TAYLORS)
+@pytest.mark.parametrize("taylor", typing.get_args(llm_pruner.Taylor))
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "GPTNeoX"])
 def test_llm_pruner_by_hand(family, taylor):
     """Gradients of one sequence after another, and loops over rows and columns."""
     model = build(family)
     work = worked(model)
     units = find_units(model, work.blocks, FINE)
-    scores = llm_pruner.scores(work, units, "30%", CPU, taylor=taylor)
+    scores = scored(llm_pruner.llm_pruner, work, units, 0.30, taylor=taylor)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     other = copy.deepcopy(model)
     gradients = []
@@ -268,7 +267,7 @@ def test_losses_without_layers_are_those_of_models_without_them():
     model = build("Llama")
     work = worked(model)
     units = find_units(model, work.blocks, ["layers"])
-    scores = layer_perplexity.scores(work, units, "30%", CPU)
+    scores = scored(layer_perplexity.layer_perplexity, work, units, 0.30)
     for index in range(3):
         shorter = copy.deepcopy(model)
         del shorter.model.layers[index]
@@ -281,7 +280,7 @@ def test_greedy_removal_measures_anew(kinds):
     model = build("OPT")
     work = worked(model)
     units = find_units(model, work.blocks, kinds)
-    scores = layer_perplexity.greedy(work, units, "60%", CPU)
+    scores = scored(layer_perplexity.layer_perplexity, work, units, 0.60, iterative=True)
     kept, order = torch.ones(len(units), dtype=torch.bool), []
     with masking(work.blocks, units) as mask:
         while units.removed(kept) < 0.6:
@@ -301,7 +300,7 @@ def test_block_influence_by_hand():
     model = build("Gemma")
     work = worked(model)
     units = find_units(model, work.blocks, ["layers"])
-    scores = block_influence.scores(work, units, "30%", CPU)
+    scores = scored(block_influence.block_influence, work, units, 0.30)
     with torch.no_grad():
         states = []
         hooks = [m.register_forward_pre_hook(lambda _, a: states.append(a[0])) for m in model.model.layers]
@@ -330,16 +329,16 @@ class Pair(Team):
 
 @pytest.mark.parametrize("name", SCORES)
 def test_two_processes_that_share_the_text_agree_with_one(name):
-    module, kinds = SCORES[name]
+    criterion, kinds = SCORES[name]
     model = build("Llama")
     models = [copy.deepcopy(model) for _ in range(2)]
     work = worked(model)
-    alone = module.scores(work, find_units(work.model, work.blocks, kinds), "30%", CPU)
+    alone = scored(criterion, work, find_units(work.model, work.blocks, kinds), 0.30)
     Pair.box, found = {}, {}
 
     def process(rank):
         work = worked(models[rank], team=Pair(rank, 2))
-        found[rank] = module.scores(work, find_units(work.model, work.blocks, kinds), "30%", CPU)
+        found[rank] = scored(criterion, work, find_units(work.model, work.blocks, kinds), 0.30)
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -391,7 +390,7 @@ def perplexity_after(stage, name, folder, **options):
     """Of a tiny model on the test topics."""
     tokens, tests = texts(name)
     model, _ = load_plain(MODELS / name)
-    run(stage, model, folder, tokens, **options)
+    (randomly if stage is randomly else partial(run, stage))(model, folder, tokens, **options)
     return perplexity(model, tests, batch=16)
 
 
@@ -445,29 +444,35 @@ def test_measuring_anew_is_better_for_parts(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "options", "said"),
     [
-        (llm_pruner.llm_pruner, {"taylor": "second"}, "it can be param_first, param_second, param_mix"),
+        (llm_pruner.llm_pruner, {"taylor": "second"}, 'option `taylor` is "second", must be "param_first" or'),
         (llm_pruner.llm_pruner, {"skip_first": 2, "skip_last": 1}, "leave one of the 3 blocks"),
-        (llm_pruner.llm_pruner, {"skip_first": -1}, "must be at least 0"),
+        (llm_pruner.llm_pruner, {"skip_first": -1}, "option `skip_first` is -1, must be at least 0"),
         (llm_pruner.llm_pruner, {"remove": "60%", "skip_first": 2}, "leave 1 of 3 blocks, which cannot give up 60%"),
-        (layer_perplexity.layer_perplexity, {"units": "heads"}, "can remove layers or parts"),
-        (flap.flap, {"shape": "round"}, "shape is 'round'"),
-        (wanda_sp.wanda_sp, {"remove": "130%"}, "remove is '130%'"),
-        (block_influence.block_influence, {"remove": 0}, "remove is 0"),
+        (
+            layer_perplexity.layer_perplexity,
+            {"units": "heads"},
+            "scores layers, attention, mlp, not heads",
+        ),
+        (flap.flap, {"shape": "round"}, 'option `shape` is "round", must be'),
+        (wanda_sp.wanda_sp, {"remove": "130%"}, "option `remove` is '130%'"),
+        (block_influence.block_influence, {"remove": 0}, "option `remove` is 0"),
     ],
 )
 def test_mistakes(stage, options, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        stage(worked(build("Llama"), folder=tmp_path), **{"remove": "30%"} | options)
+        run(stage, build("Llama"), tmp_path, **{"remove": "30%"} | options)
 
 
 def test_scores_for_other_units_are_refused():
     work = worked(build("Llama"))
     layers = find_units(work.model, work.blocks, ["layers"])
-    for module, method in ((wanda_sp, "wanda-sp"), (flap, "flap"), (llm_pruner, "llm-pruner")):
+    with pytest.raises(ValueError, match=r"flap scores heads, channels, not layers"):
+        work.decide("flap", layers, 0.3)
+    for method in ("wanda-sp", "llm-pruner"):
         with pytest.raises(ValueError, match=f"{method} scores heads, channels.*not layers"):
-            module.scores(work, layers, "30%", CPU)
+            work.decide(method, layers, 0.3)
     with pytest.raises(ValueError, match="block-influence scores layers, not"):
-        block_influence.scores(work, find_units(work.model, work.blocks, FINE), "30%", CPU)
+        work.decide("block-influence", find_units(work.model, work.blocks, FINE), 0.3)
 
 
 def test_activations_that_are_not_finite_are_named():
@@ -476,4 +481,4 @@ def test_activations_that_are_not_finite_are_named():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
     work = worked(model)
     with pytest.raises(ValueError, match=r"entering model.layers.1.mlp.down_proj contain NaN or Inf"):
-        wanda_sp.scores(work, find_units(model, work.blocks, FINE), "30%", CPU)
+        scored(wanda_sp.wanda_sp, work, find_units(model, work.blocks, FINE), 0.3)

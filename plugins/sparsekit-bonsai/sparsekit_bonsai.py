@@ -1,104 +1,81 @@
 """Bonsai: which units matter, by a regression on the losses of many random sub-models, as a sparsekit plugin."""
 
 import math
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Annotated
 
 import torch
-from lightning.pytorch import Callback, LightningModule
-from sparsekit.criteria.layer_perplexity import loss
+from annotated_types import Ge
+from pydantic import AfterValidator
+from sparsekit.contracts import Context, Count, Share, scores, share
 from sparsekit.criteria.wanda_sp import sizes
-from sparsekit.model.structure import Units, masking, share
-from sparsekit.run import Work
-from sparsekit.walk import Once, walked
+from sparsekit.model.structure import Units, masking
+from sparsekit.walk import walked
 from torch import Tensor
 
 RIDGES = [10.0**power for power in range(-3, 4)]
 FOLDS = 5
 
 
+def _even(masks: int) -> int:
+    if masks % 2:
+        raise ValueError(f"is {masks}, must be even: masks are drawn in complementary pairs")
+    return masks
+
+
+@scores("heads", "channels", budgets="joint")
+@torch.no_grad()
 def bonsai(
-    work: Work,
+    context: Context,
+    units: Units,
     *,
-    remove: str | float,
-    step: str | float = "5%",
-    masks: int = 200,
-    samples: int = 32,
-    compensate: bool = False,
-    bias: bool = False,
-    damping: float = 0.01,
-) -> tuple[LightningModule, Any, list[Callback]]:
+    remove: float,
+    step: Share = "5%",
+    masks: Annotated[int, Ge(2 * FOLDS), AfterValidator(_even)] = 200,
+    samples: Count = 32,
+) -> Tensor:
     """Remove the KV groups and MLP channels that a linear model of the loss says matter least, a few in each round.
 
     In a round the units whose weights and activations are smallest, of twice as many parameters as are to go, are
     dropped at random, half of them at a time, and then the other half; those of smaller activations are dropped
-    together more often. A ridge regression of the losses on the masks gives each unit's worth.
+    together more often. A ridge regression of the losses on the masks gives each unit's worth. All units of all blocks
+    compete. Units that go are numbered from below in the order in which they went; the rest have how large they are
+    within their part.
 
-    remove: share of the blocks' parameters, such as "30%"; all units of all blocks compete
     step: share that goes in a round
     masks: sub-models that are measured in a round, an even number
     samples: sequences of the calibration text that they are measured on, others in every round
-    compensate: make up for what is removed by least squares; bias: also by biases (loads then only where the family
-        has them); damping: of that
 
     Source: Dery et al. 2024, Everybody Prune Now: Structured Pruning of LLMs with only Forward Passes,
     arXiv:2402.05406.
     Cost: remove / step * masks forward passes of `samples` sequences: minutes for a model of a million parameters,
-    hours for one of a hundred million. Raises ValueError for options out of range.
+    hours for one of a hundred million.
     """
-    if masks < 2 * FOLDS or masks % 2 or samples < 1:
-        raise ValueError(
-            f"masks is {masks} and samples {samples}; masks must be even and at least {2 * FOLDS}, samples at least 1"
-        )
-    units, ending = work.removal(
-        remove, ["heads", "channels"], budgets="joint", compensate=compensate, bias=bias, damping=damping
-    )
-    measure = partial(scores, work, units, remove, step=share(step), masks=masks, samples=samples)
-    return Once(measure), Once.data(), [ending]
-
-
-@torch.no_grad()
-def scores(
-    work: Work,
-    units: Units,
-    remove: str | float,
-    device: torch.device,
-    *,
-    step: float = 0.05,
-    masks: int = 200,
-    samples: int = 32,
-) -> Tensor:
-    """The scores (units,) of heads and channels; higher is better.
-
-    Those that go are numbered from below in the order in which they went; the rest have how large they are within their
-    part.
-    """
-    draw = torch.Generator().manual_seed(work.seed)
+    width = share(step)
+    draw = torch.Generator().manual_seed(context.seed)
     kept = torch.ones(len(units), dtype=torch.bool)
     order: list[int] = []
-    goal, gone = math.ceil(share(remove) * units.total - 1e-6), 0  # as in `choose`
-    with masking(work.blocks, units) as mask:
+    goal, gone = math.ceil(remove * units.total - 1e-6), 0  # as in `choose`
+    with masking(context.blocks, units) as mask:
         while gone < goal:
             mask(kept)
-            prior = _prior(work, units, kept, device)
-            among = _candidates(units, kept, prior, min(step * units.total, goal - gone))
-            text = work.tokens[torch.randperm(len(work.tokens), generator=draw)[:samples]]
+            prior = _prior(context, units, kept)
+            among = _candidates(units, kept, prior, min(width * units.total, goal - gone))
+            text = context.tokens[torch.randperm(len(context.tokens), generator=draw)[:samples]]
             losses, dropped = [], _drops(units, among, prior, masks, draw)  # dropped: (masks, candidates)
             for each in dropped:
                 one = kept.clone()
                 one[among[each]] = False
                 mask(one)
-                losses.append(loss(replace(work, tokens=text), device))
+                losses.append(context.loss(text))
             worth = fit(dropped.double(), torch.tensor(losses, dtype=torch.float64))
-            target = min(gone + step * units.total, goal)
+            target = min(gone + width * units.total, goal)
             for index in among[worth.argsort(stable=True)].tolist():
                 if gone >= target:
                     break
                 order.append(index)
                 kept[index] = False
                 gone += int(units.parameters[index])
-    work.model.to("cpu")
+    context.model.to("cpu")
     found = prior.clone()
     found[order] = torch.arange(-len(order), 0).float()
     return found
@@ -132,10 +109,10 @@ def _ridge(dropped: Tensor, losses: Tensor, ridge: float) -> tuple[Tensor, Tenso
     return slopes, level - centre @ slopes
 
 
-def _prior(work: Work, units: Units, kept: Tensor, device: torch.device) -> Tensor:
+def _prior(context: Context, units: Units, kept: Tensor) -> Tensor:
     """How large each unit is (units,) in the model as it is masked now, by Wanda-sp's measure, over its part's mean."""
     found = torch.zeros(len(units))
-    for block, parts, seen in walked(work.through(device), units, team=work.team):
+    for block, parts, seen in walked(context.through(), units, team=context.team):
         for number, part in parts.items():
             mine = units.part == number
             size = sizes(block.linears[str(part.output)], part, seen[str(part.output)])

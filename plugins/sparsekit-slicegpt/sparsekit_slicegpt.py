@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from sparsekit.contracts import share
 from sparsekit.data import calibration_tokens
 from sparsekit.measure import perplexity, perplexity_windows
 from sparsekit.model import Block, Linear, discover, first_inputs, load_plain, load_tokenizer, locate
-from sparsekit.model.structure import find_units, share
+from sparsekit.model.structure import find_units
 from torch import Tensor, nn
 
 FAMILIES = ("llama", "mistral", "opt", "qwen2", "qwen3")

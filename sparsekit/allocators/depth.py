@@ -1,12 +1,19 @@
 """Allocation that is linear in depth."""
 
 import math
+from typing import Annotated
+
+from annotated_types import Gt, Lt
 
 from sparsekit.maths import conserve
 
 
 def depth(
-    linears: dict[str, int], sparsity: float, groups: list[list[list[str]]], *, slope: float = 0.16
+    linears: dict[str, int],
+    sparsity: float,
+    groups: list[list[list[str]]],
+    *,
+    slope: Annotated[float, Gt(-1), Lt(1)] = 0.16,
 ) -> dict[str, float]:
     """Let the sparsity rise in equal steps from the first block to the last; the linears of a block have the same.
 

@@ -3,8 +3,10 @@
 import warnings
 from collections.abc import Iterable
 from itertools import groupby
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from sparsekit.maths import conserve
@@ -16,8 +18,8 @@ def owl(
     groups: list[list[list[str]]],
     dense: Iterable[tuple[str, Tensor, Tensor]],
     *,
-    threshold: float = 5.0,
-    spread: float = 0.08,
+    threshold: Annotated[float, Gt(0)] = 5.0,
+    spread: Annotated[float, Ge(0), Le(0.5)] = 0.08,
 ) -> dict[str, float]:
     """Spare the blocks with many outliers; the linears of a block have the same sparsity.
 

@@ -1,5 +1,9 @@
 """LAMP's sparsity rearrangement between and within blocks."""
 
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
 from sparsekit.maths import conserve
 
 
@@ -8,8 +12,8 @@ def rearrange(
     sparsity: float,
     groups: list[list[list[str]]],
     *,
-    alpha: float = 0.7,
-    beta: float = 0.7,
+    alpha: Annotated[float, Ge(0), Le(1)] = 0.7,
+    beta: Annotated[float, Ge(0), Le(1)] = 0.7,
 ) -> dict[str, float]:
     """Spare the last block, and in every block what comes first; remove more where it can be made up for.
 

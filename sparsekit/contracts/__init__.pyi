@@ -15,6 +15,9 @@ from .options import NotNegative as NotNegative
 from .options import Positive as Positive
 from .options import Share as Share
 from .options import share as share
+from .ranges import WORDS as WORDS
+from .ranges import misfit as misfit
+from .ranges import show as show
 from .stage import Context as Context
 from .stage import Effect as Effect
 from .stage import Fit as Fit

@@ -5,7 +5,7 @@ imports the named methods alone and checks their options. Both report every prob
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ from sparsekit.recipe import yaml_tree as yamltree
 from sparsekit.recipe.checks import RecipeError, without_pattern
 from sparsekit.recipe.effects import kind
 from sparsekit.recipe.schema import Recipe, expand, sentence
+from sparsekit.recipe.yaml_tree import Tree
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(given: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe; overrides are "dotted.key=value". Relative paths in it are from the current directory.
+
+    given: its file, or what a file would hold
 
     Raises RecipeError with all problems of structure, types and names. Imports neither torch nor any method.
     """
-    tree = yamltree.read(path)
+    tree = Tree("the recipe", dict(given)) if isinstance(given, Mapping) else yamltree.read(given)
     if tree.value is None:
         raise RecipeError(tree.problems)
     for setting in overrides:
@@ -42,7 +45,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError([without_pattern(tree, solvers_[0])])
     stages = [replace(s, line=_line(tree.place(("stages", i)))) for i, s in enumerate(recipe.stages)]
     allocation = replace(recipe.allocation, line=_line(tree.place(("allocation",))))
-    output = recipe.output or f"runs/{Path(path).stem}"
+    name = "recipe" if isinstance(given, Mapping) else Path(given).stem
+    output = recipe.output or f"runs/{name}"
     recipe = recipe.model_copy(update={"stages": stages, "allocation": allocation, "output": output})
     recipe._tree = tree
     return recipe

@@ -20,10 +20,10 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from sparsekit import registry
+from sparsekit.contracts import show
 from sparsekit.data import FORMATS
 from sparsekit.recipe import values
 from sparsekit.recipe.yaml_tree import Keys, Tree, dotted
-from sparsekit.registry import show
 
 BRANCHES = ("a name", "a mapping")  # pydantic's way into the two forms of a task, which no key of a recipe is called
 

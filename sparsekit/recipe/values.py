@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sparsekit.registry import show
+from sparsekit.contracts import show
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -13,7 +13,8 @@ from typing import Any
 from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from sparsekit.registry import normal, show
+from sparsekit.contracts import show
+from sparsekit.registry import normal
 
 Keys = tuple[str | int, ...]
 Expand = Callable[[Keys, Any, str | int], Any]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.model import Checkpoint
 from sparsekit.recipe import kind
 from sparsekit.results import REPORT, STATE
 from sparsekit.run.plan import Plan
@@ -74,7 +73,7 @@ def fingerprint_of(planned: Plan, tokens: Tensor) -> dict[str, Any]:
     return {
         "recipe": decisive,
         "data": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-        "model": Checkpoint(planned.folder).digest(),
+        "model": planned.source.digest(),
         "threads": torch.get_num_threads(),
         "versions": {
             name: version

@@ -158,12 +158,8 @@ class Context:
 
     def decide(self, criterion: str, units: Units, remove: float, **options: Any) -> Decision:
         """The same with all that the criterion says. options: its own."""
+        self.check_kinds(criterion, units.kinds)
         function: Any = registry.load("criteria", criterion)
-        kinds = function.scoring.kinds
-        if others := set(units.kinds) - set(kinds):
-            raise ValueError(
-                f"{criterion} scores {', '.join(kinds)}, not {', '.join(sorted(others))}; choose another criterion"
-            )
         found = function(self, units, remove=remove, **options)
         decision = found if isinstance(found, Decision) else Decision(found)
         scores = decision.scores
@@ -171,6 +167,15 @@ class Context:
             raise ValueError(f"{criterion} must give a finite score for each of {len(units)} units")
         decision.scores = scores.detach().cpu()
         return decision
+
+    @staticmethod
+    def check_kinds(criterion: str, kinds: Sequence[str]) -> None:
+        """Raise ValueError unless a criterion scores these kinds of units."""
+        known = registry.load("criteria", criterion).scoring.kinds  # type: ignore[attr-defined]
+        if others := set(kinds) - set(known):
+            raise ValueError(
+                f"{criterion} scores {', '.join(known)}, not {', '.join(sorted(others))}; choose another criterion"
+            )
 
     def with_tokens(self, tokens: Tensor) -> "Context":
         """The same on other tokens (sequences, length)."""

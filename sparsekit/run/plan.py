@@ -105,8 +105,10 @@ class Plan:
         return tuple(sorted({entry.distro.name for entry in entries if entry.distro is not None}))
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) -> Plan:
     """Check a recipe against the installed methods and its model's structure.
+
+    memory: the model itself where it is in memory, and what it came with; None: the recipe names a checkpoint
 
     Raises:
         RecipeError: options or order of stages are wrong; all problems at once.
@@ -117,17 +119,21 @@ def make_plan(recipe: Recipe) -> Plan:
     problems = problems or _alone(recipe)
     if problems:
         raise RecipeError(problems)
-    dense = locate(recipe.model.model_dump())
-    folder = locate(recipe.from_) if recipe.from_ else dense
-    model = skeleton(folder, trust_remote_code=recipe.model.trust_remote_code)
-    model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
+    dense = folder = Path()
+    if memory is not None:
+        model, source = memory
+    else:
+        dense = locate(recipe.model.model_dump())
+        folder = locate(recipe.from_) if recipe.from_ else dense
+        model = skeleton(folder, trust_remote_code=recipe.model.trust_remote_code)
+        model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
+        source = from_folder(folder, dense, trust_remote_code=recipe.model.trust_remote_code)
     if sees_images(model):
         _refuse_text(recipe, model)
     elif recipe.evaluate.accuracy:
         raise ValueError(
             f"{type(model).__name__} reads text, so evaluate.accuracy has nothing to measure; leave it out"
         )
-    source = from_folder(folder, dense, trust_remote_code=recipe.model.trust_remote_code)
     blocks = discover(model, sample_input(model))
     planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks), source)
     if planned.quantization is not None:

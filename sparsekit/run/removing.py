@@ -5,6 +5,7 @@ from typing import Any
 
 from sparsekit import registry
 from sparsekit.contracts import share
+from sparsekit.model.structure import kinds_of
 from sparsekit.recipe import Stage, options_of
 from sparsekit.run.context import Context
 
@@ -17,15 +18,18 @@ def remove_by(stage: Stage, context: Context) -> None:
     """
     function: Any = registry.load("criteria", stage.name)
     given = options_of("criteria", stage.name, stage.options)
-    scoring, parameters = function.scoring, inspect.signature(function).parameters
-    own = {name: value for name, value in given.items() if name in parameters and name != "remove"}
+    scoring = function.scoring
+    parameters = inspect.signature(function).parameters.values()
+    own = {p.name: given[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "remove"}
     shape = given["shape"] or scoring.shape
     bias = scoring.bias if given["bias"] is None else given["bias"]
     if given["bias"] and not given["compensate"] and not scoring.bias:
         raise ValueError("bias: true is part of least squares; give compensate: true with it, or leave it out")
+    kinds = kinds_of(given["units"] or list(scoring.removes))
+    context.check_kinds(stage.name, kinds)
     cutting = context.cutting(
         given["remove"],
-        given["units"] or scoring.removes,
+        kinds,
         compensate=given["compensate"],
         bias=bias,
         damping=given["damping"],

@@ -1,5 +1,6 @@
 """Where the model of a run comes from: a checkpoint's folder, or memory."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekit.model import Block, Checkpoint, Linear, load, load_tokenizer
+from sparsekit.walk import digests
 
 DenseWeight = Callable[[Linear], Tensor]
 
@@ -46,3 +48,11 @@ def from_folder(folder: Path, dense: Path, *, trust_remote_code: bool = False) -
         dense=lambda: load(dense, trust_remote_code=trust_remote_code)[0],
         weights=weights,
     )
+
+
+def from_memory(model: nn.Module, tokenizer: Any, dense: Callable[[], nn.Module] | None) -> Source:
+    """A model that is in memory already. dense: gives a copy of it as it came; None: none was kept."""
+    found = digests(model)
+    whole = hashlib.sha256("".join(f"{name} {found[name]}\n" for name in sorted(found)).encode()).hexdigest()
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+    return Source(name, digest=lambda: whole, tokenizer=None if tokenizer is None else lambda: tokenizer, dense=dense)

@@ -1,6 +1,9 @@
 """ALPS: support and weights together, by ADMM with a rising penalty."""
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from sparsekit.maths import NM, Pattern, Scope, Stats
@@ -20,10 +23,10 @@ def alps(
     pattern: Pattern,
     init: Tensor | None = None,
     *,
-    damping: float = 0.1,
-    iterations: int = 9,
-    rho: float = 0.5,
-    pace: float = 2.0,
+    damping: Annotated[float, Ge(0)] = 0.1,
+    iterations: Annotated[int, Ge(1)] = 9,
+    rho: Annotated[float, Gt(0)] = 0.5,
+    pace: Annotated[float, Gt(0)] = 2.0,
     per: Scope = "matrix",
 ) -> Tensor:
     """Minimise ||V x - W x_d||^2 + ridge ||V - W||^2 over support and weights, ridge = damping * mean(diag(gram)).

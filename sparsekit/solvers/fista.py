@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
 from sparsekit.maths import NM, Pattern, Scope, Stats
@@ -34,22 +35,22 @@ def fista(
     init: Tensor | None = None,
     *,
     start: Start = "sparsegpt",
-    iterations: int = 16,
-    tolerance: float = 1e-6,
-    penalty: float = 0.2,
+    iterations: Annotated[int, Ge(1)] = 16,
+    tolerance: Annotated[float, Ge(0)] = 1e-6,
+    penalty: Annotated[float, Ge(0)] = 0.2,
     search: Search = "geometric",
     bracket: tuple[float, float] = (0.05, 0.8),
-    rounding: float = 0.3,
-    rounds: int = 1,
-    patience: int = 3,
-    epsilon: float = 1e-3,
+    rounding: Annotated[float, Ge(0), Le(1)] = 0.3,
+    rounds: Annotated[int, Ge(0)] = 1,
+    patience: Annotated[int, Ge(1)] = 3,
+    epsilon: Annotated[float, Ge(0), Lt(1)] = 1e-3,
     per: Scope = "matrix",
     rowwise: bool = True,
     precondition: bool = True,
-    damping: float = 0.3,
+    damping: Annotated[float, Ge(0)] = 0.3,
     restart: bool = False,
-    refit: int = 5,
-    polish: int = 0,
+    refit: Annotated[int, Ge(0)] = 5,
+    polish: Annotated[int, Ge(0)] = 0,
 ) -> Tensor:
     """Minimise 1/2 ||V x - W x_d||^2 + penalty sum |V_ij| by FISTA, round to the pattern, adapt the penalty, repeat.
 

@@ -1,9 +1,10 @@
 """Quantize: the weights that an earlier solver kept, on a grid of a few bits."""
 
 import warnings
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from sparsekit.maths import Pattern, Quantization, Stats, ends_on_grid
@@ -20,13 +21,13 @@ def quantize(
     pattern: Pattern,
     init: Tensor,
     *,
-    bits: int = 8,
+    bits: Annotated[int, Ge(2), Le(8)] = 8,
     group: int | Literal["channel"] = "channel",
     symmetric: bool = True,
     clip: bool = False,
     method: Literal["obs", "nearest"] = "obs",
-    damping: float = 0.01,
-    settle: int = 2,
+    damping: Annotated[float, Ge(0)] = 0.01,
+    settle: Annotated[int, Ge(0)] = 2,
 ) -> Tensor:
     """Put `init` on an integer grid, its zeros kept; each column's rounding is made up for by the kept ones after it.
 

@@ -1,8 +1,10 @@
 """Refit: the best weights on a support that another solver has chosen."""
 
 import warnings
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from sparsekit.maths import Pattern, Stats
@@ -15,9 +17,9 @@ def refit(
     pattern: Pattern,
     init: Tensor,
     *,
-    damping: float = 0.1,
-    iterations: int = 100,
-    tolerance: float = 1e-3,
+    damping: Annotated[float, Ge(0)] = 0.1,
+    iterations: Annotated[int, Ge(1)] = 100,
+    tolerance: Annotated[float, Ge(0)] = 1e-3,
 ) -> Tensor:
     """Minimise ||V x - W x_d||^2 + ridge ||V - W||^2 over V with the zeros of `init`, starting from it.
 

@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from sparsekit.maths import NM, Pattern, Quantization, Stats, ends_on_grid
@@ -20,8 +21,8 @@ def sparsegpt(
     stats: Stats,
     pattern: Pattern,
     *,
-    block: int = 128,
-    damping: float = 0.01,
+    block: Annotated[int, Ge(1)] = 128,
+    damping: Annotated[float, Ge(0)] = 0.01,
     quantize: dict[str, Any] | None = None,
 ) -> Tensor:
     """Prune column by column; after each, move the later columns of its row to make up for what was lost.

@@ -1,8 +1,10 @@
 """Swaps: a better support for the dense weights, exchanging one kept and one pruned weight of a row at a time."""
 
 import warnings
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from sparsekit.maths import NM, PANEL, Pattern, Stats
@@ -15,9 +17,9 @@ def swaps(
     pattern: Pattern,
     init: Tensor,
     *,
-    candidates: int = 4,
-    steps: int = 100,
-    tolerance: float = 1e-3,
+    candidates: Annotated[int, Ge(1)] = 4,
+    steps: Annotated[int, Ge(1)] = 100,
+    tolerance: Annotated[float, Ge(0)] = 1e-3,
 ) -> Tensor:
     """Lower ||V x - W x_d||^2 over supports with as many weights in every row as `init` has; V = W on the support.
 

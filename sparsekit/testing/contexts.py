@@ -4,12 +4,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsekit.maths import Pattern, parse
 from sparsekit.model import discover
 from sparsekit.run import Context
 from sparsekit.walk import Commits
+
+
+def tiny_model(seed: int = 0) -> nn.Module:
+    """A random LLaMA of three layers of width 32, with grouped heads; nothing is read from disk."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        max_position_embeddings=64,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)  # so that a prediction depends on what is read
+    return model
+
+
+def tiny_tokens(sequences: int = 8, length: int = 16, seed: int = 1) -> Tensor:
+    """Random tokens (sequences, length) for `tiny_model`."""
+    return torch.randint(1, 96, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
 class Kept:
@@ -53,6 +81,19 @@ def context(
         tokens,
         Path(folder),
         patterns=dict.fromkeys(names, parse(pattern)) if pattern is not None else {},
-        commits=Commits(Path(folder) / "blocks"),
-        **fields,
+        **{"commits": Commits(Path(folder) / "blocks"), **fields},
     )
+
+
+def begin(stage: Any, here: Context, **options: Any) -> Any:
+    """Call a stage as a run does: its options are checked by their types, then together, then it gets ready.
+
+    Raises ValueError for the first that is wrong.
+    """
+    from sparsekit import registry
+
+    for problem in registry.option_problems(stage, options).values():
+        raise ValueError(problem)
+    defaults = {name: parameter.default for name, parameter in registry.options(stage).items()}
+    getattr(stage, "check", lambda _: None)(defaults | options)
+    return stage(here, **options)

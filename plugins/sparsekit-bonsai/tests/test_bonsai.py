@@ -1,30 +1,22 @@
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import entrypoints
 import pytest
 import torch
 import transformers
+from sparsekit import registry
 from sparsekit.data import calibration_tokens
 from sparsekit.measure import perplexity as measured
 from sparsekit.measure import perplexity_windows
-from sparsekit.model import discover, load_plain
+from sparsekit.model import load_plain
 from sparsekit.model.structure import choose, find_units, masking
-from sparsekit.run import Work
-from sparsekit.system import Meter
+from sparsekit.testing import check_criterion, context
 
-from sparsekit_bonsai import _prior, bonsai, fit, scores
+from sparsekit_bonsai import _prior, bonsai, fit
 
 TINY = Path(__file__).parents[3] / "tests" / "models" / "tiny-llama"
-CPU = torch.device("cpu")
 TEXT = torch.randint(2, 64, (16, 8), generator=torch.Generator().manual_seed(0))
-
-
-def worked(model, tokens):
-    recipe = SimpleNamespace(error_correction="prefix", memory=SimpleNamespace(activations=10**9), seed=0)
-    planned = SimpleNamespace(recipe=recipe, batch=8)
-    return Work(planned, model, discover(model, tokens[:1, :8]), tokens, Path(), None, Meter(), index=1)
 
 
 def toy():
@@ -48,7 +40,11 @@ def toy():
 
 
 def test_installed_under_its_name():
-    assert entrypoints.get_group_named("sparsekit.stages")["bonsai"].load() is bonsai
+    assert entrypoints.get_group_named("sparsekit.criteria")["bonsai"].load() is bonsai
+
+
+def test_contract():
+    check_criterion(bonsai, masks=10, samples=2, step="20%")
 
 
 def test_the_regression_finds_a_linear_truth():
@@ -64,10 +60,10 @@ def test_the_regression_finds_a_linear_truth():
     assert noisy.abs().max() < 0.05  # nothing to find: the ridge grows
 
 
-def test_it_finds_the_units_that_matter(monkeypatch):
+def test_it_finds_the_units_that_matter(monkeypatch, tmp_path):
     """Where the loss is a sum over the units that are dropped, and noise: a third matters, whatever their size."""
     model = toy()
-    work = worked(model, TEXT)
+    work = context(model, TEXT, tmp_path, batch=8)
     units = find_units(model, work.blocks)
     matters = torch.arange(len(units)) % 3 == 1
     draw = torch.Generator().manual_seed(0)
@@ -77,28 +73,28 @@ def test_it_finds_the_units_that_matter(monkeypatch):
     def masking(blocks, units):
         yield seen.append
 
-    def loss(work, device):
-        assert len(work.tokens) == 4
+    def loss(work, tokens):
+        assert len(tokens) == 4
         return 3 + float((matters & ~seen[-1]).sum()) + 0.1 * float(torch.randn((), generator=draw))
 
     monkeypatch.setattr("sparsekit_bonsai.masking", masking)
-    monkeypatch.setattr("sparsekit_bonsai.loss", loss)
-    found = scores(work, units, "30%", CPU, step=0.1, masks=60, samples=4)
+    monkeypatch.setattr(type(work), "loss", loss)
+    found = bonsai(work, units, remove=0.3, step=0.1, masks=60, samples=4)
     gone = found < 0
     assert torch.equal(choose(units, found, 0.3, budgets="joint"), ~gone)  # what went is what the budget takes
     assert gone.sum() > 8 and (gone & matters).sum() <= 0.1 * gone.sum()
-    sizes = _prior(work, units, torch.ones(len(units), dtype=torch.bool), CPU)
+    sizes = _prior(work, units, torch.ones(len(units), dtype=torch.bool))
     smallest = ~choose(units, sizes, 0.3, budgets="joint")
     assert (smallest & matters).sum() >= 0.2 * smallest.sum()  # their size does not tell
     assert len(seen) % 61 == 0 and all((~each).sum() <= len(units) // 2 for each in seen)
 
 
-def test_it_beats_random_units_on_a_trained_model():
+def test_it_beats_random_units_on_a_trained_model(tmp_path):
     model, tokenizer = load_plain(TINY)
     settings = {"source": "python-docs", "samples": 32, "length": 64, "seed": 0}
-    work = worked(model, calibration_tokens(settings, tokenizer, 256, 768))
+    work = context(model, calibration_tokens(settings, tokenizer, 256, 768), tmp_path, batch=8)
     units = find_units(model, work.blocks)
-    found = scores(work, units, "20%", CPU, step=0.1, masks=30, samples=8)
+    found = bonsai(work, units, remove=0.2, step=0.1, masks=30, samples=8)
     tests = perplexity_windows(
         {"perplexity": [{"source": "python-docs", "windows": 32}], "length": 128}, tokenizer, 256
     )
@@ -114,7 +110,15 @@ def test_it_beats_random_units_on_a_trained_model():
     assert perplexity(found) < 0.9 * sum(random) / 5
 
 
-def test_mistakes():
-    for options in ({"masks": 7}, {"masks": 4}, {"samples": 0}):
-        with pytest.raises(ValueError, match="masks must be even and at least 10, samples at least 1"):
-            bonsai(worked(toy(), TEXT), remove="30%", **options)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"masks": 11}, "option `masks` is 11, must be even"),
+        ({"masks": 4}, "option `masks` is 4, must be at least 10"),
+        ({"samples": 0}, "option `samples` is 0, must be at least 1"),
+        ({"step": "200%"}, "option `step` is '200%'"),
+    ],
+)
+def test_mistakes(options, said):
+    [problem] = registry.option_problems(bonsai, {"remove": "30%", **options}).values()
+    assert problem.startswith(said)
