@@ -114,9 +114,9 @@ def test_a_model_that_was_never_pruned_may_be_trained(tmp_path: Path) -> None:
     [
         ('wanda, {wanda-sp: {remove: "30%"}}', "removes structures, which must come before `wanda`"),
         ("wanda-sp", "option `remove` is required"),
-        ('{wanda-sp: {remove: "0%"}}', "remove is '0%'; it must be a share"),
+        ('{wanda-sp: {remove: "0%"}}', "option `remove` is '0%'; it must be a share"),
         ('{wanda-sp: {remove: "99%"}}', "can give up"),
-        ("{wanda-sp: {remove: half}}", "remove is 'half'; it must be a share"),
+        ("{wanda-sp: {remove: half}}", "option `remove` is 'half'; it must be a share"),
         ('{policy_gradient: {remove: "30%", baseline: mean}}', 'option `baseline` is "mean", must be "leave-one-out"'),
         ('{policy_gradient: {remove: "30%", masks: 1}}', "give at least 2 as masks"),
         ('{policy_gradient: {remove: "30%", units: [heads, layers]}}', "units are heads, layers; they can be"),

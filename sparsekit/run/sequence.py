@@ -145,17 +145,19 @@ def _run(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -
 
 
 def _fit(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -> None:
-    ready = one_shot(context, stages) if kind(stages[0]) == "solver" else configured("stages", stages[0])(context)
     inspector = Inspector(called(stages[0]), effect, context.patterns)
+    if kind(stages[0]) == "solver":
+        ready = one_shot(context, stages)
+    else:
+        for block in context.blocks if not effect.cuts else ():
+            inspector.remember(block)  # before the stage touches the model; a walk does so again, block by block
+        ready = configured("stages", stages[0])(context)
     if ready is None:
         raise StageError(f"{called(stages[0])} gave nothing to fit; return sparsekit.contracts.Fit(module, data)")
     module, data, callbacks = ready
     walk = isinstance(module, Walk)
     if walk:
         callbacks = [Inspect(inspector), *callbacks, Commit(context.commits, inspector), WalkProgress(context.console)]
-    elif not effect.cuts:
-        for block in context.blocks:
-            inspector.remember(block)
     given = planned.recipe.trainer.model_dump() | {"strategy": Together() if context.team.size > 1 else "auto"}
     trainer = Trainer(
         **{"max_epochs": 1} | given | getattr(module, "trainer_options", {}),

@@ -98,13 +98,15 @@ class Inspector:
 
     def __init__(self, stage: str, effect: Effect, patterns: Mapping[str, Pattern]):
         self.stage, self.effect, self.patterns = stage, effect, patterns
-        self.before: dict[int, dict[str, str]] = {}
+        self.before: dict[int, dict[str, str]] = {}  # by the block's index
+        self.trained: dict[int, set[str]] = {}  # what earlier stages trained
 
     def remember(self, block: Block) -> None:
         """Take the digests of all tensors of the block but those that the stage may change anyhow."""
         free = self._weights(block) if self.effect.prunes and self.effect.moves else set()
         self.before[block.index] = digests(block.module, free)
-        block.masks.clear()
+        self.trained.setdefault(block.index, set(block.trained))
+        block.masks, block.trained = {}, set()
 
     @torch.no_grad()
     def admit(self, block: Block, earlier: Mapping[str, Tensor]) -> None:
