@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.contracts import Effect, StageError
-from sparsekit.maths import NM, Pattern, Quantization, Unstructured
-from sparsekit.model import Block, Linear
+from sparsekit.maths import NM, Pattern, Unstructured
+from sparsekit.model import Block
 
 
 def check_zeros(name: str, kept: Tensor, pattern: Pattern) -> None:
@@ -129,7 +129,8 @@ class Inspector:
                     raise ValueError(f"{block.name}.{name} contains NaN or Inf")
             if self.effect.grid is not None:
                 for linear in block.linears.values():
-                    _on_grid(linear, self.effect.grid)
+                    self.effect.grid.recover(linear.weight, linear.name)
+            block.trained |= self.trained.pop(block.index)
         except ValueError as error:
             raise StageError(
                 f"{self.stage} is not what it declares: {error}; nothing of {block.name} was kept"
@@ -179,10 +180,6 @@ class Inspector:
             weight = block.linears[name].weight
             if int(weight[~kept.to(weight.device)].count_nonzero()):
                 raise ValueError(f"{name} has weights again where an earlier stage pruned them")
-
-
-def _on_grid(linear: Linear, grid: Quantization) -> None:
-    grid.recover(linear.weight, linear.name)
 
 
 def digests(module: nn.Module, without: Iterable[str] = ()) -> dict[str, str]:
