@@ -5,6 +5,11 @@ A scientist needs three names and no framework:
     stats = Stats.of(inputs)                              # (tokens, in)
     sparse = chain(wanda, partial(refit, damping=0.1))(weight, stats, NM(2, 4))
 
+An engineer needs one, for a model in memory or for a recipe:
+
+    result = prune(model, tokenizer, pattern="2:4", stages=["wanda", {"fista": {}}], calibration=texts)
+    result = fit("recipes/llama3_2to4.yaml")
+
 Everything here is loaded when first asked for, so that `import sparsekit` costs nothing.
 """
 

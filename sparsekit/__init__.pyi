@@ -7,6 +7,12 @@ from .maths import parse as parse
 from .model import Block as Block
 from .model import discover as discover
 from .model import load as load
+from .results import masks as masks
+from .results import verify as verify
+from .run import evaluate as evaluate
+from .run import fit as fit
+from .run import prune as prune
 from .system import ActivationStore as ActivationStore
+from .train import HoldZeros as HoldZeros
 
 __version__: str

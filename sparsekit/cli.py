@@ -50,9 +50,9 @@ def fit(given: argparse.Namespace) -> int:
     recipe = load_recipe(given.recipe, given.set)
     if problems := check_options(recipe):
         raise RecipeError(problems)
-    from sparsekit.run import fit
+    from sparsekit.run import run_recipe
 
-    return fit(recipe, resume=given.resume, dry_run=given.dry_run)
+    return run_recipe(recipe, resume=given.resume, dry_run=given.dry_run)
 
 
 def evaluate(given: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ def fake_run(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise fake.answer
         return fake.answer
 
-    fake.fit = fit
+    fake.run_recipe = fit
     monkeypatch.setitem(sys.modules, "sparsekit.run", fake)
     monkeypatch.setattr(sparsekit, "run", fake, raising=False)
     return fake

@@ -25,7 +25,7 @@ from benchmarks.tables.rows import Row, papers, rows, table, tables
 from sparsekit.measure import evaluate
 from sparsekit.model import load_plain
 from sparsekit.results import REPORT
-from sparsekit.run import fit, make_plan
+from sparsekit.run import make_plan, run_recipe
 from sparsekit.system import session, write_json
 
 
@@ -33,7 +33,7 @@ def measured(row: Row, output: Path) -> dict[str, Any]:
     """The row's report: {"evaluation": {"pruned": ...}, "verified": ...}, from disk or from a run made now.
 
     Raises:
-        ValueError, OSError: as `sparsekit.run.fit` does.
+        ValueError, OSError: as `sparsekit.fit` does.
     """
     folder = output / row.folder
     report = folder / REPORT
@@ -42,7 +42,7 @@ def measured(row: Row, output: Path) -> dict[str, Any]:
             write_json(report, _dense(row))
         else:
             recipe = row.recipe.model_copy(update={"output": str(folder)})
-            fit(recipe, resume=True, console=Console(stderr=True))
+            run_recipe(recipe, resume=True, console=Console(stderr=True))
         gc.collect()  # the model is gone before the next one is loaded
     return json.loads(report.read_text(encoding="utf-8"))
 

@@ -1,8 +1,13 @@
 from .allocation import SAMPLE_LENGTH as SAMPLE_LENGTH
 from .context import Context as Context
+from .door import evaluate as evaluate
+from .door import fit as fit
 from .fitting import evaluate_path as evaluate_path
-from .fitting import fit as fit
+from .fitting import run_recipe as run_recipe
+from .memory import prune as prune
 from .plan import BATCH_TOKENS as BATCH_TOKENS
 from .plan import Plan as Plan
 from .plan import make_plan as make_plan
+from .pruned import Pruned as Pruned
+from .pruned import Result as Result
 from .sequence import run_stages as run_stages

@@ -25,7 +25,7 @@ from sparsekit.system import Meter, hardware, human_size, session, versions, wri
 from sparsekit.walk import Commits
 
 
-def fit(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None) -> int:
+def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None) -> int:
     """Run a recipe. Returns 0 when everything asked for is true, 1 when verification failed.
 
     Raises:

@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit.data import Corpus, calibration_tokens, sample
 from sparsekit.model import sees_images
+from sparsekit.model.structure import Shape
 from sparsekit.recipe import load_recipe
+from sparsekit.run import result
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of
-from sparsekit.run.outcome import Result, in_memory
-from sparsekit.run.plan import Plan, make_plan, measured_patterns
+from sparsekit.run.plan import IN_MEMORY, Plan, make_plan, measured_patterns
+from sparsekit.run.pruned import Pruned
 from sparsekit.run.sequence import run_stages
 from sparsekit.run.sources import from_memory
-from sparsekit.system import Meter, session
+from sparsekit.system import Meter, hardware, session, versions
 from sparsekit.walk import digests
 
 Calibration = Mapping[str, Any] | Sequence[str] | Tensor | Any
@@ -34,7 +37,7 @@ def prune(
     resume: str | Path | None = None,
     quiet: bool = True,
     **settings: Any,
-) -> Result:
+) -> Pruned:
     """Prune a model of transformers that is in memory, in place.
 
         result = prune(model, tokenizer, pattern="2:4", stages=["wanda", {"fista": {}}], calibration=texts)
@@ -70,8 +73,10 @@ def prune(
         model = copying.deepcopy(model) if copy else model
         model.to("cpu").eval()
         source = from_memory(model, tokenizer, (lambda: copying.deepcopy(dense)) if dense is not None else None)
-        planned = make_plan(recipe, (model, source))
-        if tokens is None:
+        planned = make_plan(recipe, (_without_weights(model), source))
+        if tokens is not None:
+            planned.resolved["calibration"] |= {"source": IN_MEMORY}
+        else:
             asked = recipe.calibration.model_dump(exclude={"batch"})
             tokens = calibration_tokens(asked, tokenizer, planned.positions, planned.config.vocab_size)
         _check_tokens(tokens, planned)
@@ -87,14 +92,37 @@ def prune(
                 with meter.stage("allocate"):
                     planned.patterns = measured_patterns(planned, model, tokens, output / "activations")
             outcome = run_stages(planned, model, tokens, output, meter, console)
-        return in_memory(planned, model, tokenizer, outcome, meter, before, held or output)
+        shape = Shape.of(model, outcome.cuts, changed=result.changed(outcome)) if outcome.cuts else None
+        report = {
+            "model": {"name": source.name, "class": type(model).__name__, "dtype": "auto"},
+            "recipe": planned.resolved,
+            "versions": versions(planned.packages()),
+            "hardware": hardware(),
+            "stages": meter.stages(),
+            **result.facts(planned, outcome, shape),
+            "evaluation": {},
+            "verified": ["not verified yet"],
+        }
+        found = Pruned(planned, model, tokenizer, outcome, report, before, held)
+        report["verified"] = found.verify() or True
+        return found
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """The model's structure on the meta device, as it is in memory; no weight is copied."""
+    tensors = [*model.parameters(), *model.buffers()]
+    empty: dict[int, Any] = {}
+    for tensor in tensors:
+        bare = torch.empty_like(tensor, device="meta")
+        empty[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+    return copying.deepcopy(model, empty)
 
 
 def _section(calibration: Calibration, model: Any, tokenizer: Any) -> tuple[dict[str, Any], Tensor | None]:
     """The section `calibration` of a recipe, and the tokens where they need no source."""
     if isinstance(calibration, Tensor):
         if calibration.dim() == 4 and sees_images(model):
-            return {"source": "text", "samples": len(calibration)}, calibration
+            return {"samples": len(calibration)}, calibration
         fits = calibration.dim() == 2 and calibration.shape[1] > 1 and len(calibration)
         if not fits or calibration.is_floating_point():
             raise ValueError(
@@ -102,7 +130,7 @@ def _section(calibration: Calibration, model: Any, tokenizer: Any) -> tuple[dict
                 "whole numbers, at least two a sequence"
             )
         samples, length = calibration.shape
-        return {"source": "text", "samples": samples, "length": length}, calibration.long().cpu()
+        return {"samples": samples, "length": length}, calibration.long().cpu()
     if isinstance(calibration, Mapping):
         if tokenizer is None:
             raise ValueError("calibration names a source of text, which needs a tokenizer; give one, or token ids")
@@ -121,7 +149,7 @@ def _section(calibration: Calibration, model: Any, tokenizer: Any) -> tuple[dict
     length = min(2048, positions or 2048)
     corpus = Corpus(list(texts), name="the calibration text")
     tokens = sample(corpus, tokenizer, samples=128, length=length, seed=0)
-    return {"source": "text", "samples": 128, "length": length}, tokens
+    return {"samples": 128, "length": length}, tokens
 
 
 def _check_tokens(tokens: Tensor, planned: Plan) -> None:

@@ -17,6 +17,7 @@ from sparsekit.run.sources import Source, from_folder
 from sparsekit.train import missing_loggers
 from sparsekit.walk import weights_and_norms
 
+IN_MEMORY = "in memory"  # what came from there has no folder and no source
 BATCH_TOKENS = 256  # tokens that go through a block at once, unless the recipe says otherwise: enough for full speed
 
 
@@ -43,6 +44,12 @@ class Plan:
     def batch(self) -> int:
         """Sequences that go through a block at once."""
         return self.recipe.calibration.batch or max(1, BATCH_TOKENS // self.length)
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """The settings of the calibration text, for stages that read more of it; empty where it came as it is."""
+        given = self.resolved["calibration"]["source"] == IN_MEMORY
+        return {} if given else self.recipe.calibration.model_dump()
 
     @property
     def length(self) -> int:
@@ -119,7 +126,7 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
     problems = problems or _alone(recipe)
     if problems:
         raise RecipeError(problems)
-    dense = folder = Path()
+    dense = folder = Path(IN_MEMORY)  # there is no such folder
     if memory is not None:
         model, source = memory
     else:

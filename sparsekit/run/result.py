@@ -19,12 +19,13 @@ def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Pa
     """
     target = output / "model"
     shape = None
+    source = planned.folder if planned.folder.is_dir() else None  # None: the model came in memory
     before = Shape.read(planned.folder)
     if outcome.cuts or before is not None:
         shape = Shape.of(model, outcome.cuts, before=before, changed=changed(outcome))
-        shape = save_model(model, tokenizer, target, shape, source=planned.folder)
+        shape = save_model(model, tokenizer, target, shape, source=source)
     else:
-        write_model(model, tokenizer, target, source=planned.folder)
+        write_model(model, tokenizer, target, source=source)
     if outcome.masks is not None:
         bits = {name: mask for block in outcome.blocks for name, mask in outcome.masks.masks(block).items()}
         write_atomically(output / MASKS, lambda file: write_tensors(file, bits))

@@ -88,7 +88,7 @@ def run_stages(
             dense_weight=planned.source.weights(model, outcome.blocks) if index == 0 else None,
             load_dense=planned.source.dense,
             load_tokenizer=planned.source.tokenizer,
-            calibration=recipe.calibration.model_dump(),
+            calibration=planned.calibration,
             base=planned.source.name,
             meter=meter,
             team=team,

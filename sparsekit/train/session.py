@@ -73,6 +73,8 @@ def recovery_text(
             "tokens, or a smaller batch or length"
         )
     settings = check_source(source) or context.calibration
+    if not settings:
+        raise ValueError("the calibration text came as tokens or texts, and recovery needs more: give it a `source`")
     training, held_out = training_rows(
         settings, context.tokenizer(), length=length, rows=steps * wide, validation=validation, seed=context.seed
     )

@@ -95,7 +95,7 @@ class HoldZeros(Callback):
             return found
         masks = self.masks
         if not isinstance(masks, Mapping):
-            from sparsekit.results import read_masks
+            from sparsekit.results import masks as read_masks
 
             masks = read_masks(masks)
         return {name: _fitting(name, kept, linears) for name, kept in masks.items()}

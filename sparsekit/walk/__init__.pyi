@@ -1,6 +1,7 @@
 from .commits import Commits as Commits
 from .dense import weights_and_norms as weights_and_norms
 from .findings import Inspector as Inspector
+from .findings import check_zeros as check_zeros
 from .findings import digests as digests
 from .findings import leave_dense as leave_dense
 from .findings import mean_error as mean_error

@@ -10,7 +10,7 @@ from sparsekit.results.folder import MASKS
 from sparsekit.system import unpack
 
 
-def read_masks(folder: str | Path) -> dict[str, Tensor]:
+def masks(folder: str | Path) -> dict[str, Tensor]:
     """A linear's name -> the weights (out, in) that a run kept, true where a weight stays.
 
     folder: of the run

@@ -1,0 +1,53 @@
+"""What `import sparsekit` gives beside `prune`: the command line's `fit` and `eval`, from Python."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsekit.measure import evaluate as measured
+from sparsekit.recipe import Recipe, load_recipe
+from sparsekit.run.fitting import run_recipe
+from sparsekit.run.pruned import Result
+from sparsekit.system import session
+
+
+def fit(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Run a recipe as `sparsekit fit --recipe FILE --set SETTING ...` does.
+
+    recipe: its file, or what such a file would hold
+    settings: "dotted.key=value", as after --set
+    resume: go on with a run that was interrupted, or give back one that is finished
+    quiet: say nothing on the way
+
+    Returns:
+        the finished run; `result.verified` tells whether everything asked for is proved
+
+    Raises:
+        ValueError: the recipe (RecipeError), the model, the text or the output folder cannot be used.
+        OSError: the disk is full or a folder cannot be written; committed blocks are kept.
+    """
+    checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+    run_recipe(checked, resume=resume, console=Console(quiet=True) if quiet else None)
+    return Result(str(checked.output))
+
+
+def evaluate(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Any]:
+    """Measure a model in memory, as the section `evaluate` of a recipe says.
+
+        evaluate(model, tokenizer, perplexity=["wikitext2"], tasks=["arc_easy"], length=2048)
+
+    tokenizer: of a vision model its image processor
+
+    Raises:
+        ValueError: settings, texts and model do not fit each other.
+    """
+    with session():
+        return measured(model, tokenizer, settings)
