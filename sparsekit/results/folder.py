@@ -35,7 +35,7 @@ class Before:
     def records(self, block: Block) -> dict[str, dict[str, Any]]:
         """As `Block.records` has them."""
         return {
-            name: {**self.linears[name], "error": self.errors[name], "seconds": 0.0, "warnings": []}
+            name: {**self.linears[name], "error": self.errors.get(name), "seconds": 0.0, "warnings": []}
             for name in block.linears
             if name in self.linears
         }

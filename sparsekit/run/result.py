@@ -92,7 +92,7 @@ def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any
             "parameters": parameters,
             "per_linear": {name: {key: record[key] for key in keys} for name, record in records.items()},
         },
-        "error": {name: record["error"] for name, record in records.items()},
+        "error": {name: record["error"] for name, record in records.items() if record["error"] is not None},
         "blocks": {block.name: block.notes for block in outcome.blocks if block.notes},
         "warnings": {name: record["warnings"] for name, record in records.items() if record["warnings"]},
         "skipped": planned.skipped,

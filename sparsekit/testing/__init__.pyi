@@ -1,3 +1,4 @@
+from .allocator import check_allocator as check_allocator
 from .contexts import begin as begin
 from .contexts import context as context
 from .contexts import tiny_model as tiny_model
@@ -5,3 +6,4 @@ from .contexts import tiny_tokens as tiny_tokens
 from .criterion import check_criterion as check_criterion
 from .solver import PATTERNS as PATTERNS
 from .solver import check_solver as check_solver
+from .stage import check_stage as check_stage

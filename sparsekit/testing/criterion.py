@@ -60,7 +60,7 @@ def _check_kinds(
     assert torch.equal(scores, found[1].scores), f"{where}: two calls on one model gave different scores"
     assert digests(model) == before, f"{where}: the criterion changed the model"
     assert _hooks(model) == hooks, f"{where}: hooks of the criterion are left in the model"
-    shape = scoring.shape if kinds != ["layers"] else "free"
+    shape = scoring.shape if "heads" in kinds or "channels" in kinds else "free"
     kept = found[0].kept
     if kept is None:
         budgets = scoring.budgets if shape == "free" else "separate"
