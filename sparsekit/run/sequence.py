@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,22 +129,35 @@ def _run(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -
     """Run one segment, and have everything that it left checked against its effect and committed."""
     shutil.rmtree(context.scratch, ignore_errors=True)  # of a run that was killed
     name = "capture" if kind(stages[0]) == "solver" else stages[0].name
-    before = digests(context.model, _inside(context))
+    outside = _outside(context)
+
+    def check_outside() -> None:
+        after = _outside(context)
+        if changed := {name for name in outside.keys() | after.keys() if outside.get(name) != after.get(name)}:
+            context.commits.forget()  # a walk that is found out at its end
+            raise StageError(f"{called(stages[0])} changed {min(changed)}, which is outside the blocks")
+
     try:
         with context.meter.stage(name), _frozen(context.model, effect):
             if kind(stages[0]) == "criterion":
                 remove_by(stages[0], context)
             else:
-                _fit(planned, stages, effect, context)
+                _fit(planned, stages, effect, context, check_outside)
+            check_outside()
             meet()  # what others committed is there
-        after = digests(context.model, _inside(context))
-        if changed := {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}:
-            raise StageError(f"{called(stages[0])} changed {min(changed)}, which is outside the blocks")
     finally:
         shutil.rmtree(context.scratch, ignore_errors=True)
 
 
-def _fit(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -> None:
+def _outside(context: Context) -> dict[str, str]:
+    """The digests of all tensors outside the blocks, by name."""
+    inside = {f"{block.name}.{name}" for block in context.blocks for name in block.module.state_dict(keep_vars=True)}
+    return digests(context.model, inside)
+
+
+def _fit(
+    planned: Plan, stages: list[Stage], effect: Effect, context: Context, check_outside: Callable[[], None]
+) -> None:
     inspector = Inspector(called(stages[0]), effect, context.patterns)
     if kind(stages[0]) == "solver":
         ready = one_shot(context, stages)
@@ -178,6 +191,7 @@ def _fit(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -
     if walk:
         data.close()
     elif not effect.cuts:
+        check_outside()
         _commit(context, inspector)
 
 
@@ -200,11 +214,6 @@ def _frozen(model: nn.Module, effect: Effect) -> Iterator[None]:
     finally:
         for parameter, before in asked.items():
             parameter.requires_grad_(before)
-
-
-def _inside(context: Context) -> set[str]:
-    """The names of all tensors of the blocks."""
-    return {f"{block.name}.{name}" for block in context.blocks for name in block.module.state_dict(keep_vars=True)}
 
 
 def _commit(context: Context, inspector: Inspector) -> None:

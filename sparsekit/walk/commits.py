@@ -41,6 +41,11 @@ class Commits:
         said["trained"] = json.dumps(sorted(block.trained))
         write_atomically(self._file(block.index), lambda aside: write_tensors(aside, tensors, said))
 
+    def forget(self) -> None:
+        """Remove the committed blocks."""
+        for index in self.done():
+            self._file(index).unlink()
+
     @torch.no_grad()
     def restore(self, block: Block) -> None:
         """Put a committed block's weights and records back; its masks stay on disk."""
