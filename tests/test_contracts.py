@@ -1,18 +1,21 @@
 """The contracts: everything installed keeps them, the examples of the documentation too, and who lies is stopped."""
 
 import json
+import math
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from safetensors.torch import load_file
 from test_run import fit, recipe
 
+import sparsekit
 from sparsekit import cli, registry
 from sparsekit.maths import parse
-from sparsekit.testing import check_allocator, check_criterion, check_stage
+from sparsekit.testing import check_allocator, check_criterion, check_exporter, check_metric, check_stage
 
 EXAMPLES = Path(__file__).parent / "examples"
 SHORT = {"steps": 2, "length": 16, "batch": 2, "source": "python-docs", "checks": 1}
@@ -244,3 +247,42 @@ def test_code_that_cannot_be_imported_stops_only_recipes_that_use_it(install: An
     assert done.returncode == 2 and "boom" in done.stderr and "stranger 3.0" in done.stderr
     done = fit(recipe(tmp_path), "--set", "stages=[wanda]", "evaluate={}")
     assert done.returncode == 0, done.stderr
+
+
+BOTH = {"metrics": "bits = next_token:bits_per_token", "exporters": "masks-npz = masks_npz:masks_npz"}
+
+
+def test_a_new_metric_and_a_new_exporter(install: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install("", **BOTH)
+    check_metric(registry.load("metrics", "bits"), windows=3)
+    check_exporter(registry.load("exporters", "masks-npz"))
+    measure = "evaluate={perplexity: [{source: python-docs, windows: 6}], metrics: [{bits: {windows: 6}}], length: 64}"
+    for name, stage in (("one", "sparsegpt"), ("two", "magnitude")):
+        done = fit(recipe(tmp_path, name), "--set", f"stages=[{stage}]", "export=[masks_npz]", measure)
+        assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    for which in ("dense", "pruned"):
+        found = report["evaluation"][which]
+        bits, text = found["figures"]["bits python-docs"], found["perplexity"]["python-docs"]
+        assert bits["value"] == pytest.approx(math.log2(text), rel=1e-5)  # perplexity is the oracle
+        assert bits["count"] == 6 and bits["better"] == "lower"
+    assert report["exports"]["masks-npz"]["bytes"] > 0
+    stored, masks = numpy.load(tmp_path / "one" / "model-masks-npz" / "masks.npz"), sparsekit.masks(tmp_path / "one")
+    assert {*stored.files} == {*masks} and all(numpy.array_equal(stored[n], masks[n].numpy()) for n in masks)
+    assert "bits python-docs" in (tmp_path / "one" / "report.html").read_text()
+    assert "bits python-docs" in done.stdout
+    capsys.readouterr()
+    assert cli.main(["compare", str(tmp_path / "two"), str(tmp_path / "one"), "--by", "bits python-docs"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("one", "two"))]
+    assert [line[:3] for line in lines][:2] == ["one", "two"]  # less is better
+    done = fit(recipe(tmp_path, "three"), "--set", "evaluate={metrics: [{bits: {windows: 0}}]}")
+    assert done.returncode == 2 and "metric `bits`: option `windows` is 0, must be at least 1" in done.stderr
+    done = fit(recipe(tmp_path, "three"), "--set", "evaluate={metrics: [{bits: {source: nowhere.txt}}]}")
+    assert done.returncode == 2 and "nowhere.txt" in done.stderr and not (tmp_path / "three").exists()
+    done = fit(recipe(tmp_path, "three"), "--set", "export=[maks_npz]")
+    assert done.returncode == 2 and "did you mean `masks-npz`" in done.stderr
+
+
+def test_every_exporter() -> None:
+    for name in registry.names("exporters"):
+        check_exporter(registry.load("exporters", name))

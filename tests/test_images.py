@@ -79,7 +79,7 @@ def test_a_better_method_keeps_more_accuracy(tmp_path, digits):
 def test_what_is_on_disk_is_a_model_like_any_other(tmp_path, digits):
     report = run(tmp_path, digits, "run", "2:4", "[{lamp: {epochs: 2, quantize: {bits: 4, group: 48}}}]")
     folder = tmp_path / "run" / "model"
-    assert "why_not" in report["packed"]  # its names on disk are not the model's
+    assert "why_not" in report["exports"]["packed"]  # its names on disk are not the model's
     model = transformers.AutoModelForImageClassification.from_pretrained(folder)
     stored = Loaded(folder)
     for name, entry in report["sparsity"]["per_linear"].items():

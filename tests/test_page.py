@@ -80,7 +80,7 @@ def example() -> dict[str, Any]:
             "faster": {"prefill": {"1": 1.25}, "decode": {"1": 1.5}},
             "spread": {"prefill": {"1": [1.2, 1.3]}, "decode": {"1": [1.4, 1.6]}},
         },
-        "packed": {"why_not": "no such layout"},
+        "exports": {"packed": {"why_not": "no such layout"}},
         "verified": ["layer 3 is not 2:4"],
     }
 

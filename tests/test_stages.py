@@ -79,14 +79,14 @@ def test_lamp_can_end_each_block_on_a_grid(tmp_path):
     quantize = "quantize: {bits: 4, group: 32}"
     joint = run(tmp_path, f"stages=[{{lamp: {{epochs: 2, {quantize}}}}}]", name="joint")
     alone = run(tmp_path, f"stages=[{{sparsegpt: {{{quantize}}}}}]", name="alone")
-    assert "bytes" in joint["packed"] and perplexity(joint) < perplexity(alone)
+    assert "bytes" in joint["exports"]["packed"] and perplexity(joint) < perplexity(alone)
     done = fit(recipe(tmp_path, "not"), "--set", f"stages=[{{lamp: {{solver: {{sparsegpt: {{{quantize}}}}}}}}}]")
     assert done.returncode == 2 and "give `quantize` to lamp" in done.stderr
 
 
 def test_a_quantized_run_is_packed_and_proved(tmp_path):
     report = run(tmp_path, "stages=[sparsegpt, {quantize: {bits: 4, group: 32}}]")
-    assert report["packed"]["bytes"] < 0.6 * report["packed"]["simulated_bytes"]
+    assert report["exports"]["packed"]["bytes"] < 0.6 * report["exports"]["packed"]["model_bytes"]
     pytest.importorskip("compressed_tensors", reason="loading a packed checkpoint needs compressed-tensors")
     tokens = torch.arange(3, 40).unsqueeze(0)
     simulated, packed = (
@@ -98,7 +98,7 @@ def test_a_quantized_run_is_packed_and_proved(tmp_path):
 
 def test_what_cannot_be_packed_stays_simulated_and_is_said(tmp_path):
     report = run(tmp_path, "stages=[{sparsegpt: {quantize: {bits: 3, group: 32}}}]")
-    assert "simulated only" in report["packed"]["why_not"]
+    assert "simulated only" in report["exports"]["packed"]["why_not"]
     assert not (tmp_path / "run" / "model-packed").exists()
 
 

@@ -5,9 +5,11 @@ from .criterion import Scoring as Scoring
 from .criterion import removing as removing
 from .criterion import scores as scores
 from .exporter import Exporter as Exporter
+from .exporter import Finished as Finished
 from .metric import Figure as Figure
+from .metric import Measure as Measure
 from .metric import Metric as Metric
-from .metric import Prepared as Prepared
+from .metric import Preparation as Preparation
 from .metric import Subject as Subject
 from .options import Count as Count
 from .options import Fraction as Fraction

@@ -1,20 +1,46 @@
-"""Exporters: other forms of a finished model, beside it."""
+"""Exporters: other forms of a finished model, written beside it.
 
+An exporter is a function `(*, options...) -> Exporter`, found through the entry-point group `sparsekit.exporters` and
+named by a recipe's `export`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsekit.maths import Quantization
 
 
-class Exporter(Protocol):
-    """Another form of a finished model, written beside it: three functions in one object."""
+@dataclass(frozen=True)
+class Finished:
+    """A model that is on disk and proved.
 
-    def why_not(self, folder: Path, **facts: Any) -> str:
-        """Why this model cannot be written so; empty where it can."""
-        ...
+    folder: of the checkpoint; patterns: a pruned linear's name -> its pattern as text
+    quantization: a linear's name -> the grid that its weights lie on; empty where nothing was quantized
+    masks: reads the masks: a linear's name -> the weights (out, in) that are kept
+    report: what is known so far of the run (docs/design.md)
+    """
 
-    def write(self, folder: Path, target: Path, **facts: Any) -> None:
-        """Write it to `target`."""
-        ...
+    folder: Path
+    patterns: "Mapping[str, str]"
+    quantization: "Mapping[str, Quantization]"
+    masks: "Callable[[], dict[str, Tensor]]"
+    report: Mapping[str, Any]
+    trust_remote_code: bool = False
 
-    def differences(self, target: Path, folder: Path) -> list[str]:
-        """What loading `target` would give other than `folder` holds, as sentences; none if nothing is."""
-        ...
+
+class Exporter(NamedTuple):
+    """What an exporter gives: three functions.
+
+    why_not: why this model cannot be written so, as a sentence; empty where it can
+    write: writes it to a folder that does not exist yet, which the run moves into place when it is complete
+    differences: what reading that folder would give other than the model has, as sentences; none if nothing is
+    """
+
+    why_not: Callable[[Finished], str]
+    write: Callable[[Finished, Path], None]
+    differences: Callable[[Finished, Path], list[str]]

@@ -1,6 +1,11 @@
-"""Metrics: how good a model is, in figures."""
+"""Metrics: how good a model is, in figures.
 
-from collections.abc import Iterable, Mapping
+A metric is a function `(preparation, *, options...) -> measure`, found through the entry-point group
+`sparsekit.metrics` and named by a recipe's `evaluate.metrics`. Calling it reads its data and finds what is wrong,
+before a weight is loaded; what it gives back measures a model.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -13,9 +18,9 @@ class Figure:
     """One number that says how good a model is.
 
     value: the number; stderr: one standard error of it, None where it is not known
-    count: of what was looked at, and of: what that is ("windows", "documents", "images")
-    better: "higher" or "lower"
-    settings: what must agree for two figures of this name to be comparable; JSON
+    count, of: how many of what were looked at, such as 6 "windows"
+    better: whether more is better, or less
+    settings: what must agree for two figures of this name to be comparable, such as length and source; JSON
     """
 
     value: float
@@ -26,31 +31,49 @@ class Figure:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+class Preparation(Protocol):
+    """What a metric is given to get ready.
+
+    tokenizer: the model's, or its image processor; config: of transformers
+    length, batch, limit: of the recipe's `evaluate`: tokens of a window, sequences at a time, documents (None: all)
+    """
+
+    tokenizer: Any
+    config: Any
+    length: int
+    batch: int
+    limit: int | None
+
+    def windows(self, source: str | Mapping[str, Any], length: int | None = None, count: int | None = None) -> "Tensor":
+        """Test text as token windows (n, length): a source's name, a local file, or {source, its options...}.
+
+        Raises ValueError where there is no such text, or too little of it.
+        """
+        ...
+
+
 class Subject(Protocol):
-    """A model that is measured."""
+    """A model that is measured. model, tokenizer: for metrics that generate; others need log-probabilities alone."""
 
     model: Any
     tokenizer: Any
 
-    def log_probabilities(self, tokens: "Tensor") -> "Iterable[Tensor]":
-        """For each window of tokens (windows, length) the log-probability of its tokens but the first (length - 1,)."""
+    def log_probabilities(self, tokens: "Tensor") -> "Iterator[Tensor]":
+        """Window by window of (n, length) the log-probability (length - 1,) of each token but the first, float32."""
+        ...
+
+
+class Measure(Protocol):
+    """What a metric gives back."""
+
+    def __call__(self, subject: Subject, /) -> dict[str, Figure]:
+        """The figures of a model, by name."""
         ...
 
 
 class Metric(Protocol):
-    """How good a model is: `(entry, *, tokenizer, config) -> prepared`, which measures.
+    """How good a model is."""
 
-    `prepare` reads the data and finds every mistake before weights are loaded; `measure` gives figures by name.
-    """
-
-    def __call__(self, settings: Mapping[str, Any], /, *, tokenizer: Any, config: Any) -> "Prepared":
-        """Read what is needed. Raises ValueError for settings and data that cannot be used."""
-        ...
-
-
-class Prepared(Protocol):
-    """A metric with its data."""
-
-    def measure(self, subject: Subject) -> dict[str, Figure]:
-        """The figures of a model, by name."""
+    def __call__(self, preparation: Preparation, /, **options: Any) -> Measure:
+        """Read what is needed. Raises ValueError for options and data that cannot be used."""
         ...

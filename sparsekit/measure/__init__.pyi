@@ -1,10 +1,14 @@
 from .continuations import PROMPTS as PROMPTS
 from .continuations import samples as samples
+from .evaluation import Ready as Ready
 from .evaluation import check_evaluation as check_evaluation
 from .evaluation import evaluate as evaluate
+from .evaluation import get_ready as get_ready
 from .evaluation import losses as losses
 from .evaluation import perplexity as perplexity
 from .evaluation import perplexity_windows as perplexity_windows
 from .images import image_set_name as image_set_name
 from .images import labelled_images as labelled_images
+from .metrics import Subject as Subject
+from .metrics import prepare_metric as prepare_metric
 from .timing import serve as serve

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from sparsekit import registry
 from sparsekit.data import check_length, corpus, no_bars, resolve, windows
 from sparsekit.measure.images import accuracy, image_limit, image_set_name, labelled_images
+from sparsekit.measure.metrics import Measures, Preparation, Subject, measured, prepare
 from sparsekit.model import sees_images
 
 PERPLEXITY = ("name", "length", "windows")  # keys of a perplexity entry that belong to no source
@@ -58,9 +61,7 @@ def perplexity(model: Any, tokens: Tensor, **options: Any) -> float:
     return float(losses(model, tokens, **options).mean().exp())
 
 
-def evaluate(
-    model: Any, tokenizer: Any, settings: Mapping[str, Any], found: Mapping[str, Tensor] | None = None
-) -> dict[str, dict]:
+def evaluate(model: Any, tokenizer: Any, settings: Mapping[str, Any], ready: Ready | None = None) -> dict[str, dict]:
     """What a model is worth, by name of the text or task.
 
     {"perplexity": {name: value}, "perplexity_stderr": {name: value}, "tasks": {task: {metric: value}},
@@ -71,15 +72,17 @@ def evaluate(
       length: tokens of a window, 2048 unless told; never more than the model has positions (ValueError).
       tasks: see `tasks`. limit: documents per task, None for all. batch: sequences per forward pass, 1 unless told.
       accuracy: of a vision model, whose image processor is the tokenizer here: see `images.labelled`; among the tasks.
-    found: what `texts` gave for these settings, where it was called before.
+      metrics: others, each a name or {name: options}; their figures are under "figures", by name
+    ready: what `get_ready` gave for these settings, where it was called before.
     """
     check_evaluation(settings)
     batch, limit = settings.get("batch") or 1, settings.get("limit")
     if sees_images(model) and (settings.get("perplexity") or settings.get("tasks")):
         raise ValueError(f"{type(model).__name__} sees images, and perplexity and tasks are of text: measure accuracy")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    found = perplexity_windows(settings, tokenizer, positions) if found is None else found
+    ready = get_ready(settings, tokenizer, model.config) if ready is None else ready
+    found = ready.texts
     seen = {name: losses(model, tokens, batch=batch) for name, tokens in found.items()}
+    found_figures = measured(ready.measures, Subject(model, tokenizer, batch))
     return {
         "perplexity": {name: float(each.mean().exp()) for name, each in seen.items()},
         # of the mean loss, carried over to its exponential (delta method); windows are not independent, so it is rough
@@ -105,7 +108,42 @@ def evaluate(
                 for entry in settings.get("accuracy") or []
             },
         },
+        **({"figures": found_figures} if found_figures else {}),
     }
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What is read before a model is: the windows (n, length) of every text, and metrics with their data."""
+
+    texts: Mapping[str, Tensor]
+    measures: Measures
+
+
+def get_ready(settings: Mapping[str, Any], tokenizer: Any, config: Any) -> Ready:
+    """Read all that `evaluate` needs beside the model. Raises ValueError for what cannot be had or used."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    common = {key: settings[key] for key in ("length", "batch", "limit") if settings.get(key)}
+    preparation = Preparation(tokenizer, config, **common)
+    texts = perplexity_windows(settings, tokenizer, positions)
+    measures = prepare(settings.get("metrics") or [], preparation)
+    _check_named(settings.get("tasks") or [])
+    return Ready(texts, measures)
+
+
+def _check_named(entries: Sequence[Any]) -> None:
+    """Raise ValueError for a task that lm-eval does not have, with the nearest names."""
+    named = [entry for entry in entries if isinstance(entry, str) and not _is_yaml(entry)]
+    if not named:
+        return
+    with _quiet():
+        from lm_eval.tasks import TaskManager
+
+        known = TaskManager().all_tasks  # reading its 14,000 tasks takes a quarter of a minute
+    for name in named:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+            raise ValueError(f"lm-eval has no task `{name}`; the nearest names are: {near}")
 
 
 def perplexity_windows(settings: Mapping[str, Any], tokenizer: Any, positions: int | None = None) -> dict[str, Tensor]:
@@ -125,7 +163,7 @@ def perplexity_windows(settings: Mapping[str, Any], tokenizer: Any, positions: i
 
 def check_evaluation(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for what can be seen to be wrong without a model, a tokenizer, network or lm-eval."""
-    known = ("perplexity", "length", "tasks", "accuracy", "limit", "batch")
+    known = ("perplexity", "length", "tasks", "accuracy", "metrics", "limit", "batch")
     for key in settings:
         if key not in known:
             raise ValueError(f"evaluate: unknown key `{key}`, {registry.suggest(key, known)}")
@@ -189,11 +227,6 @@ def _task(manager: Any, entry: str | Mapping[str, Any]) -> dict:
     """The task objects of one entry, as lm-eval loads them, with their data."""
     spec: Any = entry if isinstance(entry, str) else local_task(entry)
     name = entry if isinstance(entry, str) else entry["name"]
-    if isinstance(spec, str) and not _is_yaml(spec) and spec not in manager.all_tasks:
-        import difflib
-
-        near = ", ".join(difflib.get_close_matches(spec, manager.all_tasks, n=3)) or "none"
-        raise ValueError(f"lm-eval has no task `{spec}`; the nearest names are: {near}")
     try:
         loaded = manager.load([spec])
         for task in loaded["tasks"].values():

@@ -12,6 +12,10 @@ def json_schema() -> dict[str, Any]:
     whole = Recipe.model_json_schema()
     whole["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     whole["properties"]["stages"]["items"] = _method_schema("solvers", "stages", "criteria")
+    whole["$defs"]["Evaluate"]["properties"]["metrics"]["items"] = _method_schema("metrics")
+    whole["properties"]["export"] = {
+        "anyOf": [{"type": "array", "items": _method_schema("exporters")}, {"type": "null"}]
+    }
     whole["properties"]["allocation"] = _method_schema("allocators") | {"default": "uniform"}
     files = "|".join(suffix[1:] for suffix in FORMATS)
     source = {"anyOf": [{"enum": registry.names("sources")}, {"type": "string", "pattern": rf"\.({files})$"}]}

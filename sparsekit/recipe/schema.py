@@ -231,6 +231,9 @@ class Evaluate(Section):
         list[Annotated[ImageSet, BeforeValidator(_path_alone, json_schema_input_type=str | ImageSet)]],
         AfterValidator(_called_once),
     ] = Field(default_factory=list, description="labelled images, for vision models")
+    metrics: list[Annotated[Stage, BeforeValidator(method("metrics"))]] = Field(
+        default_factory=list, description="other metrics, by name or as {name: {option: value}}"
+    )
     length: int = Field(default=2048, gt=1, description="tokens of a perplexity window")
     limit: int | None = Field(default=None, gt=0, description="documents of each task, or images; null: all")
     batch: int = Field(default=1, gt=0, description="sequences at a time")
@@ -304,6 +307,9 @@ class Recipe(Section):
     )
     trainer: Annotated[TrainerOptions, BeforeValidator(_empty)] = TrainerOptions()
     evaluate: Annotated[Evaluate, BeforeValidator(_empty)] = Evaluate()
+    export: list[Annotated[Stage, BeforeValidator(method("exporters"))]] | None = Field(
+        default=None, description="other forms to write; null: packed, where the last stage quantized"
+    )
     output: str | None = Field(
         default=None, min_length=1, description="folder of the run; default runs/<name of the recipe>"
     )

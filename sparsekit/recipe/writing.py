@@ -27,6 +27,10 @@ def named_methods(recipe: Recipe) -> Iterable[tuple[Keys, str, str, Stage, dict[
         data = Stage(text.source, text.options)
         beside = text.model_dump(include=set(TextSet.model_fields))
         yield ("evaluate", "perplexity", i), f"source `{data.name}`", "sources", data, beside
+    for i, each in enumerate(recipe.evaluate.metrics):
+        yield ("evaluate", "metrics", i, registry.normal(each.name)), f"metric `{each.name}`", "metrics", each, {}
+    for i, each in enumerate(recipe.export or ()):
+        yield ("export", i, registry.normal(each.name)), f"exporter `{each.name}`", "exporters", each, {}
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -40,9 +44,11 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     plain["allocation"] = {recipe.allocation.name: filled[1]}
     count = len(recipe.stages)
     plain["stages"] = [{s.name: o} for s, o in zip(recipe.stages, filled[2 : 2 + count], strict=True)]
-    plain["evaluate"]["perplexity"] = [
-        text | more for text, more in zip(plain["evaluate"]["perplexity"], filled[2 + count :], strict=True)
-    ]
+    rest = iter(filled[2 + count :])
+    plain["evaluate"]["perplexity"] = [text | next(rest) for text in plain["evaluate"]["perplexity"]]
+    plain["evaluate"]["metrics"] = [{each.name: next(rest)} for each in recipe.evaluate.metrics]
+    if recipe.export is not None:
+        plain["export"] = [{each.name: next(rest)} for each in recipe.export]
     return plain
 
 

@@ -103,13 +103,17 @@ def _stderr(measured: dict[str, Any]) -> dict[str, float]:
         for metric, value in metrics.items()
         if metric.endswith("_stderr")
     }
-    return measured.get("perplexity_stderr", {}) | tasks
+    others = {
+        name: figure["stderr"] for name, figure in measured.get("figures", {}).items() if figure["stderr"] is not None
+    }
+    return measured.get("perplexity_stderr", {}) | tasks | others
 
 
 def _lower(column: str, runs: Sequence[Run]) -> bool:
     """Whether less is better."""
     texts = any(column in run.pruned.get("perplexity", {}) for run in runs)
-    return texts or column in LOWER or column.endswith(("perplexity", "bits_per_byte", "loss"))
+    others = {run.pruned["figures"][column]["better"] for run in runs if column in run.pruned.get("figures", {})}
+    return texts or others == {"lower"} or column in LOWER or column.endswith(("perplexity", "bits_per_byte", "loss"))
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:

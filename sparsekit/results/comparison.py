@@ -57,7 +57,7 @@ def read_run(path: str) -> Run:
         raise ValueError(f"{path} is no run: it has no {REPORT}; give folders that `sparsekit fit` wrote")
     found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     pruned = (found.get("evaluation") or {}).get("pruned") or {}
-    if not pruned.get("perplexity") and not pruned.get("tasks"):
+    if not any(pruned.get(key) for key in ("perplexity", "tasks", "figures")):
         raise ValueError(f"{path} was not measured: its recipe has no `evaluate`; see `sparsekit eval` for one model")
     return Run(path, found)
 
@@ -106,6 +106,10 @@ def _differences(one: Run, two: Run) -> Iterator[str]:
     if loose and one.vocabulary != two.vocabulary:
         names = [run.report["model"]["name"] for run in (two, one)]
         yield f"their tokenizers differ ({names[0]}, {names[1]}), so their perplexities are per other tokens"
+    both = [run.pruned.get("figures", {}) for run in (one, two)]
+    for name in sorted(both[0].keys() & both[1].keys()):
+        if both[0][name]["settings"] != both[1][name]["settings"]:
+            yield f"{name} was measured with {both[1][name]['settings']}, in the other {both[0][name]['settings']}"
     tasks = one.pruned.get("tasks", {}).keys() & two.pruned.get("tasks", {}).keys()
     for name in sorted(tasks):
         counts = [run.pruned["tasks"][name].get("n") for run in (one, two)]
@@ -123,4 +127,5 @@ def figures(measured: dict[str, Any]) -> dict[str, float]:
         for metric, value in metrics.items()
         if metric != "n" and not metric.endswith("_stderr")
     }
-    return measured.get("perplexity", {}) | tasks
+    others = {name: figure["value"] for name, figure in measured.get("figures", {}).items()}
+    return measured.get("perplexity", {}) | tasks | others

@@ -20,6 +20,10 @@ def quality_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         for metric in (key for key in metrics if key.startswith("acc") and not key.endswith("_stderr")):
             before = dense.get("tasks", {}).get(name, {}).get(metric)
             rows.append((f"{name} {metric}", "-" if before is None else f"{before:.3f}", f"{metrics[metric]:.3f}"))
+    for name, figure in pruned.get("figures", {}).items():
+        before = dense.get("figures", {}).get(name, {}).get("value")
+        what = f"{name}, {figure['count']} {figure['of']}" if figure["count"] else name
+        rows.append((what, "-" if before is None else f"{before:.3f}", f"{figure['value']:.3f}"))
     return rows
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekit.data import calibration_images, calibration_tokens
 from sparsekit.maths import Pattern, parse
-from sparsekit.measure import PROMPTS, check_evaluation, evaluate, labelled_images, perplexity_windows, samples
+from sparsekit.measure import PROMPTS, Ready, check_evaluation, evaluate, get_ready, labelled_images, samples
 from sparsekit.model import channels_of, load_tokenizer, loading_code, locate
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe, to_yaml
@@ -20,6 +20,7 @@ from sparsekit.results import REPORT, clear_working_files, closing_table, model_
 from sparsekit.results.page import write_page
 from sparsekit.run import plan, preview, result
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of, measured_once
+from sparsekit.run.exporting import export
 from sparsekit.run.plan import Plan
 from sparsekit.system import Meter, hardware, human_size, session, versions, write_atomically, write_json
 from sparsekit.walk import Commits
@@ -52,7 +53,7 @@ def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, 
             with meter.stage("prepare"):
                 tokenizer = load_tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
                 tokens = _tokens(planned, tokenizer)
-                texts = _texts(planned, tokenizer)
+                ready = _ready(planned, tokenizer)
                 fingerprint = fingerprint_of(planned, tokens)
                 finished = claim_output(output, fingerprint) if leads else (output / REPORT).is_file()
             if finished and not leads:
@@ -65,7 +66,7 @@ def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, 
                 console.print(f"{output} is finished, {said}. Look at {output / REPORT}")
                 return 0 if verified else 1
             try:
-                return _fit(planned, tokenizer, tokens, texts, fingerprint, output, meter, console)
+                return _fit(planned, tokenizer, tokens, ready, fingerprint, output, meter, console)
             except OSError as error:
                 done = len(Commits(output / "blocks").done())
                 raise OSError(
@@ -78,7 +79,7 @@ def _fit(
     planned: Plan,
     tokenizer: Any,
     tokens: Tensor,
-    texts: dict[str, Tensor],
+    ready: Ready,
     fingerprint: dict[str, Any],
     output: Path,
     meter: Meter,
@@ -89,8 +90,8 @@ def _fit(
 
     recipe_ = planned.recipe
     trust = recipe_.model.trust_remote_code
-    settings = recipe_.evaluate.model_dump(exclude={"dense", "samples"})
-    measured = bool(settings["perplexity"] or settings["tasks"] or settings["accuracy"])
+    settings = _settings(recipe_)
+    measured = any(settings[key] for key in ("perplexity", "tasks", "accuracy", "metrics"))
     evaluation: dict[str, Any] = {}
     with meter.stage("load"):
         dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
@@ -101,7 +102,7 @@ def _fit(
             dense = model
             if planned.dense != planned.folder:
                 dense, _ = load_model(planned.dense, dtype=dtype, trust_remote_code=trust)
-            measure = partial(_measure, planned, dense, tokenizer, settings, texts)
+            measure = partial(_measure, planned, dense, tokenizer, settings, ready)
             evaluation["dense"] = measured_once(output / "blocks" / "dense.json", settings, measure)
             del measure, dense
     if planned.postponed:
@@ -118,13 +119,14 @@ def _fit(
     with meter.stage("verify"):
         patterns = {name: each["pattern"] for name, each in found["sparsity"]["per_linear"].items()}
         failures = result.prove(planned, output, cuts, patterns, changed)
-    if planned.quantization and not failures:
-        found["packed"], failures = result.pack(planned, output)
+    found["exports"] = {}
+    if not failures:
+        found["exports"], failures = export(planned, found, output)
     if measured:
         with meter.stage("evaluate pruned"):
             console.print("measuring the pruned model, loaded from disk")
             pruned, _ = load_model(output / "model", trust_remote_code=trust)
-            evaluation["pruned"] = _measure(planned, pruned, tokenizer, settings, texts)
+            evaluation["pruned"] = _measure(planned, pruned, tokenizer, settings, ready)
     complete = {
         "model": {"name": recipe_.model.path, "class": planned.model.__class__.__name__, "dtype": str(dtype or "auto")},
         "recipe": planned.resolved,
@@ -156,13 +158,13 @@ def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict
         return evaluate(loaded, tokenizer, settings)
 
 
-def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str, Any], texts: Any) -> dict[str, Any]:
+def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str, Any], ready: Ready) -> dict[str, Any]:
     """Measure a model on the accelerator that the recipe walks on; afterwards it is in CPU memory again."""
     from sparsekit.system import alone
 
     try:
         with alone():
-            found: dict[str, Any] = evaluate(model.to(planned.device), tokenizer, settings, texts)
+            found: dict[str, Any] = evaluate(model.to(planned.device), tokenizer, settings, ready)
             if planned.recipe.evaluate.samples and not planned.images:
                 found["samples"] = samples(model, tokenizer)
             return found
@@ -209,13 +211,19 @@ def _tokens(planned: Plan, tokenizer: Any) -> Tensor:
     return calibration_tokens(settings, tokenizer, planned.positions, planned.config.vocab_size)
 
 
-def _texts(planned: Plan, tokenizer: Any) -> dict[str, Tensor]:
-    """The windows of every perplexity set, read before the model is, so that a mistake costs no time."""
-    settings = planned.recipe.evaluate.model_dump(exclude={"dense", "samples"})
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What is to be measured, as `evaluate` takes it."""
+    settings = recipe.evaluate.model_dump(exclude={"dense", "samples", "metrics"})
+    return settings | {"metrics": [{each.name: each.options} for each in recipe.evaluate.metrics]}
+
+
+def _ready(planned: Plan, tokenizer: Any) -> Ready:
+    """All that measuring needs beside the model, read before the model is, so that a mistake costs no time."""
+    settings = _settings(planned.recipe)
     check_evaluation(settings)
     for entry in settings["accuracy"]:
         labelled_images(entry).classes(planned.model)
-    return perplexity_windows(settings, tokenizer, planned.positions)
+    return get_ready(settings, tokenizer, planned.model.config)
 
 
 def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
@@ -231,14 +239,13 @@ def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
         for failure in complete["verified"]:
             console.print(f"[bold red]verification failed[/]: {failure}", highlight=False)
         return
-    if "packed" in complete:
-        console.print(_said_of(complete["packed"], output / "model-packed"), highlight=False)
+    for name, written in complete["exports"].items():
+        console.print(_said_of(name, written, output / f"model-{name}"), highlight=False)
     console.print("\nLoad it:\n")
     console.print(loading_code(output / "model"), markup=False, highlight=False, soft_wrap=True)
 
 
-def _said_of(packed: dict[str, Any], where: Path) -> str:
-    if "why_not" in packed:
-        return f"not packed: {packed['why_not']}"
-    sizes = f"{human_size(packed['bytes'])} instead of {human_size(packed['simulated_bytes'])}"
-    return f"packed: {where}, {sizes}; it loads where compressed-tensors is installed"
+def _said_of(name: str, written: dict[str, Any], where: Path) -> str:
+    if "why_not" in written:
+        return f"not {name}: {written['why_not']}"
+    return f"{name}: {where}, {human_size(written['bytes'])} instead of {human_size(written['model_bytes'])}"

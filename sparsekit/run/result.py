@@ -5,7 +5,7 @@ from typing import Any
 
 from sparsekit.model import Block, find_blocks, save_model, skeleton, write_model
 from sparsekit.model.structure import COUNTED, Cuts, Shape
-from sparsekit.results import MASKS, export_packed, packed_differences, prove_structure, stored_masks, verify
+from sparsekit.results import MASKS, prove_structure, stored_masks, verify
 from sparsekit.run.plan import Plan
 from sparsekit.run.sequence import Outcome
 from sparsekit.system import write_atomically, write_tensors
@@ -63,19 +63,6 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
             trust_remote_code=trust,
         ).failures
     return failures
-
-
-def pack(planned: Plan, output: Path) -> tuple[dict[str, Any], list[str]]:
-    """Write model-packed/ where the layout allows it: its size, or why there is none; and what is wrong with it."""
-    source, target = output / "model", output / "model-packed"
-    assert planned.quantization is not None
-    settings = dict.fromkeys(planned.patterns, planned.quantization)
-    try:
-        export_packed(source, target, settings, trust_remote_code=planned.recipe.model.trust_remote_code)
-    except ValueError as error:
-        return {"why_not": str(error)}, []
-    sizes = {each.name: sum(file.stat().st_size for file in each.iterdir()) for each in (source, target)}
-    return {"bytes": sizes[target.name], "simulated_bytes": sizes[source.name]}, packed_differences(target, source)
 
 
 def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any]:

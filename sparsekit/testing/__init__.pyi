@@ -4,6 +4,8 @@ from .contexts import context as context
 from .contexts import tiny_model as tiny_model
 from .contexts import tiny_tokens as tiny_tokens
 from .criterion import check_criterion as check_criterion
+from .results import check_exporter as check_exporter
+from .results import check_metric as check_metric
 from .solver import PATTERNS as PATTERNS
 from .solver import check_solver as check_solver
 from .stage import check_stage as check_stage

@@ -79,9 +79,18 @@ def quality(report: Report) -> str:
             both = [("dense", dense.get("tasks", {}).get(name, {})), ("pruned", metrics)]
             found = [_bar(who, of[metric], of.get(f"{metric}_stderr"), 3) for who, of in both if metric in of]
             tasks[f"{name} {metric}"] = (remark, found)
+    others: dict[str, dict[str, tuple[str, list[Bar]]]] = {"lower": {}, "higher": {}}
+    for name, figure in pruned.get("figures", {}).items():
+        remark = f"{figure['count']} {figure['of']}" if figure["count"] else ""
+        both = [("dense", dense.get("figures", {}).get(name)), ("pruned", figure)]
+        found = [_bar(who, of["value"], of["stderr"], 3) for who, of in both if of]
+        others[figure["better"]][name] = (remark, found)
     charts = [bars("Perplexity (lower is better)", texts)] if texts else []
+    charts += [bars(f"Other figures ({better} is better)", group) for better, group in others.items() if group]
     charts += [bars("Tasks (higher is better)", tasks, top=1.0)] if tasks else []
-    sure = any(bar.stderr for _, group in (texts | tasks).values() for bar in group)
+    sure = any(
+        bar.stderr for _, group in (texts | tasks | others["lower"] | others["higher"]).values() for bar in group
+    )
     note = '<p class="soft small">The lines across the bars, and ±, span 95 % confidence.</p>' if sure else ""
     return f'{note}<div class="wide">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>' if charts else ""
 
@@ -198,8 +207,9 @@ def remarks(report: Report) -> str:
     items += [
         f"<li>left as it is: {escape(n)} ({escape(why)})</li>" for n, why in (report.get("skipped") or {}).items()
     ]
-    if why := report.get("packed", {}).get("why_not"):
-        items.append(f"<li>not packed: {escape(why)}</li>")
+    for name, written in (report.get("exports") or {}).items():
+        if why := written.get("why_not"):
+            items.append(f"<li>not {escape(name)}: {escape(why)}</li>")
     return f"<ul>{''.join(items)}</ul>" if items else ""
 
 

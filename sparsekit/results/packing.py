@@ -18,12 +18,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekit.contracts import Exporter, Finished
 from sparsekit.maths import Grid, Quantization
 from sparsekit.model import Checkpoint, is_linear, plain_skeleton
 from sparsekit.system import sync, write_json, write_tensors
 
 _BITS = (4, 8)
 _INDEX = "model.safetensors.index.json"
+
+
+def packed() -> Exporter:
+    """Quantized linears in 4 or 8 bits a weight, as compressed-tensors packs them: transformers and vLLM read it.
+
+    Source: the layout pack-quantized of compressed-tensors, github.com/neuralmagic/compressed-tensors.
+    """
+    return Exporter(_why_not, _write, lambda finished, target: packed_differences(target, finished.folder))
+
+
+def _why_not(finished: Finished) -> str:
+    if not finished.quantization:
+        return "no stage left weights on a quantization grid: end the recipe with one, such as {quantize: {bits: 4}}"
+    try:
+        check_packable(finished.folder, finished.quantization, trust_remote_code=finished.trust_remote_code)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _write(finished: Finished, target: Path) -> None:
+    export_packed(finished.folder, target, finished.quantization, trust_remote_code=finished.trust_remote_code)
+
+
+def check_packable(
+    source: str | Path, quantizations: Mapping[str, Quantization], *, trust_remote_code: bool = False
+) -> None:
+    """Raise ValueError where `export_packed` would, by shapes alone."""
+    checkpoint = Checkpoint(source)
+    model = plain_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
+    modules = {name: module for name, module in model.named_modules() if is_linear(module)}
+    for name, kind in quantizations.items():
+        _check(name, kind, modules)
+        checkpoint.key(f"{name}.weight", str(model.base_model_prefix))
+    _config(dict(quantizations), list(modules))
 
 
 def export_packed(
