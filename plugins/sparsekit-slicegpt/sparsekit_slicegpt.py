@@ -1,24 +1,16 @@
 """SliceGPT: the residual stream is rotated to its principal directions, of which the smallest are cut off."""
 
-import argparse
-import json
-import shutil
 from collections import OrderedDict
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from sparsekit.contracts import share
-from sparsekit.data import calibration_tokens
-from sparsekit.measure import perplexity, perplexity_windows
-from sparsekit.model import Block, Linear, discover, first_inputs, load_plain, load_tokenizer, locate
+from sparsekit.contracts import Context, Effect, Share, declares, share
+from sparsekit.model import Block, Linear, discover, find_blocks, first_inputs
 from sparsekit.model.structure import find_units
 from torch import Tensor, nn
 
 FAMILIES = ("llama", "mistral", "opt", "qwen2", "qwen3")
-NAME = "sparsekit-slicegpt"  # the model_type in config.json
 NORMS = (("input_layernorm", "post_attention_layernorm"), ("self_attn_layer_norm", "final_layer_norm"))
 
 
@@ -56,28 +48,57 @@ class Sliced(nn.Module):
         return middle @ self.mlp_shortcut + self.mlp(self.norm(middle))
 
 
+@declares(Effect(resizes=True, moves=True, start="dense"))
 @torch.no_grad()
-def slicegpt(model: Any, tokens: Tensor, *, cut: str | float, batch: int = 8) -> None:
-    """Slice a model in place: its residual stream keeps 1 - cut of its width, rounded down to a multiple of 8.
+def slicegpt(context: Context, *, cut: Share = "25%") -> None:
+    """Slice the model: its residual stream keeps 1 - cut of its width, rounded down to a multiple of 8.
 
     The gains of norms go into the linears behind them, the means that a LayerNorm subtracts into those before it, and
     tied embeddings part. Then block after block, with what the sliced blocks before it give, the residual stream before
     each attention and MLP is rotated to its principal directions (float64) and cut. Only the last block gives the full
     width, so that the head stays whole.
 
-    tokens: calibration text (sequences, length); batch: sequences at once
     cut: share of the width, such as "25%"; less of the parameters goes, because the shortcuts come in
 
     Source: Ashkboos et al. 2024, SliceGPT: Compress Large Language Models by Deleting Rows and Columns,
     arXiv:2401.15024.
-    Memory: the whole model and the calibration text's hidden states, twice, where the model is.
-    Raises ValueError for families other than LLaMA, Mistral, OPT (pre-norm) and Qwen.
+    Memory: the whole model and the calibration text's hidden states, twice, on the device. No other stage may follow,
+    and `sparsekit.load` alone opens the result. Raises ValueError for families other than LLaMA, Mistral, Qwen and OPT
+    (with norms before).
     """
+    model = context.model
     width = _check(model)
     size = int((1 - share(cut)) * width) // 8 * 8
     if not size:
         raise ValueError(f"cut is {cut!r}, which leaves fewer than 8 of {width} directions; cut less")
-    slice_to(model, tokens, size, batch=batch)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    model.to(context.device)
+    slice_to(model, context.tokens.to(context.device), size, batch=context.batch)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    context.notes["slicegpt"] = {"width": [size, width], "parameters": [after, before]}
+
+
+def rebuild(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Make a fresh model of the family the sliced one that these tensors are of."""
+    _check(model)
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(torch.empty_like(head.weight))  # tied embeddings have parted
+    model.config.tie_word_embeddings = False
+    blocks = find_blocks(model)
+    layers = model.get_submodule(blocks[0].name.rpartition(".")[0])
+    _replace_head_norm(model, _eps(blocks[0].module.get_submodule(_norms(blocks[0])[0])))
+    for block in blocks:
+        layers[block.index] = Sliced(block.module, getattr(*_last_norm(model)), torch.empty(0), torch.empty(0))
+    for name, tensor in tensors.items():
+        home, _, last = name.rpartition(".")
+        module = model.get_submodule(home)
+        if last in dict(module.named_buffers(recurse=False)):
+            module.register_buffer(last, tensor)
+        else:
+            _set(module, like=tensor, **{last: tensor})
+
+
+slicegpt.rebuild = rebuild  # type: ignore[attr-defined]  # how what it made is opened again
 
 
 @torch.no_grad()
@@ -145,74 +166,6 @@ class _Directions:
         return torch.linalg.eigh(torch.stack([x.t() @ x for x in rows]).sum(0))[1].flip(1)
 
 
-def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Write a sliced model; `load` opens it, transformers answers that it does not know such a model."""
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    config = model.config.to_dict() | {"sliced_model_type": model.config.model_type, "model_type": NAME}
-    (aside / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, aside / "model.safetensors")
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-
-
-def load(folder: str | Path) -> tuple[Any, Any]:
-    """A sliced model and its tokenizer. Raises ValueError where the folder holds none."""
-    import transformers
-
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder.is_dir() else {}
-    if config.pop("model_type", None) != NAME:
-        raise ValueError(f"{folder} holds no model that sparsekit-slicegpt has saved")
-    settings = transformers.AutoConfig.for_model(config.pop("sliced_model_type"), **config)
-    state = load_file(folder / "model.safetensors")
-    model: Any = transformers.AutoModelForCausalLM.from_config(settings, dtype=next(iter(state.values())).dtype).eval()
-    _check(model)
-    blocks = discover(model, torch.zeros(1, 8, dtype=torch.long))
-    layers = model.get_submodule(blocks[0].name.rpartition(".")[0])
-    _replace_head_norm(model, _eps(blocks[0].module.get_submodule(_norms(blocks[0])[0])))
-    for block in blocks:
-        layers[block.index] = Sliced(block.module, getattr(*_last_norm(model)), torch.empty(0), torch.empty(0))
-    for name, tensor in state.items():
-        home, _, last = name.rpartition(".")
-        _set(model.get_submodule(home), **{last: tensor})
-    if lost := model.state_dict().keys() ^ state.keys():
-        raise ValueError(f"{folder} lacks tensors of the model, or has others: {', '.join(sorted(lost)[:3])}")
-    return model, load_tokenizer(folder)
-
-
-def main() -> None:
-    """The command line: MODEL OUTPUT --cut 25% [--source wikitext2 --samples 128 --length 2048]."""
-    parser = argparse.ArgumentParser("sparsekit-slicegpt", description="Slice a model and save it.")
-    parser.add_argument("model", help="a hub name or a folder")
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--cut", default="25%", help="share of the residual stream's width")
-    parser.add_argument("--source", default="wikitext2", help="calibration and test text, as in a recipe")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=2048)
-    given = parser.parse_args()
-    try:
-        model, tokenizer = load_plain(locate(given.model))
-        size = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
-        positions = getattr(model.config, "max_position_embeddings", None)
-        settings = {"source": given.source, "samples": given.samples, "length": given.length, "seed": 0}
-        tokens = calibration_tokens(settings, tokenizer, positions, size)
-        tests = perplexity_windows({"perplexity": [given.source], "length": given.length}, tokenizer, positions)
-        figures = [(perplexity(model, *tests.values()), sum(p.numel() for p in model.parameters()))]
-        slicegpt(model, tokens, cut=given.cut)
-        save(model, tokenizer, given.output)
-        model, _ = load(given.output)
-        figures.append((perplexity(model, *tests.values()), sum(p.numel() for p in model.parameters())))
-    except ValueError as error:
-        raise SystemExit(f"sparsekit-slicegpt: {error}") from error
-    for name, (value, parameters) in zip(("dense", "sliced"), figures, strict=True):
-        print(f"{name}: perplexity {value:.2f}, {parameters:,} parameters")
-    print(f'sparsekit_slicegpt.load("{given.output}") opens it')
-
-
 def _check(model: Any) -> int:
     """The width of the residual stream."""
     config = model.config
@@ -267,10 +220,10 @@ def _centre(linear: Linear) -> None:
         _set(linear.module, bias=bias.double() - bias.double().mean())
 
 
-def _set(module: Any, **tensors: Tensor) -> None:
-    """Set parameters, in the dtype of those that were there, and the sizes that follow from them."""
+def _set(module: Any, like: Tensor | None = None, **tensors: Tensor) -> None:
+    """Set parameters, in the dtype of those that were there (or of `like`), and the sizes that follow from them."""
     for name, tensor in tensors.items():
-        old = getattr(module, name, None)
+        old = like if like is not None else getattr(module, name, None)
         dtype = module.weight.dtype if old is None else old.dtype
         setattr(module, name, nn.Parameter(tensor.detach().to(dtype).contiguous()))
     if "weight" in tensors and isinstance(module, nn.Linear):

@@ -20,7 +20,7 @@ def share(given: str | float) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < 1:
-        raise ValueError(f'remove is {given!r}; it must be a share of the blocks\' parameters, such as "30%"')
+        raise ValueError(f'remove is {given!r}; it must be a share above 0 and below 1, such as "30%"')
     return value
 
 

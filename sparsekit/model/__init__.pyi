@@ -16,6 +16,9 @@ from .loading import missing_tensors as missing_tensors
 from .loading import plain_skeleton as plain_skeleton
 from .rebuild import build_from as build_from
 from .rebuild import difference as difference
+from .resized import resized_by as resized_by
+from .resized import restore_resized as restore_resized
+from .resized import write_resized as write_resized
 from .storage import load as load
 from .storage import loading_code as loading_code
 from .storage import save_model as save_model

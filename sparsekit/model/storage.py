@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparsekit.model import layouts
 from sparsekit.model.checkpoint import Checkpoint
 from sparsekit.model.folders import locate
 from sparsekit.model.loading import auto_class, load_plain, plain_skeleton
+from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.structure.shape import Shape
 from sparsekit.system import disk_errors, make_readable, sync
 
@@ -69,12 +71,14 @@ def write_model(
     *,
     source: Path | None = None,
     more: Callable[[Path], Any] = lambda aside: None,
+    weights: Callable[[Path], Any] | None = None,
     **options: Any,
 ) -> None:
     """Write a model as transformers does, aside, and move it into place when all of it is on the disk.
 
     source: the checkpoint whose generation config is copied; None writes the model's own
-    more: writes further files into the folder that it is given. options: of save_pretrained
+    more: writes further files into the folder that it is given
+    weights: writes config and weights into it; None: save_pretrained of transformers, with these options
 
     Raises:
         OSError: the disk is full or the folder cannot be written; an earlier folder of that name is still there.
@@ -87,7 +91,7 @@ def write_model(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with disk_errors(aside):
-            model.save_pretrained(aside, **options)
+            (weights or partial(model.save_pretrained, **options))(aside)
             tokenizer.save_pretrained(aside)
         if source is not None and (source / GENERATION).is_file():
             shutil.copyfile(source / GENERATION, aside / GENERATION)
@@ -114,6 +118,10 @@ def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: boo
         ValueError: there is no such checkpoint, or a tensor is missing, damaged or of another shape.
     """
     folder = locate(str(folder))
+    if resized_by(folder):
+        resized = build_resized(folder)
+        resized.to(getattr(torch, dtype) if dtype is not None else None)
+        return resized, _tokenizer(folder, resized)
     shape = Shape.read(folder)
     if shape is None or shape.layout == "plain":
         return load_plain(folder, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -134,6 +142,8 @@ def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Modul
     Raises:
         ValueError: see `checkpoint.skeleton`; or structure.json does not describe a model.
     """
+    if resized_by(folder):
+        return build_resized(Path(folder), weights=False)
     shape = Shape.read(folder)
     if shape is None or shape.layout == "plain":
         return plain_skeleton(Path(folder), trust_remote_code=trust_remote_code)
@@ -143,7 +153,7 @@ def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Modul
 def loading_code(folder: str | Path) -> str:
     """The lines of Python that load a checkpoint, for a model card."""
     shape = Shape.read(folder)
-    if shape is not None and shape.layout == "own":
+    if (shape is not None and shape.layout == "own") or resized_by(folder):
         return f'import sparsekit\nmodel, tokenizer = sparsekit.load("{folder}")'
     loader = auto_class(Path(folder)).__name__
     if loader != "AutoModelForCausalLM":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.maths import NM, Quantization, Unstructured, parse
-from sparsekit.model import Checkpoint, Linear, Loaded, find_blocks, missing_tensors, skeleton
+from sparsekit.model import Checkpoint, Linear, Loaded, find_blocks, missing_tensors, resized_by, skeleton
 from sparsekit.model.structure import Shape
 from sparsekit.results.structure_proof import prove_structure
 
@@ -59,6 +59,11 @@ def verify(
         ValueError: the folder is no checkpoint, a file is truncated, or the pattern cannot be read.
     """
     checkpoint = Checkpoint(path)
+    if against is not None and (stage := resized_by(checkpoint.folder)):
+        raise ValueError(
+            f"{path} was resized by `{stage}`, which changes every tensor, so there is nothing to compare with a "
+            "source; verify it without one"
+        )
     asked = parse(pattern) if pattern is not None else None
     model = skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     prefix = str(model.base_model_prefix)

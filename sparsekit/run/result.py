@@ -1,13 +1,17 @@
 """What a run leaves: the model on disk, the proof that it is as asked, and the facts about it for the report."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsekit.model import Block, find_blocks, save_model, skeleton, write_model
+import torch
+from safetensors.torch import load_file
+
+from sparsekit.model import Block, Checkpoint, find_blocks, resized_by, save_model, skeleton, write_model, write_resized
 from sparsekit.model.structure import COUNTED, Cuts, Shape
-from sparsekit.results import MASKS, prove_structure, stored_masks, verify
+from sparsekit.results import MASKS, commits_of, prove_structure, stored_masks, verify
 from sparsekit.run.plan import Plan
-from sparsekit.run.sequence import Outcome
+from sparsekit.run.sequence import RESIZED, Outcome
 from sparsekit.system import write_atomically, write_tensors
 
 
@@ -21,7 +25,10 @@ def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Pa
     shape = None
     source = planned.folder if planned.folder.is_dir() else None  # None: the model came in memory
     before = Shape.read(planned.folder)
-    if outcome.cuts or before is not None:
+    if outcome.resized:
+        told = partial(write_resized, model, stage=outcome.resized)
+        write_model(model, tokenizer, target, source=source, weights=told)
+    elif outcome.cuts or before is not None:
         shape = Shape.of(model, outcome.cuts, before=before, changed=changed(outcome))
         shape = save_model(model, tokenizer, target, shape, source=source)
     else:
@@ -47,6 +54,12 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
     pruned = (output / MASKS).is_file()
     cut = Shape.read(output / "model") is not None
     failures: list[str] = []
+    if resized_by(output / "model"):  # nothing of the source is left to compare with
+        found = verify(output / "model", patterns={}, trust_remote_code=trust)
+        left = Checkpoint(output / "model")
+        made = load_file(commits_of(output, len(planned.segments) - 1).folder / RESIZED)
+        same = set(left) == made.keys() and all(torch.equal(left.tensor(name), made[name]) for name in made)
+        return found.failures + ([] if same else ["what is on disk is not what the stage left"])
     if cut:
         failures += prove_structure(
             output / "model", planned.folder, cuts, changed=changed, cast=cast, trust_remote_code=trust

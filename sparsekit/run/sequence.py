@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsekit import registry
 from sparsekit.contracts import Effect, Fit, StageError
-from sparsekit.model import Block, adopt
+from sparsekit.model import Block, adopt, restore_resized
 from sparsekit.model.structure import Removal, Units
 from sparsekit.recipe import Stage, effect_of, group_of, kind
 from sparsekit.results import MASKS, Before, commits_of
@@ -24,11 +25,12 @@ from sparsekit.run.methods import configured
 from sparsekit.run.plan import Plan
 from sparsekit.run.removing import remove_by
 from sparsekit.run.together import Together, start
-from sparsekit.system import Meter, meet, write_json
+from sparsekit.system import Meter, meet, write_atomically, write_json, write_tensors
 from sparsekit.train import make_loggers
 from sparsekit.walk import Commit, Commits, Inspect, Inspector, OneShot, Walk, WalkProgress, digests
 
 NOTES = "notes.json"
+RESIZED = "resized.safetensors"  # the whole model after a stage that changed its width
 LAST = "last.ckpt"  # in a stage's `checkpoints`: it goes on from there
 
 
@@ -38,11 +40,13 @@ class Outcome:
 
     cuts: the units of the model before each structural stage, and what it decided
     masks: where the masks of the last stage are that pruned weights; None if none did
+    resized: the stage that changed the width between blocks; empty if none did
     """
 
     blocks: list[Block]
     cuts: list[tuple[Units, Removal]] = field(default_factory=list)
     masks: Commits | Before | None = None
+    resized: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
     def tell(self, stage: str, notes: Any) -> None:
@@ -94,6 +98,9 @@ def run_stages(
             team=team,
             console=console,
         )
+        if effect.resizes:
+            _resize(outcome, stages[0], effect, context)
+            continue
         if effect.cuts:
             _cut(outcome, planned, stages[0], effect, context)
             continue
@@ -123,6 +130,25 @@ def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context:
     outcome.tell(stage.name, removal.notes)
     planned.refit(context.model)
     outcome.blocks = planned.blocks
+
+
+def _resize(outcome: Outcome, stage: Stage, effect: Effect, context: Context) -> None:
+    """Run a stage that makes other modules of the blocks; what it made is committed whole, and rebuilt on a resume."""
+    function, file = registry.load("stages", stage.name), context.commits.folder / RESIZED
+    if file.is_file():
+        restore_resized(context.model, load_file(file), function)
+    else:
+        with context.meter.stage(stage.name), _frozen(context.model, effect):
+            if configured("stages", stage)(context) is not None:
+                raise StageError(f"{called(stage)} resizes the model, so it works when it is called and returns None")
+        context.model.to("cpu")
+        tensors = {name: tensor.detach().contiguous() for name, tensor in context.model.state_dict().items()}
+        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise StageError(f"{called(stage)} left NaN or Inf in {bad[0]}; nothing of it was kept")
+        write_atomically(file, lambda aside: write_tensors(aside, tensors))
+    outcome.resized = stage.name
+    if stage.name in context.notes:
+        outcome.tell(stage.name, context.notes[stage.name])
 
 
 def _run(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -> None:
