@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_the_examples_keep_the_contracts_and_are_short() -> None:
     check_allocator(deeper.deeper)
     for file in EXAMPLES.glob("*.py"):
         assert len(file.read_text().splitlines()) <= 60, file.name
+
+
+def test_the_documentation_has_the_examples_as_they_are_tested() -> None:
+    text = (EXAMPLES.parents[1] / "docs" / "plugins.md").read_text()
+    for file in EXAMPLES.glob("*.py"):
+        assert file.read_text().rstrip() in text, file.name
+
+
+def test_every_other_piece_of_python_in_the_documentation_runs() -> None:
+    text = (EXAMPLES.parents[1] / "docs" / "plugins.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        if "varying" not in code or "def varying" in code:  # that one imports what another piece defines
+            exec(compile(code, "docs/plugins.md", "exec"), {"__name__": "example"})
 
 
 # A package that is installed for a test
