@@ -11,7 +11,6 @@ from .effects import options_of as options_of
 from .load import load_recipe as load_recipe
 from .schema import Recipe as Recipe
 from .schema import Stage as Stage
-from .values import at_least as at_least
 from .writing import resolved as resolved
 from .writing import to_yaml as to_yaml
 from .yaml_tree import Tree as Tree

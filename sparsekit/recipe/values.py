@@ -1,6 +1,5 @@
 """Single values of a recipe: a function returns the value as it is kept, or raises ValueError with what it must be."""
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -55,13 +54,6 @@ def a_run(name: str) -> str:
     if not (Path(name) / "report.json").is_file():
         raise ValueError(f"there is no finished run in {name} (no report.json; looked for from the current directory)")
     return name
-
-
-def at_least(least: float, **options: float) -> None:
-    """Raise ValueError for an option that is below `least` or not finite."""
-    for name, value in options.items():
-        if not least <= value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be at least {least:g}")
 
 
 def task_name(name: str) -> str:

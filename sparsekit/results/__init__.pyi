@@ -11,7 +11,6 @@ from .folder import Before as Before
 from .folder import clear_working_files as clear_working_files
 from .folder import commits_of as commits_of
 from .folder import source_of as source_of
-from .folder import stored_masks as stored_masks
 from .packing import export_packed as export_packed
 from .packing import packed_differences as packed_differences
 from .stored import masks as masks

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsekit.model import Block
-from sparsekit.system import unpack
 from sparsekit.walk import Commits
 
 STATE = "run.json"  # the fingerprint of a run that has begun
@@ -44,14 +42,6 @@ class Before:
         """A block's masks as packed bits, by the names of its linears; see `Commits.masks`."""
         with safe_open(self.file, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in block.linears}
-
-
-def stored_masks(output: Path, blocks: Iterable[Block]) -> dict[str, Tensor]:
-    """The stored masks, read back from disk."""
-    from safetensors.torch import load_file
-
-    bits = load_file(output / MASKS)
-    return {name: unpack(bits[name], linear.shape) for block in blocks for name, linear in block.linears.items()}
 
 
 def source_of(path: str | Path) -> dict[str, Any] | None:

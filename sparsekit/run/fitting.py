@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _fit(
             del measure, dense
     if planned.postponed:
         with meter.stage("allocate"):
-            planned.patterns = _allocated(planned, model, tokens, output, console)
+            planned = replace(planned, patterns=_allocated(planned, model, tokens, output, console))
     outcome = run_stages(planned, model, tokens, output, meter, console)
     if process_rank():  # the first process does the rest
         return 0

@@ -3,6 +3,7 @@
 import copy as copying
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def prune(
         with Meter() as meter:
             if planned.postponed:
                 with meter.stage("allocate"):
-                    planned.patterns = measured_patterns(planned, model, tokens, output / "activations")
+                    found = measured_patterns(planned, model, tokens, output / "activations")
+                    planned = replace(planned, patterns=found)
             outcome = run_stages(planned, model, tokens, output, meter, console)
         shape = Shape.of(model, outcome.cuts, changed=result.changed(outcome)) if outcome.cuts else None
         report = {
@@ -103,9 +105,9 @@ def prune(
             "evaluation": {},
             "verified": ["not verified yet"],
         }
-        found = Pruned(planned, model, tokenizer, outcome, report, before, held)
-        report["verified"] = found.verify() or True
-        return found
+        pruned = Pruned(planned, model, tokenizer, outcome, report, before, held)
+        report["verified"] = pruned.verify() or True
+        return pruned
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ IN_MEMORY = "in memory"  # what came from there has no folder and no source
 BATCH_TOKENS = 256  # tokens that go through a block at once, unless the recipe says otherwise: enough for full speed
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """A checked recipe with the model's structure: everything but weights and text."""
 
@@ -81,11 +81,6 @@ class Plan:
         return torch.device(accelerator)
 
     @property
-    def skipped(self) -> dict[str, str]:
-        """What is inside the blocks but left as it is, and why."""
-        return {name: why for block in self.blocks for name, why in block.skipped.items()}
-
-    @property
     def segments(self) -> list[list[Stage]]:
         """The stages that run together: adjacent layer-wise solvers share one walk, any other stage runs alone."""
         stages = enumerate(self.recipe.stages)
@@ -98,11 +93,6 @@ class Plan:
     def quantization(self) -> Quantization | None:
         """How the weights of the result are quantized; None if the last stage leaves them as they are."""
         return effect_of(self.recipe.stages[-1]).grid
-
-    def refit(self, model: nn.Module) -> None:
-        """Follow a model out of which structures were cut: its blocks, and the patterns of its linears."""
-        self.blocks = discover(model, sample_input(model))
-        self.patterns = allocate(self.recipe, self.blocks)
 
     def packages(self) -> tuple[str, ...]:
         """The distributions that the recipe's methods come from."""

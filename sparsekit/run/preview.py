@@ -37,7 +37,7 @@ def show_plan(planned: Plan, console: Console) -> None:
                 said = later or (_text(pattern) if pattern else "")
                 table.add_row(indices, str(number + 1), name.lstrip("."), f"{out} x {width}", said)
     console.print(table)
-    for name, why in planned.skipped.items():
+    for name, why in (pair for block in planned.blocks for pair in block.skipped.items()):
         console.print(f"left as it is: {name} ({why})")
     for what, value in estimates(planned).items():
         console.print(f"{what}: {value}", highlight=False)

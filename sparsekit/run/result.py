@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sparsekit.model import Block, Checkpoint, find_blocks, resized_by, save_model, skeleton, write_model, write_resized
 from sparsekit.model.structure import COUNTED, Cuts, Shape
-from sparsekit.results import MASKS, commits_of, prove_structure, stored_masks, verify
+from sparsekit.results import MASKS, commits_of, masks, prove_structure, verify
 from sparsekit.run.plan import Plan
 from sparsekit.run.sequence import RESIZED, Outcome
 from sparsekit.system import write_atomically, write_tensors
@@ -68,7 +68,7 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
         failures += verify(
             output / "model",
             against=None if cut else planned.folder,
-            masks=stored_masks(output, planned.blocks) if pruned else None,
+            masks=masks(output) if pruned else None,
             patterns=patterns,
             quantization=planned.quantization,
             trained=changed,
@@ -95,7 +95,7 @@ def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any
         "error": {name: record["error"] for name, record in records.items() if record["error"] is not None},
         "blocks": {block.name: block.notes for block in outcome.blocks if block.notes},
         "warnings": {name: record["warnings"] for name, record in records.items() if record["warnings"]},
-        "skipped": planned.skipped,
+        "skipped": {name: why for block in outcome.blocks for name, why in block.skipped.items()},
     }
     if outcome.notes:
         found["notes"] = outcome.notes

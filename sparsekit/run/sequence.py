@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from sparsekit import registry
 from sparsekit.contracts import Effect, Fit, StageError
-from sparsekit.model import Block, adopt, restore_resized
+from sparsekit.model import Block, adopt, discover, restore_resized
 from sparsekit.model.structure import Removal, Units
 from sparsekit.recipe import Stage, effect_of, group_of, kind
 from sparsekit.results import MASKS, Before, commits_of
+from sparsekit.run.allocation import allocate, sample_input
 from sparsekit.run.context import Context
 from sparsekit.run.methods import configured
 from sparsekit.run.plan import Plan
@@ -71,6 +72,7 @@ def run_stages(
         outcome.masks = Before(recipe.from_)
         for block in outcome.blocks:
             block.records = outcome.masks.records(block)
+    patterns = planned.patterns
     team, device = start(**recipe.trainer.model_dump())
     for index, stages in enumerate(planned.segments):
         commits = commits_of(output, index)
@@ -80,7 +82,7 @@ def run_stages(
             outcome.blocks,
             tokens,
             output,
-            patterns=planned.patterns,
+            patterns=patterns,
             device=device,
             seed=recipe.seed,
             error_correction=recipe.error_correction,
@@ -103,6 +105,7 @@ def run_stages(
             continue
         if effect.cuts:
             _cut(outcome, planned, stages[0], effect, context)
+            patterns = allocate(recipe, outcome.blocks)
             continue
         if len(commits.done()) < len(outcome.blocks):
             _run(planned, stages, effect, context)
@@ -128,8 +131,7 @@ def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context:
         raise StageError(f"{called(stage)} declares that it cuts, and decided nothing: end it by `context.cutting`")
     outcome.cuts.append((removal.apply(context.model, context.blocks), removal))
     outcome.tell(stage.name, removal.notes)
-    planned.refit(context.model)
-    outcome.blocks = planned.blocks
+    outcome.blocks = discover(context.model, sample_input(context.model))  # of what is left
 
 
 def _resize(outcome: Outcome, stage: Stage, effect: Effect, context: Context) -> None:

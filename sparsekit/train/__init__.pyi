@@ -7,7 +7,6 @@ from .logger import missing_loggers as missing_loggers
 from .lowrank import attach_updates as attach_updates
 from .lowrank import detach_updates as detach_updates
 from .policy import PolicyGradient as PolicyGradient
-from .reconstruction import check_reconstruction as check_reconstruction
 from .reconstruction import reconstruct as reconstruct
 from .recovery import Recovery as Recovery
 from .rows import Batches as Batches

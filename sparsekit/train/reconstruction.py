@@ -6,17 +6,25 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from sparsekit.contracts import Count, Fraction, NotNegative, Positive, misfit
 from sparsekit.model import Block
-from sparsekit.recipe import at_least
 from sparsekit.system import Team
 from sparsekit.train.schedule import cosine
 
-TRAINABLE = ("all", "low-rank", "norms-and-biases")
+OPTIONS: dict[str, Any] = {  # the ranges of `reconstruct`
+    "trainable": Literal["all", "low-rank", "norms-and-biases"],
+    "learning_rate": Positive,
+    **dict.fromkeys(("epochs",), Annotated[int, Ge(0)]),
+    **dict.fromkeys(("batch", "rank", "patience"), Count),
+    **dict.fromkeys(("held_out", "warmup"), Fraction),
+    "weight_decay": NotNegative,
+}
 CLIP = 1.0  # largest norm of a gradient, the error beginning at 1
 
 
@@ -77,11 +85,11 @@ def reconstruct(
         ValueError: options out of range, too few chunks, shapes that differ, inputs or targets that are not finite,
             weights outside their mask that are not zero.
     """
+    given = {name: value for name, value in locals().items() if name in OPTIONS}
+    for name, value in given.items():
+        if wrong := misfit(OPTIONS[name], value):
+            raise ValueError(f"{name} {wrong}")
     started = time.perf_counter()
-    check_reconstruction(
-        trainable, learning_rate, held_out, warmup, epochs=epochs, batch=batch, rank=rank, patience=patience
-    )
-    at_least(0, weight_decay=weight_decay)
     task = _Task(block, inputs, targets, team, per_token)
     scale = task.mean_square()
     training, testing = _split(min(task.counts()), held_out)
@@ -132,20 +140,6 @@ def reconstruct(
         "held_out": [error / scale if math.isfinite(error) else None for error in test],
         "train": [error / scale if math.isfinite(error) else None for error in train],
     }
-
-
-def check_reconstruction(
-    trainable: str, learning_rate: float, held_out: float, warmup: float, *, epochs: int, **counts: int
-) -> None:
-    """Raise ValueError for options of `reconstruct` that are out of range. counts: batch, rank, patience."""
-    if trainable not in TRAINABLE:
-        raise ValueError(f"trainable is {trainable!r}; it can be {', '.join(TRAINABLE)}")
-    at_least(0, epochs=epochs, held_out=held_out, warmup=warmup)
-    at_least(1, **counts)
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0")
-    if max(held_out, warmup) >= 1:
-        raise ValueError(f"held_out is {held_out}, warmup {warmup}; they are shares, from 0 to below 1")
 
 
 def _split(count: int, held_out: float) -> tuple[list[int], list[int]]:
