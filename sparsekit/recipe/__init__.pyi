@@ -11,6 +11,7 @@ from .effects import options_of as options_of
 from .load import load_recipe as load_recipe
 from .schema import Recipe as Recipe
 from .schema import Stage as Stage
+from .trainer import TrainerOptions as TrainerOptions
 from .writing import resolved as resolved
 from .writing import to_yaml as to_yaml
 from .yaml_tree import Tree as Tree

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
@@ -23,6 +22,8 @@ from sparsekit import registry
 from sparsekit.contracts import show
 from sparsekit.data import FORMATS
 from sparsekit.recipe import values
+from sparsekit.recipe.section import Section
+from sparsekit.recipe.trainer import ClassPath, TrainerOptions
 from sparsekit.recipe.yaml_tree import Keys, Tree, dotted
 
 BRANCHES = ("a name", "a mapping")  # pydantic's way into the two forms of a task, which no key of a recipe is called
@@ -114,12 +115,6 @@ def _find(name: str, groups: Sequence[str]) -> str:
 
 def _source(name: str) -> str:
     return _find(name, ["sources"])
-
-
-class Section(BaseModel):
-    """A mapping of a recipe with fixed keys; types are not converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Model(Section):
@@ -251,20 +246,12 @@ class Memory(Section):
     )
 
 
-class TrainerOptions(Section):
-    """What is handed to lightning.Trainer."""
-
-    accelerator: str = Field(default="auto", description="cpu, cuda, mps, ... or auto")
-    devices: Annotated[Any, AfterValidator(values.devices)] = Field(
-        default=1, description='how many, a list of numbers, or "auto"'
-    )
-    num_nodes: int = Field(default=1, gt=0, description="machines, each started by torchrun on a shared folder")
-
-
 SECTIONS: dict[tuple[str | int, ...], type[Section]] = {
     ("model",): Model,
     ("memory",): Memory,
     ("trainer",): TrainerOptions,
+    ("trainer", "callbacks"): ClassPath,
+    ("trainer", "logger"): ClassPath,
     ("evaluate",): Evaluate,
     ("evaluate", "tasks"): Task,
     ("evaluate", "accuracy"): ImageSet,

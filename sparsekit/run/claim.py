@@ -66,6 +66,7 @@ def claim_output(output: Path, fingerprint: dict[str, Any]) -> bool:
 def fingerprint_of(planned: Plan, tokens: Tensor) -> dict[str, Any]:
     """Everything that decides the bits of the result."""
     decisive = {key: value for key, value in planned.resolved.items() if key not in FREE}
+    decisive["trainer"] = {key: value for key, value in decisive["trainer"].items() if key != "logger"}
     walks = all(kind(stage) == "solver" for stage in planned.recipe.stages)
     if walks and planned.recipe.error_correction == "block":  # a block is the same in whatever process it is pruned
         free = ("devices", "num_nodes")

@@ -34,6 +34,7 @@ def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, 
         ValueError: the recipe, the model, the text or the output folder cannot be used; nothing was overwritten.
         OSError: the disk is full or a folder cannot be written; committed blocks are kept.
     """
+    from sparsekit.run.plugged import check_classes
     from sparsekit.system import die_with_parent, divide_threads, process_rank
 
     console = console or Console()
@@ -49,6 +50,7 @@ def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, 
             console = Console(quiet=True)
             die_with_parent()
         planned = plan.make_plan(recipe_)
+        check_classes(recipe_.trainer)
         divide_threads(recipe_.trainer.devices)
         with Meter() as meter:
             with meter.stage("prepare"):

@@ -145,6 +145,8 @@ def _machine(recipe: Recipe) -> list[str]:
     asked, there = recipe.trainer.accelerator, torch.accelerator.current_accelerator()
     known = {"auto", "cpu"} | ({"gpu", there.type} if there else set())
     if asked in known:
+        if recipe.trainer.precision == "16-mixed" and (asked == "cpu" or there is None):
+            return ["trainer.precision is 16-mixed, which a CPU does not have: give bf16-mixed or 32-true"]
         return []
     found = f"the cpu and {there.type}" if there else "the cpu alone"
     return [f"trainer.accelerator is {asked}, and this machine has {found}: give {', '.join(sorted(known))}"]

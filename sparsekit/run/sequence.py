@@ -20,6 +20,7 @@ from sparsekit.model import Block, adopt, discover, restore_resized
 from sparsekit.model.structure import Removal, Units
 from sparsekit.recipe import Stage, effect_of, group_of, kind
 from sparsekit.results import MASKS, Before, commits_of
+from sparsekit.run import plugged
 from sparsekit.run.allocation import allocate, sample_input
 from sparsekit.run.context import Context
 from sparsekit.run.methods import configured
@@ -73,7 +74,7 @@ def run_stages(
         for block in outcome.blocks:
             block.records = outcome.masks.records(block)
     patterns = planned.patterns
-    team, device = start(**recipe.trainer.model_dump())
+    team, device = start(recipe.trainer)
     for index, stages in enumerate(planned.segments):
         commits = commits_of(output, index)
         effect = effect_of(stages[-1])  # of solvers that share a walk, the last has the last word
@@ -199,11 +200,17 @@ def _fit(
     walk = isinstance(module, Walk)
     if walk:
         callbacks = [Inspect(inspector), *callbacks, Commit(context.commits, inspector), WalkProgress(context.console)]
-    given = planned.recipe.trainer.model_dump() | {"strategy": Together() if context.team.size > 1 else "auto"}
+    asked = planned.recipe.trainer
+    given = {"accelerator": asked.accelerator, "devices": asked.devices, "num_nodes": asked.num_nodes, "max_epochs": 1}
+    given |= {"strategy": Together() if context.team.size > 1 else "auto"} | getattr(module, "trainer_options", {})
+    if effect.gradients and not walk:  # a stage that trains the model as a whole
+        wanted = {"precision": asked.precision, "gradient_clip_val": asked.gradient_clip_val}
+        given |= {key: value for key, value in wanted.items() if value is not None}
+    curves = make_loggers(planned.recipe.loggers, context.output, context.index, stages[0].name)
     trainer = Trainer(
-        **{"max_epochs": 1} | given | getattr(module, "trainer_options", {}),
-        logger=make_loggers(planned.recipe.loggers, context.output, context.index, stages[0].name),
-        callbacks=list(callbacks),
+        **given,
+        logger=curves + plugged.loggers(asked),
+        callbacks=[*callbacks, *plugged.callbacks(asked)],
         use_distributed_sampler=False,  # stages share out their data themselves, by context.team
         enable_checkpointing=False,  # committed blocks are the checkpoint; other stages write their own
         enable_progress_bar=False,

@@ -8,6 +8,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from lightning.pytorch.strategies import DDPStrategy
 
+from sparsekit.recipe import TrainerOptions
 from sparsekit.system import Team
 
 PATIENCE = timedelta(days=30)  # one process may solve, or evaluate, for long while the others wait for it
@@ -23,14 +24,15 @@ class Together(DDPStrategy):
         """Wrap nothing: a walk has no parameters of its own, which DDP would refuse."""
 
 
-def start(accelerator: str, devices: Any, num_nodes: int) -> tuple[Team, torch.device]:
+def start(trainer: TrainerOptions) -> tuple[Team, torch.device]:
     """Start the other processes of a recipe, if there are to be some; who this one is, and where it computes.
 
     They run the same command from the top and meet this one here. Trainers that are made afterwards join the group.
     """
+    devices, num_nodes = trainer.devices, trainer.num_nodes
     several = num_nodes > 1 or (len(devices) > 1 if isinstance(devices, list) else devices not in (1, "auto"))
     strategy: Any = FabricDDP(timeout=PATIENCE, process_group_backend=_backend()) if several else "auto"
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
+    fabric = Fabric(accelerator=trainer.accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
     fabric.launch()
     return Team(fabric.global_rank, fabric.world_size), fabric.device
 
