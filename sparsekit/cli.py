@@ -57,29 +57,27 @@ def fit(given: argparse.Namespace) -> int:
 
 def evaluate(given: argparse.Namespace) -> int:
     """`sparsekit eval`: perplexities and tasks of any checkpoint, beside another one where asked."""
-    if not given.perplexity and not given.task and not given.accuracy:
-        raise ValueError("nothing to measure: give --perplexity (a source or a file), --task, or --accuracy")
+    if not (given.perplexity or given.task or given.accuracy or given.metric):
+        raise ValueError("nothing to measure: give --perplexity (a source or a file), --task, --accuracy or --metric")
     from rich.console import Console
     from rich.table import Table
 
     from sparsekit.measure import check_evaluation
-    from sparsekit.results import source_of
+    from sparsekit.results import figures_of, label, shown, source_of
     from sparsekit.run import evaluate_path
 
     texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
     settings = {"perplexity": texts, "tasks": given.task, "accuracy": given.accuracy, "length": given.length}
+    settings["metrics"] = given.metric
     check_evaluation(settings)
     dense = given.against or source_of(given.path)
     models = {given.path: given.path} | ({dense if isinstance(dense, str) else dense["path"]: dense} if dense else {})
     paths = list(models)
     found = {path: evaluate_path(model, settings) for path, model in models.items()}
+    figures = {path: figures_of(measured) for path, measured in found.items()}
     table = Table("", *paths)
-    for name, context in found[given.path]["context"].items():
-        what = f"perplexity {name}, {context['windows']} x {context['length']} tokens"
-        table.add_row(what, *(f"{found[path]['perplexity'][name]:.4g}" for path in paths))
-    for task, metrics in found[given.path]["tasks"].items():
-        for metric in metrics:
-            table.add_row(f"{task} {metric}", *(f"{found[path]['tasks'][task][metric]:.4g}" for path in paths))
+    for name, first in figures[given.path].items():
+        table.add_row(label(name, first), *(shown(figures[path][name]) for path in paths))
     Console().print(table)
     if dense is None:
         print("--against DENSE measures the model it was made from beside it: a perplexity alone says little")
@@ -251,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
     _add_texts(add)
     add.add_argument("--task", nargs="+", action="extend", default=[], metavar="TASK", help="a task of lm-eval")
+    add.add_argument("--metric", nargs="+", action="extend", default=[], metavar="NAME", help="an installed metric")
     add.add_argument(
         "--accuracy",
         nargs="+",

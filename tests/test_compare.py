@@ -62,7 +62,7 @@ def three(tmp_path: Path) -> list[str]:
     second["evaluation"]["dense"] = dense
     second["sparsity"]["total"] = 0.7
     third["speed"] = {"faster": {"prefill": {"8": 1.2, "1": 1.1}, "decode": {"8": 1.4, "1": 1.3, "16": 2.0}}}
-    third["structure"] = {"removed": [0.2, 0.1]}
+    third["structure"] = {"removed": [0.2, 0.1], "parameters": {"dense": 100, "pruned": 72}}
     third["sparsity"]["per_linear"] = {}
     return [run(tmp_path / name, found) for name, found in zip("abc", (first, second, third), strict=True)]
 
@@ -105,7 +105,7 @@ def test_figures_of_a_row(three: list[str]) -> None:
         "wikitext2": 45,
         "ptb": 55,
         "piqa acc": 0.6,
-        "removed": pytest.approx(0.28),  # 10 % of the 80 % that the first cut left
+        "removed": pytest.approx(0.28),  # of all parameters
         "prefill": 1.1,  # at the smallest batch
         "decode": 1.3,
         "size": 1000,
@@ -151,16 +151,16 @@ TEXT = ("recipe", "evaluate", "perplexity", 0)
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ((*PRUNED, "context", "ptb", "windows"), 7, "the text ptb was measured with 7 windows, in the other 6"),
+        ((*PRUNED, "context", "ptb", "windows"), 7, "ptb was measured with windows 7, in the other 6"),
         (
             (*PRUNED, "context", "ptb", "length"),
             256,
-            "the text ptb was measured with 256 tokens a window, in the other 512",
+            "ptb was measured with length 256, in the other 512",
         ),
-        ((*TEXT, "path"), "b.raw", "the text wikitext2 has path 'b.raw', in the other 'wikitext2.raw'"),
-        ((*TEXT, "separator"), " ", "the text wikitext2 has separator ' ', in the other None"),
-        ((*PRUNED, "tasks", "piqa", "n"), 50, "the task piqa was measured on 50 documents, in the other on 100"),
-        (("recipe", "evaluate", "tasks", 0, "prompt"), "x", "the task piqa asks something else"),
+        ((*TEXT, "path"), "b.raw", "wikitext2 was measured with path 'b.raw', in the other 'wikitext2.raw'"),
+        ((*TEXT, "separator"), " ", "wikitext2 was measured with separator ' ', in the other None"),
+        ((*PRUNED, "tasks", "piqa", "n"), 50, "piqa acc was measured with documents 50, in the other 100"),
+        (("recipe", "evaluate", "tasks", 0, "prompt"), "x", "piqa acc asks something else"),
         (PRUNED, {"perplexity": {"c4": 3.0}, "context": {}}, "was measured on c4, the other on wikitext2, ptb, piqa"),
     ],
 )

@@ -176,7 +176,8 @@ def test_fit_takes_a_mapping_and_a_file(tmp_path: Path) -> None:
     figures = sparsekit.evaluate(
         *sparsekit.load(tmp_path / "one"), perplexity=given["evaluate"]["perplexity"], length=64
     )
-    assert figures["perplexity"] == one.report["evaluation"]["pruned"]["perplexity"]
+    assert figures["python-docs"].value == one.report["evaluation"]["pruned"]["perplexity"]["python-docs"]
+    assert figures["python-docs"].count == 4 and figures["python-docs"].better == "lower"
     with pytest.raises(ValueError, match="unknown key"):
         sparsekit.fit(given | {"stage": []})
     assert issubclass(StageError, ValueError)

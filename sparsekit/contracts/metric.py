@@ -21,6 +21,7 @@ class Figure:
     count, of: how many of what were looked at, such as 6 "windows"
     better: whether more is better, or less
     settings: what must agree for two figures of this name to be comparable, such as length and source; JSON
+    kind: what it is one of, which tables and pages put together, such as "perplexity"; empty for itself alone
     """
 
     value: float
@@ -29,6 +30,7 @@ class Figure:
     of: str = ""
     better: Literal["higher", "lower"] = "higher"
     settings: dict[str, Any] = field(default_factory=dict)
+    kind: str = ""
 
 
 class Preparation(Protocol):

@@ -4,6 +4,9 @@ from .benchmark import models_of as models_of
 from .board import board_markdown as board_markdown
 from .board import leaderboard as leaderboard
 from .board import show_board as show_board
+from .figures import figures_of as figures_of
+from .figures import label as label
+from .figures import shown as shown
 from .folder import MASKS as MASKS
 from .folder import REPORT as REPORT
 from .folder import STATE as STATE

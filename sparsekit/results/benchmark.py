@@ -7,6 +7,7 @@ time, one repeat each (A B A B ...): what else a machine does then hits both, an
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from sparsekit.measure import check_evaluation, serve
 from sparsekit.model import auto_class, locate
+from sparsekit.results.figures import figures_of, label, shown
 from sparsekit.results.folder import source_of
 from sparsekit.system import hardware, human_size, versions
 
@@ -171,10 +173,10 @@ def bench_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
             times = [f"{model[f'{key}_seconds'][batch] * 1000:.1f} ms" for model in models]
             relation = [_ratio(result["faster"][key][batch], *result["spread"][key][batch])] if two else []
             lines.append((f"{what.format(**result['settings'])}, batch {batch}", *times, *relation))
-    for name in models[0].get("perplexity", {}):
-        values = [model["perplexity"][name] for model in models]
-        relation = [f"{values[0] / values[1]:.3f}"] if two else []
-        lines.append((f"perplexity {name}", *(f"{value:.2f}" for value in values), *relation))
+    figures = [figures_of(model) for model in models]
+    for name, first in figures[0].items():
+        relation = [f"{first.value / figures[1][name].value:.3f}"] if two else []
+        lines.append((label(name, first), *(shown(replace(of[name], stderr=None)) for of in figures), *relation))
     return lines
 
 

@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparsekit import registry
+from sparsekit.contracts import Figure
 from sparsekit.results import distance
-from sparsekit.results.comparison import Run, check_comparable, figures, read_run
+from sparsekit.results.comparison import Run, check_comparable, read_run
+from sparsekit.results.figures import figures_of
 from sparsekit.results.words import aim, removed_share
 from sparsekit.system import human_size
 
@@ -38,14 +40,15 @@ def leaderboard(paths: Sequence[str], *, by: str | None = None) -> dict[str, Any
     check_comparable(runs)
     rows = [_row(run) for run in runs]
     dense = _dense(runs)
-    first = [column for run in runs for column in figures(run.pruned)]
-    columns = list(dict.fromkeys(first)) + [name for name in KIND if any(name in row["values"] for row in rows)]
+    quality = {name: each for run in reversed(runs) for name, each in run.figures.items()}
+    columns = list(dict.fromkeys(name for run in runs for name in run.figures))
+    columns += [name for name in KIND if any(name in row["values"] for row in rows)]
     by = by or columns[0]
     if by not in columns:
         raise ValueError(f"no column `{by}`, {registry.suggest(by, columns)}")
-    sign = 1 if _lower(by, runs) else -1
+    sign = 1 if by in LOWER or (by in quality and quality[by].better == "lower") else -1
     rows.sort(key=lambda row: (sign * row["values"][by] if by in row["values"] else math.inf, row["run"]))
-    context = {name: where for run in runs for name, where in run.pruned.get("context", {}).items()}
+    context = {name: each.settings for name, each in quality.items() if "windows" in each.settings}
     by_path = {run.path: run for run in runs}
     apart = distance.distances([by_path[row["run"]] for row in rows])
     keys = ("by", "columns", "context", "dense", "runs", "notes", "distances")
@@ -54,7 +57,7 @@ def leaderboard(paths: Sequence[str], *, by: str | None = None) -> dict[str, Any
 
 def _row(run: Run) -> dict[str, Any]:
     found = run.report
-    values: dict[str, float] = dict(figures(run.pruned))
+    values: dict[str, float] = {name: each.value for name, each in run.figures.items()}
     if found["sparsity"]["per_linear"]:
         values["sparsity"] = found["sparsity"]["total"]
     if "structure" in found:
@@ -75,7 +78,7 @@ def _row(run: Run) -> dict[str, Any]:
         "stages": " > ".join(next(iter(stage)) for stage in found["recipe"]["stages"]),
         "verified": found["verified"] is True,
         "values": values,
-        "stderr": _stderr(run.pruned),
+        "stderr": _stderr(run.figures),
     }
 
 
@@ -88,32 +91,16 @@ def _dense(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row for each source model, with the dense figures of all its runs."""
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
-        if measured := run.report["evaluation"].get("dense"):
+        if measured := figures_of(run.report["evaluation"].get("dense")):
             name = run.report["model"]["name"]
             row = rows.setdefault(name, {"run": "dense", "model": name, "values": {}, "stderr": {}})
-            row["values"] = figures(measured) | row["values"]
+            row["values"] = {name: each.value for name, each in measured.items()} | row["values"]
             row["stderr"] = _stderr(measured) | row["stderr"]
     return list(rows.values())
 
 
-def _stderr(measured: dict[str, Any]) -> dict[str, float]:
-    tasks = {
-        f"{task} {metric.removesuffix('_stderr')}": value
-        for task, metrics in measured.get("tasks", {}).items()
-        for metric, value in metrics.items()
-        if metric.endswith("_stderr")
-    }
-    others = {
-        name: figure["stderr"] for name, figure in measured.get("figures", {}).items() if figure["stderr"] is not None
-    }
-    return measured.get("perplexity_stderr", {}) | tasks | others
-
-
-def _lower(column: str, runs: Sequence[Run]) -> bool:
-    """Whether less is better."""
-    texts = any(column in run.pruned.get("perplexity", {}) for run in runs)
-    others = {run.pruned["figures"][column]["better"] for run in runs if column in run.pruned.get("figures", {})}
-    return texts or others == {"lower"} or column in LOWER or column.endswith(("perplexity", "bits_per_byte", "loss"))
+def _stderr(figures: Mapping[str, Figure]) -> dict[str, float]:
+    return {name: each.stderr for name, each in figures.items() if each.stderr is not None}
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:

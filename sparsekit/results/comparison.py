@@ -3,13 +3,17 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sparsekit.contracts import Figure
 from sparsekit.measure import image_set_name
+from sparsekit.results.figures import PERPLEXITY, TASK, figures_of
 from sparsekit.results.folder import REPORT, STATE
+
+SIZES = ("length", "windows")  # tokens a window, and how many
 
 
 @dataclass(frozen=True)
@@ -20,18 +24,23 @@ class Run:
     report: dict[str, Any]
 
     @cached_property
-    def pruned(self) -> dict[str, Any]:
-        """What was measured of the result."""
-        return self.report["evaluation"]["pruned"]
+    def figures(self) -> dict[str, Figure]:
+        """What was measured of the result; in `settings` all that must agree for a comparison."""
+        return {
+            name: replace(each, settings=each.settings | self._asked(name, each))
+            for name, each in figures_of(self.report["evaluation"]["pruned"]).items()
+        }
 
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What the recipe's `evaluate` says of each text and each local task: {name: its entry}."""
+    def _asked(self, name: str, figure: Figure) -> dict[str, Any]:
+        """What the recipe says of a text or a local task. A digest of a text's very tokens stands for all of it."""
         given = self.report["recipe"]["evaluate"]
-        texts = zip(self.pruned.get("perplexity", {}), given.get("perplexity") or [], strict=True)
+        if figure.kind == PERPLEXITY and "digest" not in figure.settings:
+            texts = zip(self.report["evaluation"]["pruned"]["perplexity"], given.get("perplexity") or [], strict=True)
+            asked = {key: value for key, value in dict(texts).get(name, {}).items() if key not in ("name", *SIZES)}
+            return asked | {"tokenizer": self.vocabulary}
         tasks = {task["name"]: task for task in given.get("tasks") or [] if isinstance(task, dict)}
         tasks |= {image_set_name(entry): entry for entry in given.get("accuracy") or []}
-        return {"perplexity": dict(texts), "tasks": tasks}
+        return {"question": tasks.get(name.rpartition(" ")[0])} if figure.kind == TASK else {}
 
     @cached_property
     def vocabulary(self) -> str:
@@ -56,8 +65,7 @@ def read_run(path: str) -> Run:
             raise ValueError(f"{path} is not finished: continue it with --resume, or leave it out")
         raise ValueError(f"{path} is no run: it has no {REPORT}; give folders that `sparsekit fit` wrote")
     found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    pruned = (found.get("evaluation") or {}).get("pruned") or {}
-    if not any(pruned.get(key) for key in ("perplexity", "tasks", "figures")):
+    if not figures_of((found.get("evaluation") or {}).get("pruned")):
         raise ValueError(f"{path} was not measured: its recipe has no `evaluate`; see `sparsekit eval` for one model")
     return Run(path, found)
 
@@ -78,54 +86,29 @@ def check_comparable(runs: Sequence[Run]) -> None:
                     f"{run.path} cannot be compared with {other.path}: {difference}; "
                     f"leave one out, or measure both alike with `sparsekit eval {run.path} --against {other.path}`"
                 )
-        if not set(figures(run.pruned)) & set(figures(runs[0].pruned)):
+        if not run.figures.keys() & runs[0].figures.keys():
             raise ValueError(
                 f"{run.path} cannot be compared with {runs[0].path}: it was measured on "
-                f"{', '.join(figures(run.pruned))}, the other on {', '.join(figures(runs[0].pruned))}"
+                f"{', '.join(run.figures)}, the other on {', '.join(runs[0].figures)}"
             )
 
 
 def _differences(one: Run, two: Run) -> Iterator[str]:
     """Why figures that both runs have do not compare: what was measured in the second, what in the first."""
-    texts = one.pruned.get("perplexity", {}).keys() & two.pruned.get("perplexity", {}).keys()
-    loose = []
-    for name in sorted(texts):
-        first, second = (run.pruned.get("context", {}).get(name, {}) for run in (one, two))
-        for key, what in (("length", "tokens a window"), ("windows", "windows")):
-            if first.get(key) != second.get(key):
-                yield f"the text {name} was measured with {second.get(key)} {what}, in the other {first.get(key)}"
-        if "digest" in first and "digest" in second:  # of the very tokens: nothing else needs to agree
-            if first["digest"] != second["digest"]:
+    for name in sorted(one.figures.keys() & two.figures.keys()):
+        first, second = one.figures[name].settings, two.figures[name].settings
+        keys = sorted(first.keys() | second.keys())
+        if ("digest" in first) != ("digest" in second):  # a report of an earlier version has none
+            keys = [key for key in keys if key in SIZES]
+        for key in keys:
+            if first.get(key) == second.get(key):
+                continue
+            if key == "tokenizer":
+                names = [run.report["model"]["name"] for run in (two, one)]
+                yield f"their tokenizers differ ({names[0]}, {names[1]}), so {name} is per other tokens"
+            elif key == "digest":
                 yield f"the text called {name} gives other tokens"
-            continue
-        loose.append(name)
-        sources = [run.settings["perplexity"].get(name, {}) for run in (one, two)]
-        for key in sorted((sources[0].keys() | sources[1].keys()) - {"name", "length", "windows"}):
-            if sources[0].get(key) != sources[1].get(key):
-                yield f"the text {name} has {key} {sources[1].get(key)!r}, in the other {sources[0].get(key)!r}"
-    if loose and one.vocabulary != two.vocabulary:
-        names = [run.report["model"]["name"] for run in (two, one)]
-        yield f"their tokenizers differ ({names[0]}, {names[1]}), so their perplexities are per other tokens"
-    both = [run.pruned.get("figures", {}) for run in (one, two)]
-    for name in sorted(both[0].keys() & both[1].keys()):
-        if both[0][name]["settings"] != both[1][name]["settings"]:
-            yield f"{name} was measured with {both[1][name]['settings']}, in the other {both[0][name]['settings']}"
-    tasks = one.pruned.get("tasks", {}).keys() & two.pruned.get("tasks", {}).keys()
-    for name in sorted(tasks):
-        counts = [run.pruned["tasks"][name].get("n") for run in (one, two)]
-        if counts[0] != counts[1]:
-            yield f"the task {name} was measured on {counts[1]} documents, in the other on {counts[0]}"
-        if one.settings["tasks"].get(name) != two.settings["tasks"].get(name):
-            yield f"the task {name} asks something else"
-
-
-def figures(measured: dict[str, Any]) -> dict[str, float]:
-    """{text: perplexity, "task metric": value}."""
-    tasks = {
-        f"{task} {metric}": value
-        for task, metrics in measured.get("tasks", {}).items()
-        for metric, value in metrics.items()
-        if metric != "n" and not metric.endswith("_stderr")
-    }
-    others = {name: figure["value"] for name, figure in measured.get("figures", {}).items()}
-    return measured.get("perplexity", {}) | tasks | others
+            elif key == "question":
+                yield f"{name} asks something else"
+            else:
+                yield f"{name} was measured with {key} {second.get(key)!r}, in the other {first.get(key)!r}"

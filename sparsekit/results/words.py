@@ -1,43 +1,28 @@
 """What a run tells in words: the closing table, the model card, titles."""
 
-import math
 from typing import Any
 
+from sparsekit.results.figures import figures_of, label, shown
 from sparsekit.system import human_size
 
 
 def quality_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows (what, dense, pruned) of everything that was evaluated, context length included."""
-    evaluation = report["evaluation"]
-    dense, pruned = evaluation.get("dense") or {}, evaluation.get("pruned") or {}
-    rows = []
-    for name, value in pruned.get("perplexity", {}).items():
-        context = pruned["context"][name]
-        before = dense.get("perplexity", {}).get(name)
-        what = f"perplexity {name}, {context['windows']} x {context['length']} tokens"
-        rows.append((what, "-" if before is None else f"{before:.2f}", f"{value:.2f}"))
-    for name, metrics in pruned.get("tasks", {}).items():
-        for metric in (key for key in metrics if key.startswith("acc") and not key.endswith("_stderr")):
-            before = dense.get("tasks", {}).get(name, {}).get(metric)
-            rows.append((f"{name} {metric}", "-" if before is None else f"{before:.3f}", f"{metrics[metric]:.3f}"))
-    for name, figure in pruned.get("figures", {}).items():
-        before = dense.get("figures", {}).get(name, {}).get("value")
-        what = f"{name}, {figure['count']} {figure['of']}" if figure["count"] else name
-        rows.append((what, "-" if before is None else f"{before:.3f}", f"{figure['value']:.3f}"))
-    return rows
+    dense, pruned = (figures_of(report["evaluation"].get(who)) for who in ("dense", "pruned"))
+    return [(label(name, each), shown(dense.get(name)), shown(each)) for name, each in pruned.items()]
 
 
 def aim(report: dict[str, Any]) -> str:
-    """What was done to the model, for titles: "pruned to 2:4", "30.0% of its blocks removed"."""
+    """What was done to the model, for titles: "pruned to 2:4", "30.0% of its parameters removed"."""
     said = [f"pruned to {report['recipe']['pattern']}"] if report["sparsity"]["per_linear"] else []
     if "structure" in report:
-        said.insert(0, f"{removed_share(report['structure']):.1%} of its blocks removed")
+        said.insert(0, f"{removed_share(report['structure']):.1%} of its parameters removed")
     return " and ".join(said) or "trained"
 
 
 def removed_share(structure: dict[str, Any]) -> float:
-    """The share of the source blocks' parameters that is gone, after all cuts, those of earlier runs included."""
-    return structure.get("total", 1 - math.prod(1 - share for share in structure["removed"]))
+    """The share of all the source's parameters that is gone, after all cuts, those of earlier runs included."""
+    return 1 - structure["parameters"]["pruned"] / structure["parameters"]["dense"]
 
 
 def model_card(report: dict[str, Any], recipe: str, loading: str) -> str:

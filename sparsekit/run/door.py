@@ -6,8 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
+from sparsekit.contracts import Figure
 from sparsekit.measure import evaluate as measured
 from sparsekit.recipe import Recipe, load_recipe
+from sparsekit.results import figures_of
 from sparsekit.run.fitting import run_recipe
 from sparsekit.run.pruned import Result
 from sparsekit.system import session
@@ -39,15 +41,18 @@ def fit(
     return Result(str(checked.output))
 
 
-def evaluate(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Any]:
+def evaluate(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Figure]:
     """Measure a model in memory, as the section `evaluate` of a recipe says.
 
         evaluate(model, tokenizer, perplexity=["wikitext2"], tasks=["arc_easy"], length=2048)
 
     tokenizer: of a vision model its image processor
 
+    Returns:
+        figures by name: a text's, "TASK METRIC", and those of metrics; each has value, stderr, count and more
+
     Raises:
         ValueError: settings, texts and model do not fit each other.
     """
     with session():
-        return measured(model, tokenizer, settings)
+        return figures_of(measured(model, tokenizer, settings))

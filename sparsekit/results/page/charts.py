@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 POINTS = 400  # of a line; longer ones are drawn as means of neighbours
 LOG = 50  # from this quotient of largest to smallest on, an axis is logarithmic
-CONFIDENT = 1.96  # standard errors to either side, for a confidence of 95 %
 
 
 class Bar(NamedTuple):
@@ -27,14 +26,14 @@ def bars(title: str, groups: Mapping[str, tuple[str, Sequence[Bar]]], top: float
     groups: {name: (remark, bars)}. top: where the scale ends, the largest value (or end of its range) unless told.
     """
     every = [bar for _, group in groups.values() for bar in group]
-    top = top or max((bar.value + CONFIDENT * (bar.stderr or 0) for bar in every), default=0) or 1.0
+    top = top or max((bar.value + (bar.stderr or 0) for bar in every), default=0) or 1.0
     lines = []
     for name, (remark, group) in groups.items():
         lines.append(f'<tr><th colspan="3" class="group">{escape(name)} <span>{escape(remark)}</span></th></tr>')
         for bar in group:
             drawn = fill(bar.value / top, bar.who)
             if bar.stderr:
-                low, high = (min(max((bar.value + s * CONFIDENT * bar.stderr) / top, 0), 1) for s in (-1, 1))
+                low, high = (min(max((bar.value + s * bar.stderr) / top, 0), 1) for s in (-1, 1))
                 drawn += f'<span class="range" style="left:{low:.2%};width:{high - low:.2%}"></span>'
             lines.append(
                 f'<tr><th scope="row" class="who">{escape(bar.who)}</th><td><span class="track">{drawn}</span></td>'

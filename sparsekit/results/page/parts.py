@@ -3,15 +3,19 @@
 import csv
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from html import escape
 from typing import Any
 
+from sparsekit.contracts import Figure
+from sparsekit.results.figures import PERPLEXITY, TASK, figures_of, remark, shown
 from sparsekit.results.page.charts import Bar, bars, fill, lines
 from sparsekit.results.page.heat import heat
 from sparsekit.results.words import aim
 from sparsekit.system import human_size
 
 Report = Mapping[str, Any]
+TITLES = {TASK: "Tasks", "": "Other figures"}  # of charts
 
 
 def title(report: Report) -> str:
@@ -30,15 +34,19 @@ def headline(report: Report) -> str:
     """The few figures that matter most."""
     dense, pruned = _evaluation(report)
     cards = []
-    for name, value in list(pruned.get("perplexity", {}).items())[:2]:
-        before = dense.get("perplexity", {}).get(name)
-        beside = f"{value / before:.2f} x dense, {before:.2f}" if before else "dense not measured"
-        cards.append((f"perplexity {name}", f"{value:.2f}", beside))
-    for name, metrics in list(pruned.get("tasks", {}).items())[:1]:
-        metric = next((key for key in ("acc_norm", "acc") if key in metrics), None)
-        if metric:
-            before = dense.get("tasks", {}).get(name, {}).get(metric)
-            cards.append((f"{name} {metric}", f"{metrics[metric]:.1%}", f"dense {before:.1%}" if before else ""))
+    chosen = [name for name, each in pruned.items() if each.kind == PERPLEXITY][:2]
+    chosen += [name for name, each in pruned.items() if each.kind == TASK and name.split()[-1] in ("acc_norm", "acc")][
+        :1
+    ]
+    chosen += [name for name, each in pruned.items() if not each.kind][: 2 - len(chosen)]
+    for name in chosen:
+        value, before = pruned[name], dense.get(name)
+        if value.kind == PERPLEXITY and before is not None:
+            beside = f"{value.value / before.value:.2f} x dense, {before.value:.2f}"
+        else:
+            beside = f"dense {shown(replace(before, stderr=None))}" if before else "dense not measured"
+        what = f"perplexity {name}" if value.kind == PERPLEXITY else name
+        cards.append((what, shown(replace(value, stderr=None)), beside))
     sparsity = report.get("sparsity", {})
     if sparsity.get("per_linear"):
         beside = f"{sparsity.get('zeros', 0):,} of {sparsity.get('parameters', 0):,}"
@@ -61,42 +69,24 @@ def headline(report: Report) -> str:
 
 
 def quality(report: Report) -> str:
-    """Perplexity and tasks, dense and pruned, with 95 % confidence where standard errors are known."""
+    """All figures, dense and pruned, with one standard error where it is known."""
     dense, pruned = _evaluation(report)
-    texts: dict[str, tuple[str, list[Bar]]] = {}
-    for name in pruned.get("perplexity", {}):
-        where = pruned.get("context", {}).get(name, {})
-        remark = f"{where['windows']} x {where['length']} tokens" if where else ""
-        texts[name] = (remark, [])
-        for who, measured in (("dense", dense), ("pruned", pruned)):
-            value, stderr = (measured.get(key, {}).get(name) for key in ("perplexity", "perplexity_stderr"))
-            if value is not None:
-                texts[name][1].append(_bar(who, value, stderr, 2))
-    tasks: dict[str, tuple[str, list[Bar]]] = {}
-    for name, metrics in pruned.get("tasks", {}).items():
-        for metric in [key for key in metrics if key != "n" and not key.endswith("_stderr") and 0 <= metrics[key] <= 1]:
-            remark = f"{metrics['n']:,} documents" if "n" in metrics else ""
-            both = [("dense", dense.get("tasks", {}).get(name, {})), ("pruned", metrics)]
-            found = [_bar(who, of[metric], of.get(f"{metric}_stderr"), 3) for who, of in both if metric in of]
-            tasks[f"{name} {metric}"] = (remark, found)
-    others: dict[str, dict[str, tuple[str, list[Bar]]]] = {"lower": {}, "higher": {}}
-    for name, figure in pruned.get("figures", {}).items():
-        remark = f"{figure['count']} {figure['of']}" if figure["count"] else ""
-        both = [("dense", dense.get("figures", {}).get(name)), ("pruned", figure)]
-        found = [_bar(who, of["value"], of["stderr"], 3) for who, of in both if of]
-        others[figure["better"]][name] = (remark, found)
-    charts = [bars("Perplexity (lower is better)", texts)] if texts else []
-    charts += [bars(f"Other figures ({better} is better)", group) for better, group in others.items() if group]
-    charts += [bars("Tasks (higher is better)", tasks, top=1.0)] if tasks else []
-    sure = any(
-        bar.stderr for _, group in (texts | tasks | others["lower"] | others["higher"]).values() for bar in group
-    )
-    note = '<p class="soft small">The lines across the bars, and ±, span 95 % confidence.</p>' if sure else ""
+    groups: dict[tuple[str, str], dict[str, tuple[str, list[Bar]]]] = {}
+    for name, figure in pruned.items():
+        sides = [(who, of[name]) for who, of in (("dense", dense), ("pruned", pruned)) if name in of]
+        both = [Bar(who, each.value, each.stderr, shown(each)) for who, each in sides]
+        groups.setdefault((figure.kind, figure.better), {})[name] = (remark(figure), both)
+    charts = [
+        bars(f"{TITLES.get(kind, kind.capitalize())} ({better} is better)", group, top=1.0 if _shares(group) else None)
+        for (kind, better), group in groups.items()
+    ]
+    sure = any(bar.stderr for group in groups.values() for _, found in group.values() for bar in found)
+    note = '<p class="soft small">The lines across the bars, and ±, are one standard error.</p>' if sure else ""
     return f'{note}<div class="wide">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>' if charts else ""
 
 
-def _bar(who: str, value: float, stderr: float | None, digits: int) -> Bar:
-    return Bar(who, value, stderr, f"{value:.{digits}f}" + (f" ± {1.96 * stderr:.{digits}f}" if stderr else ""))
+def _shares(group: Mapping[str, tuple[str, list[Bar]]]) -> bool:
+    return all(0 <= bar.value <= 1 for _, found in group.values() for bar in found)
 
 
 def speed(report: Report) -> str:
@@ -237,9 +227,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _evaluation(report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+def _evaluation(report: Report) -> tuple[dict[str, Figure], dict[str, Figure]]:
     evaluation = report.get("evaluation") or {}
-    return evaluation.get("dense") or {}, evaluation.get("pruned") or {}
+    return figures_of(evaluation.get("dense")), figures_of(evaluation.get("pruned"))
 
 
 def _table(head: list[str], rows: list[tuple[str, ...]]) -> str:
