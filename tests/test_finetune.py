@@ -1,6 +1,7 @@
 """Fine-tuning that keeps zeros, and what the dense model teaches."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -106,10 +107,13 @@ def test_norms_and_biases_alone(models, tmp_path):
     )
 
 
-def test_resuming_gives_the_same_bits(models, tmp_path):
-    """The teacher's cache too, which the resumed run finds."""
-    options = QUICK | {"distill": 0.5, "cache": 8, "weight_decay": 0.1, "steps": 5, "checks": 2}
-    whole, killed, resumed = (work_on(models / "tiny-llama", tmp_path / name) for name in ("whole", "rest", "rest"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_resuming_gives_the_same_bits(dtype, models, tmp_path):
+    """The teacher's cache too, which the resumed run finds; killed just after a validation, which rounds."""
+    options = QUICK | {"distill": 0.5, "cache": 8, "weight_decay": 0.1, "steps": 5, "checks": 5}
+    whole, killed, resumed = (
+        work_on(models / "tiny-llama", tmp_path / name, dtype=dtype) for name in ("whole", "rest", "rest")
+    )
     expected = fit(finetune, whole, **options)
     fit(finetune, killed, stop_at=3, **options)
     stamp = (tmp_path / "rest" / "blocks" / "checkpoints" / "dense.safetensors").stat().st_mtime_ns
@@ -117,6 +121,42 @@ def test_resuming_gives_the_same_bits(models, tmp_path):
     assert same_bits(whole.model, resumed.model)
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
     assert (tmp_path / "rest" / "blocks" / "checkpoints" / "dense.safetensors").stat().st_mtime_ns == stamp
+
+
+class Gradients(Callback):
+    """The gradients of the first step of the optimizer."""
+
+    found: torch.Tensor | None = None
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 1 and self.found is None:
+            self.found = torch.cat([leaf.grad.flatten() for leaf in module.leaves.values()])
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_four_batches_of_one_are_one_batch_of_four(distill, models, tmp_path, monkeypatch):
+    """On rows with as many answers as it comes: a token counts the same in whatever batch it is."""
+    monkeypatch.setattr("sparsekit.train.session.CLIP", None)
+    records = [
+        {"instruction": "Say it.", "output": " ".join(["a word"] * count)} for count in (1, 14, 2, 9, 3, 12, 1, 11) * 4
+    ]
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = []
+    for accumulate, batch in ((1, 4), (4, 1)):
+        work = work_on(models / "tiny-llama", tmp_path / str(batch))
+        seen = Gradients()
+        more = {
+            "accumulate": accumulate,
+            "batch": batch,
+            "source": {"source": str(file)},
+            "distill": distill,
+            "steps": 1,
+        }
+        fit(finetune, work, watching=[seen], **QUICK | {"length": 128, "checks": 1} | more)
+        found.append(seen.found)
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.99999
+    assert float(found[1].norm() / found[0].norm()) == pytest.approx(1, abs=1e-4)
 
 
 def test_it_never_ends_worse_than_it_began(models, tmp_path):
@@ -193,17 +233,22 @@ def test_divergence_of_the_largest_is_a_part_of_it():
 
 def test_distance_of_hidden_states():
     dense = tuple(torch.randn(2, 3, 8) for _ in range(2))
-    assert float(distance(dense, dense)) == 0
-    assert float(distance(tuple(1.5 * each for each in dense), dense)) == pytest.approx(0.25)
+    labels = torch.zeros(2, 3, dtype=torch.long)
+    assert float(distance(dense, dense, labels)) == 0
+    more = tuple(1.5 * each for each in dense)
+    assert float(distance(more, dense, labels)) == pytest.approx(4 * 0.25)  # four tokens predict another
+    labels[0] = IGNORED  # a prompt, or padding
+    more[0][0] += 100
+    assert float(distance(more, dense, labels)) == pytest.approx(2 * 0.25)
     with pytest.raises(ValueError, match="the dense model has 2 layers of width 8, the pruned one 1 of 8"):
-        distance(dense[:1], dense)
+        distance(dense[:1], dense, labels)
 
 
 def test_a_teacher_that_agrees_teaches_nothing():
     model = build("Llama")
     objective = Objective(Running(lambda: copy.deepcopy(model)), distill=1.0, hidden=1.0, temperature=2.0)
-    loss, text = objective(model, TOKENS, TOKENS, torch.arange(2))
-    assert float(loss.detach()) == pytest.approx(0, abs=1e-5) and text > 1
+    loss, text, count = objective(model, TOKENS, TOKENS, torch.arange(2))
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-4) and text / count > 1 and count == 2 * 11
 
 
 def test_the_dense_model_teaches(models, tmp_path):
@@ -231,7 +276,7 @@ def test_hidden_states_come_nearer(models, tmp_path):
                 m(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
                 for m in (work.model, dense)
             ]
-        distances.append(float(distance(*found)))
+        distances.append(float(distance(*found, tokens)))
     assert distances[1] < distances[0]
 
 

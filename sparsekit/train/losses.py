@@ -20,6 +20,7 @@ def text_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 class Objective:
     """The loss of a batch: (1 - distill) text + distill KL to the dense model + hidden distance of hidden states.
 
+    Each is a sum over the tokens that are predicted, so that batches count by how many they have.
     teacher: the dense model, None for the text alone
     """
 
@@ -33,24 +34,26 @@ class Objective:
     ):
         self.teacher, self.distill, self.hidden, self.temperature = teacher, distill, hidden, temperature
 
-    def __call__(self, model: nn.Module, ids: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, float]:
-        """The loss to be minimised of tokens and labels (sequences, length), and the mean cross-entropy in it.
+    def __call__(self, model: nn.Module, ids: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, float, int]:
+        """The loss to be minimised of tokens and labels (sequences, length), the cross-entropy in it, and their number.
 
         rows: (sequences,), the numbers of the training rows that they are
+
+        Returns:
+            two sums over the tokens that are predicted, and how many these are
         """
         out = model(input_ids=ids, use_cache=False, output_hidden_states=self.hidden > 0)
-        total, count = text_loss(out.logits, labels)
-        count = max(count, 1)
-        text = total / count
+        text, count = text_loss(out.logits, labels)
+        said = float(text.detach())
         if self.teacher is None:
-            return text, float(text.detach())
+            return text, said, count
         loss = (1 - self.distill) * text
         if isinstance(self.teacher, Cached):
             kl = divergence_of_top(out.logits, *self.teacher.read(rows), labels, self.temperature)
-            return loss + self.distill * kl / count, float(text.detach())
+            return loss + self.distill * kl, said, count
         dense = self.teacher.look(ids, self.hidden > 0)
         if self.distill:
-            loss = loss + self.distill * divergence(out.logits, dense.logits, labels, self.temperature) / count
+            loss = loss + self.distill * divergence(out.logits, dense.logits, labels, self.temperature)
         if self.hidden:
-            loss = loss + self.hidden * distance(out.hidden_states[1:], dense.hidden_states[1:])
-        return loss, float(text.detach())
+            loss = loss + self.hidden * distance(out.hidden_states[1:], dense.hidden_states[1:], labels)
+        return loss, said, count

@@ -16,6 +16,7 @@ from sparsekit.contracts import Count, Fraction, NotNegative, Positive, misfit
 from sparsekit.model import Block
 from sparsekit.system import Team
 from sparsekit.train.schedule import cosine
+from sparsekit.train.step import Progress, mean_gradients
 
 OPTIONS: dict[str, Any] = {  # the ranges of `reconstruct`
     "trainable": Literal["all", "low-rank", "norms-and-biases"],
@@ -108,7 +109,7 @@ def reconstruct(
         before = task.error({}, testing)
         if not math.isfinite(before):
             raise ValueError(f"the outputs of {block.name} are not finite, so it cannot be trained; look at its inputs")
-        best, best_epoch, train, test = before, 0, [], []
+        progress, best_epoch, train, test = Progress(patience, before), 0, [], []
         for epoch in range(1, epochs + 1):
             order = [training[i] for i in torch.randperm(len(training), generator=generator)]
             # gradients of an error that begins at 1, whatever the size of the activations
@@ -123,16 +124,16 @@ def reconstruct(
                     stacklevel=2,
                 )
                 break
-            if test[-1] < best:
-                best, best_epoch = test[-1], epoch
+            if progress.better(test[-1]):
+                best_epoch = epoch
                 _write(block, state)
-            elif epoch - best_epoch >= patience:
+            elif progress.over:
                 break
     finally:
         block.module.train(mode)
     return {
         "before": before / scale,
-        "after": best / scale,
+        "after": progress.best / scale,
         "epochs": len(test),
         "best_epoch": best_epoch,
         "learning_rate": learning_rate,
@@ -301,10 +302,7 @@ def _step(task: _Task, optimizer: torch.optim.Optimizer, rate: Callable[[int], f
     """Gradients were summed over elements, which half precision cannot lose; here they become those of the mean."""
     group = optimizer.param_groups[0]
     moved = [leaf for leaf in group["params"] if leaf.grad is not None]
-    task.team.sum(leaf.grad for leaf in moved)
-    (elements,) = task.sum(elements)
-    for leaf in moved:
-        leaf.grad /= elements
+    mean_gradients(moved, elements, task.team)
     torch.nn.utils.clip_grad_norm_(moved, CLIP)
     group["lr"] = rate(group.get("taken", 0))
     group["taken"] = group.get("taken", 0) + 1

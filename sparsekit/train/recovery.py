@@ -11,6 +11,7 @@ from sparsekit.system import Team
 from sparsekit.train.losses import Objective, text_loss
 from sparsekit.train.rows import Rows
 from sparsekit.train.schedule import cosine
+from sparsekit.train.step import mean_gradients
 
 
 class Recovery(LightningModule):
@@ -44,7 +45,8 @@ class Recovery(LightningModule):
         self.model, self.leaves, self.objective, self.switch = model.eval(), leaves, objective, switch
         self.steps, self.learning_rate, self.warmup, self.weight_decay = steps, learning_rate, warmup, weight_decay
         self.seed, self.team = seed, team
-        self.losses: list[float] = []  # of the batches since the last step
+        self.text, self.predicted = 0.0, 0  # cross-entropy and number of the tokens since it was last asked for
+        self.weight = 0  # tokens predicted since the last step of the optimizer
         self.trainer_options: dict[str, Any] = {}
 
     def configure_optimizers(self) -> Any:
@@ -57,20 +59,17 @@ class Recovery(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
-        """The loss of a batch: tokens and labels, each (sequences, length), and the numbers of their rows."""
+        """The summed loss of a batch: tokens and labels, each (sequences, length), and the numbers of their rows."""
         self.switch(True)
         torch.manual_seed(self.seed + index * self.team.size + self.team.rank)
-        loss, text = self.objective(self.model, *batch)
-        self.losses.append(text)
-        return loss
+        loss, text, count = self.objective(self.model, *batch)
+        self.text, self.predicted, self.weight = self.text + text, self.predicted + count, self.weight + count
+        return loss * self.trainer.accumulate_grad_batches  # by which Lightning divides, as if batches were alike
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """With several processes: the mean of their gradients."""
-        if self.team.size > 1:
-            gradients = [leaf.grad for leaf in self.leaves.values() if leaf.grad is not None]
-            self.team.sum(gradients)
-            for gradient in gradients:
-                gradient /= self.team.size
+        """The gradient of the mean over all tokens of a step, over batches and processes."""
+        mean_gradients(self.leaves.values(), self.weight, self.team)
+        self.weight = 0
 
     @torch.no_grad()
     def validate(self, rows: Rows, batch: int) -> float:
@@ -89,10 +88,10 @@ class Recovery(LightningModule):
 
     def mean_loss(self) -> float:
         """The mean text loss since it was last asked for, over all processes."""
-        sums = torch.tensor([sum(self.losses), len(self.losses)], dtype=torch.float64, device=self.device)
+        sums = torch.tensor([self.text, self.predicted], dtype=torch.float64, device=self.device)
         self.team.sum([sums])
-        self.losses.clear()
-        return float(sums[0] / sums[1])
+        self.text, self.predicted = 0.0, 0
+        return float(sums[0] / sums[1].clamp_min(1))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Only what is trained."""

@@ -118,8 +118,11 @@ def _rest(logs: Tensor) -> Tensor:
     return (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-6).log()
 
 
-def distance(hidden: tuple[Tensor, ...], dense: tuple[Tensor, ...]) -> Tensor:
-    """Squared differences of hidden states (sequences, length, width) over each dense token's energy, the mean.
+def distance(hidden: tuple[Tensor, ...], dense: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Squared differences of hidden states over each dense token's energy: the mean over layers, a sum over tokens.
+
+    hidden, dense: of each layer (sequences, length, width); labels: (sequences, length), of which those that count say
+    which tokens do: the ones that predict them, as in the text's loss, so neither padding nor prompts
 
     Raises:
         ValueError: there are not as many, or not of that width.
@@ -129,8 +132,9 @@ def distance(hidden: tuple[Tensor, ...], dense: tuple[Tensor, ...]) -> Tensor:
             f"the dense model has {len(dense)} layers of width {dense[0].shape[-1]}, the pruned one {len(hidden)} of "
             f"{hidden[0].shape[-1]}: their hidden states cannot be compared, use `distill` alone"
         )
-    parts = [
-        ((own.float() - other.float()).square().sum(-1) / other.float().square().sum(-1).clamp_min(1e-12)).mean()
-        for own, other in zip(hidden, dense, strict=True)
-    ]
+    keep = labels[:, 1:] != IGNORED
+    parts = []
+    for own, other in zip(hidden, dense, strict=True):
+        own, other = own[:, :-1][keep].float(), other[:, :-1][keep].float()
+        parts.append(((own - other).square().sum(-1) / other.square().sum(-1).clamp_min(1e-12)).sum())
     return torch.stack(parts).mean()

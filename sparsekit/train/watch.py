@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from torch import Tensor
 
 from sparsekit.system import human_size, resident_memory
 from sparsekit.train.recovery import Recovery
 from sparsekit.train.rows import Rows
+from sparsekit.train.step import Progress
 
 PAUSE = 30.0  # seconds between checkpoints at least, and as many times what writing one took
 Step = tuple[int, float | None, float | None]  # step, training loss, validation loss
@@ -41,11 +43,12 @@ class Best(Callback):
         finish: Callable[[], Any],
         note: dict[str, Any],
     ):
-        self.rows, self.batch, self.checks, self.patience = rows, batch, checks, patience
+        self.rows, self.batch, self.checks = rows, batch, checks
         self.finish, self.note = finish, note
         self.curve: list[Step] = []
         self.state: dict[str, Tensor] = {}  # the best so far, on the CPU
-        self.loss, self.step, self.waited, self.seconds = math.inf, 0, 0, 0.0
+        self.progress = Progress(patience)
+        self.step, self.seconds = 0, 0.0
 
     def on_train_start(self, trainer: Trainer, module: Recovery) -> None:  # type: ignore[override]
         """Where it begins; after a resume, what was logged before is logged again.
@@ -59,7 +62,7 @@ class Best(Callback):
                 _log(trainer, known)
             return
         self._look(trainer, module, None)
-        if not math.isfinite(self.loss):
+        if not math.isfinite(self.progress.best):
             raise ValueError("the model's loss on the validation text is not finite, so it cannot be trained")
 
     def on_train_batch_end(self, trainer: Trainer, module: Recovery, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
@@ -72,17 +75,17 @@ class Best(Callback):
             trainer.should_stop = True
         elif step in {round(module.steps * part / self.checks) for part in range(1, self.checks + 1)}:
             self._look(trainer, module, loss)
-            trainer.should_stop |= self.patience is not None and self.waited >= self.patience
+            trainer.should_stop |= self.progress.over
         else:
             self._add(trainer, (step, loss, None))
 
     def _look(self, trainer: Trainer, module: Recovery, loss: float | None) -> None:
         validated = module.validate(self.rows, self.batch)
         self._add(trainer, (trainer.global_step, loss, validated))
-        self.waited += 1
-        if validated < self.loss:
-            self.loss, self.step, self.waited = validated, trainer.global_step, 0
+        if self.progress.better(validated):
+            self.step = trainer.global_step
             self.state = {name: leaf.detach().to("cpu", copy=True) for name, leaf in module.leaves.items()}
+        module.switch(True)  # a checkpoint of this very step must hold what is trained, not what was validated
 
     def _add(self, trainer: Trainer, now: Step) -> None:
         self.curve.append(now)
@@ -96,7 +99,7 @@ class Best(Callback):
         self.state = {}
         self.note |= {
             "before": self.curve[0][2],
-            "after": self.loss,
+            "after": self.progress.best,
             "best_step": self.step,
             "steps": trainer.global_step,
             "seconds": self.seconds + time.perf_counter() - self.began,
@@ -106,12 +109,15 @@ class Best(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know."""
-        known = {key: getattr(self, key) for key in ("curve", "state", "loss", "step", "waited")}
+        known = {key: getattr(self, key) for key in ("curve", "state", "step")}
+        known |= {"best": self.progress.best, "waited": self.progress.waited}
         return known | {"seconds": self.seconds + time.perf_counter() - self.began}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What the interrupted run knew."""
-        vars(self).update(state_dict)
+        known = dict(state_dict)
+        self.progress.best, self.progress.waited = known.pop("best"), known.pop("waited")
+        vars(self).update(known)
 
 
 def _log(trainer: Trainer, known: Step) -> None:
@@ -150,7 +156,7 @@ class RecoveryProgress(Callback):
 
     def __init__(self, console: Console, best: Best, tokens: int):
         self.console, self.best, self.tokens = console, best, tokens
-        self.bar: Progress | None = None
+        self.bar: Bar | None = None
 
     def on_train_start(self, trainer: Trainer, module: Recovery) -> None:  # type: ignore[override]
         """Start counting; a resumed run starts where it was left."""
@@ -160,7 +166,7 @@ class RecoveryProgress(Callback):
             f"validation loss {self._last():.4f} at step {self.first} of {module.steps}", highlight=False
         )
         if self.console.is_terminal:
-            self.bar = Progress(
+            self.bar = Bar(
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
