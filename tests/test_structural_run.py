@@ -51,7 +51,7 @@ def test_policy_gradient_from_the_command_line(tmp_path: Path, model: str) -> No
             output.shape[1] == seen["channels"][0] < seen["channels"][1] or seen["channels"][0] == seen["channels"][1]
         )
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "of its blocks removed" in card and "parameters are left" in card
+    assert "of its parameters removed" in card and "parameters are left" in card
     assert main(["verify", str(tmp_path / "run"), "--against", str(MODELS / model)]) == 0
     assert main(["report", str(tmp_path / "run")]) == 0
 
@@ -127,3 +127,25 @@ def test_mistakes(tmp_path: Path, stages: str, said: str) -> None:
     more = 'pattern: "50%"\n' if stages.startswith("wanda,") else ""
     done = fit(recipe(tmp_path, stages, more=more))
     assert done.returncode == 2 and said in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ('{wanda-sp: {remove: "30%", shape: free}}, wanda', "any number of channels in a block, which the groups of 4"),
+        ('{wanda-sp: {remove: "31%", shape: uniform}}, wanda', "after stage 1, `wanda-sp`"),
+        ('{wanda-sp: {remove: "30%", units: [experts]}}, wanda', "units are experts"),
+        ('{block-influence: {remove: "99%"}}', "layers can give up 75.0% of the blocks' parameters at most"),
+    ],
+)
+def test_what_a_cut_leaves_is_looked_at_by_the_dry_run(tmp_path: Path, capsys, stages: str, said: str) -> None:
+    more = 'pattern: "2:4"\n' if "wanda" in stages.split("}, ")[-1] else ""
+    assert main(["fit", "--recipe", str(recipe(tmp_path, stages, more=more)), "--dry-run"]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_uniform_cut_that_groups_divide_passes_the_dry_run(tmp_path: Path) -> None:
+    """256 channels, of which a quarter and some go; and whole layers, whatever the pattern."""
+    for stages in ('{block-influence: {remove: "25%"}}, wanda', '{wanda-sp: {remove: "5%", units: [heads]}}, wanda'):
+        more = 'pattern: "2:4"\n'
+        assert main(["fit", "--recipe", str(recipe(tmp_path, stages, more=more)), "--dry-run"]) == 0, stages

@@ -12,6 +12,7 @@ from sparsekit import registry
 from sparsekit.maths import Pattern, Quantization
 from sparsekit.model import Block, adopt, discover, locate, patches, sees_images, skeleton, vision_config
 from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
+from sparsekit.run.ahead import check_cuts
 from sparsekit.run.allocation import allocate, sample_input
 from sparsekit.run.sources import Source, from_folder
 from sparsekit.train import missing_loggers
@@ -132,6 +133,7 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
             f"{type(model).__name__} reads text, so evaluate.accuracy has nothing to measure; leave it out"
         )
     blocks = discover(model, sample_input(model))
+    check_cuts(recipe, model, blocks)
     planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks), source)
     if planned.quantization is not None:
         for block in blocks:

@@ -70,8 +70,13 @@ def choose(
 
 
 def _best_of_each(units: Units, scores: Tensor, least: int) -> Tensor:
-    """Whether a unit is among the `least` best of its part (units,); parts of one unit have none that is safe."""
+    """Whether a unit is among the `least` best of its part (units,); parts of one unit have none that is safe.
+
+    Of whole layers the best one of all is safe: a model without any is none.
+    """
     safe = torch.zeros(len(units), dtype=torch.bool)
+    if units.kinds == ["layers"]:
+        safe[_worst_first(units, scores, ~safe)[-1]] = True
     for number, part in enumerate(units.parts):
         if part.count > 1 and least:
             order = _worst_first(units, scores, units.part == number)

@@ -1,0 +1,73 @@
+"""What structural stages will leave, as far as that is known before any weight is read."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsekit import registry
+from sparsekit.contracts import share
+from sparsekit.maths import NM, parse
+from sparsekit.model import Block, adopt, discover
+from sparsekit.model.structure import Removal, choose, find_units, kinds_of
+from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
+from sparsekit.run.allocation import sample_input
+
+
+def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
+    """Cut a copy of the model, on the meta device, as the recipe's structural stages will.
+
+    Where every block loses as many units, the shape is known without scores. Where it is free (`shape: free`), an n:m
+    pattern that comes later must divide whatever number is left.
+
+    Raises:
+        ValueError: a stage removes units that the model does not have, or more than they hold, or leaves widths that
+            the pattern of a later stage does not divide.
+    """
+    stages = recipe.stages
+    if not any(effect_of(stage).cuts for stage in stages):
+        return
+    pattern = parse(recipe.pattern) if recipe.pattern is not None else None
+    model = copy.deepcopy(model)
+    blocks = adopt(model, blocks)
+    for index, stage in enumerate(stages):
+        options = _removing(stage)
+        if options is None:
+            continue
+        kinds, remove, shape = options
+        units = find_units(model, blocks, kinds)
+        mask = choose(units, torch.zeros(len(units)), remove, shape=shape)
+        later = next((each for each in stages[index + 1 :] if effect_of(each).prunes), None)
+        before = f"stage {index + 1}, `{stage.name}`"
+        if shape == "free" and kinds != ["layers"]:
+            narrow = [part for part in units.parts if part.output and part.columns.shape[1:].numel() == 1]
+            if isinstance(pattern, NM) and later and narrow and pattern.group > 1:
+                raise ValueError(
+                    f"{before}, leaves any number of {narrow[0].kind} in a block, which the groups of {pattern.group} "
+                    f"of `{later.name}` need not divide: give it `shape: uniform`, or prune to a share such as 50%"
+                )
+            return  # what is left is not known
+        Removal(units.kinds, mask, {}, torch.zeros(len(units)), {}).apply(model, blocks)
+        blocks = discover(model, sample_input(model))
+        for block in blocks if pattern is not None and later else ():
+            for name, linear in block.linears.items():
+                try:
+                    pattern.check(linear.shape[1], name)  # type: ignore[union-attr]
+                except ValueError as error:
+                    raise ValueError(f"after {before}: {error}") from error
+
+
+def _removing(stage: Stage) -> tuple[list[str], float, str] | None:
+    """The kinds of units that a structural stage removes, the share that goes, and the shape; None for other stages."""
+    if kind(stage) == "criterion":
+        function: Any = registry.load("criteria", stage.name)
+        given = options_of("criteria", stage.name, stage.options)
+        kinds = kinds_of(given["units"] or list(function.scoring.removes))
+        return kinds, share(given["remove"]), given["shape"] or function.scoring.shape
+    if not effect_of(stage).cuts:
+        return None
+    given = options_of("stages", stage.name, stage.options)
+    if not {"units", "remove", "shape"} <= given.keys():  # the names that `contracts.removing` gives these three
+        return None
+    return kinds_of(given["units"]), share(given["remove"]), given["shape"]
