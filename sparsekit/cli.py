@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsekit import __version__
 
@@ -97,8 +97,16 @@ def verify(given: argparse.Namespace) -> int:
         print(f"FAILED  {failure}")
     asked = f", {given.pattern}" if given.pattern else ""
     print(f"{given.path}: {len(found.per_linear)} linears, {found.total:.2%} zeros{asked}: ", end="")
-    print(f"{len(found.failures)} failures" if found.failures else "verified")
+    for sentence in found.unproved:
+        print(f"\nNOT PROVED  {sentence}", end="")
+    print("\n" * bool(found.unproved) + _verdict(found))
     return FAILED if found.failures else 0
+
+
+def _verdict(found: Any) -> str:
+    if found.failures:
+        return f"{len(found.failures)} failures"
+    return "what could be compared holds" if found.unproved else "verified"
 
 
 def compare(given: argparse.Namespace) -> int:

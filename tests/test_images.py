@@ -11,7 +11,7 @@ from test_run import fit
 from sparsekit.data import images
 from sparsekit.measure.images import accuracy as image_accuracy
 from sparsekit.measure.images import labelled_images
-from sparsekit.model import Checkpoint, Loaded, discover
+from sparsekit.model import Checkpoint, discover, opened
 from sparsekit.recipe import Recipe
 from sparsekit.results import verify
 from sparsekit.run.plan import sample_input
@@ -81,9 +81,9 @@ def test_what_is_on_disk_is_a_model_like_any_other(tmp_path, digits):
     folder = tmp_path / "run" / "model"
     assert "why_not" in report["exports"]["packed"]  # its names on disk are not the model's
     model = transformers.AutoModelForImageClassification.from_pretrained(folder)
-    stored = Loaded(folder)
+    stored = opened(folder)
     for name, entry in report["sparsity"]["per_linear"].items():
-        weight = stored.tensor(f"{name}.weight")
+        weight = stored[f"{name}.weight"]
         assert (weight.reshape(-1, 4) == 0).sum(1).ge(2).all() and entry["pattern"] == "2:4"
         assert torch.equal(weight, model.get_parameter(f"{name}.weight"))
     card = (folder / "README.md").read_text()

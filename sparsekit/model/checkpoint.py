@@ -1,4 +1,4 @@
-"""A folder of safetensors that is read lazily, tensor by tensor."""
+"""A folder of safetensors as transformers would read it: which files, which tensors, read lazily one by one."""
 
 import hashlib
 import json
@@ -11,32 +11,70 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
 
 class Checkpoint:
     """A folder of safetensors: names and shapes from the headers, tensors one at a time.
 
+    Which files are read is what transformers reads: the one that config.json names under `transformers_weights`, else
+    model.safetensors, else the shards of its index.
+
+    files: those, in the order in which transformers reads them; doubled: names that are in several of them, of which
+    the last one counts; unread: other files of weights in the folder
+
     Raises:
-        ValueError: the folder is no checkpoint, a shard is missing, or a file is truncated.
+        ValueError: the folder is no checkpoint, a shard is missing or outside of it, or a file is truncated.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / "config.json").is_file():
-            raise ValueError(f"{self.folder} is no checkpoint: it has no config.json; give a folder that has one")
-        self.files = sorted(self.folder.glob("*.safetensors"))
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-            absent = sorted(shard for shard in shards if not (self.folder / shard).is_file())
-            if absent:
-                raise ValueError(f"{self.folder} is incomplete: its index names {absent[0]}, which is not there")
-            self.files = sorted(self.folder / shard for shard in shards)
-        if not self.files:
-            raise ValueError(f"{self.folder} holds no safetensors; sparsekit reads weights from safetensors only")
+        self.config = read_json(self.folder / "config.json", f"{self.folder} is no checkpoint: it has no config.json")
+        self.files = self._resolved()
         self.where: dict[str, Path] = {}
+        self.doubled: list[str] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
             with _opened(file) as handle:
-                self.where.update(dict.fromkeys(handle.keys(), file))
+                names = handle.keys()
+                self.doubled += [name for name in names if name in self.where]
+                self.where.update(dict.fromkeys(names, file))
+                self.shapes.update({name: tuple(handle.get_slice(name).get_shape()) for name in names})
+
+    def _resolved(self) -> list[Path]:
+        named = self.config.get("transformers_weights")
+        if named is None:
+            named = SINGLE if (self.folder / SINGLE).is_file() else INDEX
+            if not (self.folder / named).is_file():
+                others = sorted(file.name for file in self.folder.glob("*.safetensors"))
+                found = f"; {others[0]} is a file that transformers would not find by itself" if others else ""
+                raise ValueError(
+                    f"{self.folder} holds no safetensors under the names that transformers reads ({SINGLE} or "
+                    f"{INDEX}); sparsekit reads weights from safetensors only{found}"
+                )
+        file = self._inside(named, "config.json")
+        if not str(named).endswith(".index.json"):
+            return [file]
+        index = read_json(file, f"{self.folder} is incomplete: {named} is not there")
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{file} is no index: its weight_map must give the file of every tensor")
+        return [self._inside(shard, "its index") for shard in sorted({str(each) for each in shards.values()})]
+
+    def _inside(self, name: Any, who: str) -> Path:
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise ValueError(f"{self.folder}: {who} names {name!r}; weights must be files of the folder itself")
+        if not (self.folder / name).is_file():
+            raise ValueError(f"{self.folder} is incomplete: {who} names {name}, which is not there")
+        return self.folder / name
+
+    @property
+    def unread(self) -> list[str]:
+        """Files of weights in the folder and below it, by their paths in it, that transformers does not read."""
+        found = (file for file in self.folder.rglob("*") if file.suffix.lower() in WEIGHTS and file.is_file())
+        read = set(self.files)
+        return sorted(str(file.relative_to(self.folder)) for file in found if file not in read)
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
@@ -60,27 +98,28 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header."""
-        with _opened(self.where[name]) as handle:
-            return tuple(handle.get_slice(name).get_shape())
-
-    def key(self, name: str, prefix: str = "") -> str:
-        """The name in the files of the parameter that the model calls `name`.
-
-        Checkpoints of a bare model leave out the head model's `prefix` ("transformer.", "model.").
-        """
-        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if candidate in self.where:
-                return candidate
-        raise ValueError(f"{self.folder} holds no tensor {name}; its layers must be stored under the model's own names")
-
-    def names(self, prefix: str = "") -> set[str]:
-        """What the model may call the tensors: as they are stored, and with or without its `prefix`; see `key`."""
-        start = f"{prefix}."
-        return {*self, *(start + name for name in self), *(name.removeprefix(start) for name in self)}
+        return self.shapes[name]
 
     def digest(self) -> str:
         """SHA-256 over all weight files: two checkpoints with the same digest hold the same bits."""
         return _digest(self.files)
+
+
+def read_json(file: Path, absent: str = "") -> dict[str, Any]:
+    """A JSON file that holds a mapping.
+
+    Raises:
+        ValueError: it is not there (with the sentence `absent`), is no JSON, or something else than a mapping.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{absent or f'there is no {file}'}; give a folder that has one") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read as JSON ({type(error).__name__}); restore it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, must be a mapping; restore it")
+    return content
 
 
 def _digest(files: list[Path]) -> str:
@@ -96,7 +135,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} is damaged or truncated ({os.path.getsize(file):,} bytes: {error}); fetch or write it again"
         ) from error

@@ -1,14 +1,15 @@
 """Plain checkpoints, opened by transformers."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsekit.model.checkpoint import Checkpoint
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 
 
 def load_plain(folder: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
@@ -17,44 +18,13 @@ def load_plain(folder: Path, *, dtype: str | None = None, trust_remote_code: boo
     Raises:
         ValueError: a parameter has no tensor in the checkpoint (transformers would fill it with random numbers).
     """
-    model, info = _load(folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+    model, info = auto_class(folder).from_pretrained(
+        folder, output_loading_info=True, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+    )
     lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if lost:
         raise ValueError(f"{folder} lacks {len(lost)} tensors of {type(model).__name__}, the first is {lost[0]}")
     return model.eval(), load_tokenizer(folder, trust_remote_code=trust_remote_code)
-
-
-def missing_tensors(folder: Path, trust_remote_code: bool = False) -> set[str]:
-    """The parameters that transformers would fill with random numbers, found by loading the whole checkpoint."""
-    return set(_load(folder, dtype="auto", trust_remote_code=trust_remote_code)[1]["missing_keys"])
-
-
-def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    loader = auto_class(folder)
-    return loader.from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[no-any-return]
-
-
-class Loaded(Checkpoint):
-    """A checkpoint that is stored under other names than its model has, as ViT's are, by those that the model has."""
-
-    def __init__(self, folder: str | Path, trust_remote_code: bool = False):
-        super().__init__(folder)
-        model, info = _load(self.folder, dtype="auto", trust_remote_code=trust_remote_code)
-        lost = {*info["missing_keys"], *(str(key) for key in info.get("mismatched_keys", ()))}
-        self.state = {name: tensor for name, tensor in model.state_dict().items() if name not in lost}
-        self.where = dict.fromkeys(self.state, self.files[0])
-
-    def tensor(self, name: str) -> Tensor:
-        """As `Checkpoint.tensor`."""
-        return self.state[name]
-
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """As `Checkpoint.tensors`."""
-        return {name: self.state[name] for name in names}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """As `Checkpoint.shape`."""
-        return tuple(self.state[name].shape)
 
 
 def auto_class(folder: Path) -> Any:
@@ -105,6 +75,24 @@ def _image_processor(folder: Path) -> Any:
         raise ValueError(f"{folder} holds no image processor that transformers can read: {error}") from error
 
 
+def check_layers(folder: Path) -> None:
+    """Raise ValueError for a config of more layers than tensors are stored: building them could take all day.
+
+    Nothing is said of a folder without weights.
+    """
+    try:
+        stored = Checkpoint(folder)
+    except ValueError:
+        return
+    for key in LAYERS:
+        count = stored.config.get(key)
+        if count is not None and (type(count) is not int or not 0 <= count <= len(stored.where)):
+            raise ValueError(
+                f"{folder / 'config.json'} says {key}: {count!r}, and there are {len(stored.where)} tensors; it is not "
+                "the config of these weights"
+            )
+
+
 def plain_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """The model's structure on the meta device: modules and shapes, no weights read, no memory used.
 
@@ -117,8 +105,8 @@ def plain_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Modul
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = auto_class(folder).from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a config's numbers may be anything, and so is what its class then raises
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
             f"{folder} holds no causal language model, and no vision model, that transformers can build: {reason}"
         ) from error

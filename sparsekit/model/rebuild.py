@@ -20,7 +20,6 @@ def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
         ValueError: transformers has no such model, or refuses the config.
     """
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
     given = dict(config)
     kind = str(given.pop("model_type", None))
@@ -28,8 +27,9 @@ def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
         made = transformers.AutoConfig.for_model(kind, **given)
         with torch.device(device) if device else _Unfilled():
             return transformers.AutoModelForCausalLM.from_config(made).eval()
-    except (ValueError, StrictDataclassError) as error:
-        raise ValueError(f"transformers cannot build a {kind} of this config: {str(error).splitlines()[-1]}") from error
+    except Exception as error:  # a config's numbers may be anything, and so is what its class then raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(f"transformers cannot build a {kind} of this config: {reason}") from error
 
 
 def build_from(folder: Path) -> nn.Module:

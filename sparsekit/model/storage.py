@@ -14,9 +14,10 @@ from torch import nn
 from sparsekit.model import layouts
 from sparsekit.model.checkpoint import Checkpoint
 from sparsekit.model.folders import locate
-from sparsekit.model.loading import auto_class, load_plain, plain_skeleton
+from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton
 from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.structure.shape import Shape
+from sparsekit.model.tensors import Tensors, tied_names
 from sparsekit.system import disk_errors, make_readable, sync
 
 GENERATION = "generation_config.json"
@@ -144,6 +145,7 @@ def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Modul
     """
     if resized_by(folder):
         return build_resized(Path(folder), weights=False)
+    check_layers(Path(folder))
     shape = Shape.read(folder)
     if shape is None or shape.layout == "plain":
         return plain_skeleton(Path(folder), trust_remote_code=trust_remote_code)
@@ -170,9 +172,14 @@ def loading_code(folder: str | Path) -> str:
     )
 
 
-def tied_names(model: Any) -> dict[str, str]:
-    """The parameters of a model that are copies: name -> the name of what they are tied to."""
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+def opened(folder: str | Path, *, trust_remote_code: bool = False) -> Tensors:
+    """A checkpoint's tensors by the names of its model, read one at a time.
+
+    Raises:
+        ValueError: the folder is no checkpoint, is damaged, or is of a model that cannot be built.
+    """
+    stored = Checkpoint(folder)
+    return Tensors(stored, skeleton(stored.folder, trust_remote_code=trust_remote_code))
 
 
 def _tokenizer(folder: Path, model: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsekit.contracts import Exporter, Finished
 from sparsekit.maths import Grid, Quantization
-from sparsekit.model import Checkpoint, is_linear, plain_skeleton
+from sparsekit.model import Checkpoint, Tensors, is_linear, opened
 from sparsekit.system import sync, write_json, write_tensors
 
 _BITS = (4, 8)
@@ -53,12 +53,11 @@ def check_packable(
     source: str | Path, quantizations: Mapping[str, Quantization], *, trust_remote_code: bool = False
 ) -> None:
     """Raise ValueError where `export_packed` would, by shapes alone."""
-    checkpoint = Checkpoint(source)
-    model = plain_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
-    modules = {name: module for name, module in model.named_modules() if is_linear(module)}
+    stored = opened(source, trust_remote_code=trust_remote_code)
+    modules = {name: module for name, module in stored.model.named_modules() if is_linear(module)}
     for name, kind in quantizations.items():
         _check(name, kind, modules)
-        checkpoint.key(f"{name}.weight", str(model.base_model_prefix))
+        _key(stored, name)
     _config(dict(quantizations), list(modules))
 
 
@@ -80,14 +79,14 @@ def export_packed(
             stored transposed (GPT-2).
         OSError: the disk is full or the folder cannot be written.
     """
-    checkpoint, target = Checkpoint(source), Path(target)
-    model = plain_skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
+    stored, target = opened(source, trust_remote_code=trust_remote_code), Path(target)
+    checkpoint = stored.stored
     kinds = {name: Quantization.of(given) for name, given in quantizations.items()}
-    modules = {name: module for name, module in model.named_modules() if is_linear(module)}
+    modules = {name: module for name, module in stored.model.named_modules() if is_linear(module)}
     keys = {}
     for name, kind in kinds.items():
         _check(name, kind, modules)
-        keys[checkpoint.key(f"{name}.weight", str(model.base_model_prefix))] = name
+        keys[_key(stored, name)] = name
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = _config(kinds, list(modules))
     aside = target.with_name(f".{target.name}.part")
@@ -113,6 +112,17 @@ def export_packed(
         sync(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _key(stored: Tensors, name: str) -> str:
+    """The stored name of a linear's weight, which must be the model's own but for the prefix of a bare model."""
+    full = f"{name}.weight"
+    key = stored.direct.get(full)
+    if key is None or not full.endswith(key):
+        raise ValueError(
+            f"{stored.stored.folder} holds no tensor {full}; its layers must be stored under the model's own names"
+        )
+    return key
 
 
 def read_packed(folder: str | Path) -> Iterator[tuple[str, tuple[Tensor, Grid]]]:

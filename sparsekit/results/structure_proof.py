@@ -1,7 +1,6 @@
 """Proof from disk that a cut model is its source with units taken out, and changed only where that is said."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,16 @@ from torch import Tensor, nn
 
 from sparsekit.model import (
     Checkpoint,
+    Tensors,
     build_from,
     choose_layout,
     difference,
     find_blocks,
     is_linear,
+    read_json,
     skeleton,
     tied_names,
 )
-from sparsekit.model import load as load_model
 from sparsekit.model.structure import (
     COUNTED,
     Cuts,
@@ -31,36 +31,7 @@ from sparsekit.model.structure import (
     trace,
     whole_layers,
 )
-
-
-class Weights(Mapping[str, Tensor]):
-    """A checkpoint's tensors by the names that its model gives them, read one at a time.
-
-    Where a family is stored under other names than its model has, it is loaded whole.
-
-    Raises:
-        ValueError: the folder is no checkpoint, is damaged, or lacks a tensor that the model needs.
-    """
-
-    def __init__(self, folder: Path, model: nn.Module, trust_remote_code: bool = False):
-        self.stored = Checkpoint(folder)
-        prefix, needed = str(model.base_model_prefix), model.state_dict().keys()
-        # files of a bare model leave out its prefix
-        bare = {key: f"{prefix}.{key}" for key in self.stored if key not in needed}
-        self.where = {bare[key] if bare.get(key) in needed else key: key for key in self.stored}
-        self.loaded: dict[str, Tensor] | None = None
-        if needed - self.where.keys() - tied_names(model).keys():
-            self.loaded = load_model(folder, trust_remote_code=trust_remote_code)[0].state_dict()
-            self.where = {name: name for name in self.loaded}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.stored.tensor(self.where[name]) if self.loaded is None else self.loaded[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.where)
-
-    def __len__(self) -> int:
-        return len(self.where)
+from sparsekit.results.soundness import bad_values, unsound
 
 
 def prove_structure(
@@ -98,18 +69,20 @@ def prove_structure(
     layers = begun.layers if begun else whole_layers(dense)
     if cuts is None and list(layers) != whole_layers(dense):
         raise ValueError(f"{source} is cut itself; compare with the checkpoint that nothing was cut out of")
-    origin = Weights(Path(source), dense, trust_remote_code)
+    origin = Tensors(Checkpoint(source), dense)
     free = {*changed, *(shape.changed if cuts is None else ())}
+    home = find_blocks(model)[0].name.rpartition(".")[0] + "."
+    told = shape.changed if cuts is None else ()
+    failures = [
+        f"structure.json says that {name} was changed, which is in no block" for name in told if home not in f"{name}."
+    ]
     cuts = _told_cuts(shape, dense) if cuts is None else cuts
     traced = _traced(origin, dense, model, cuts)
-    try:
-        stored = Weights(Path(folder), model, trust_remote_code)
-    except ValueError as error:
-        return [str(error)]
-    failures, spare = list(_unfit(stored, model)), 0
+    stored = Tensors(Checkpoint(folder), model)
+    failures += unsound(stored)
+    spare = 0
     for name, tensor in stored.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            failures.append(f"{name} contains NaN or Inf")
+        failures += bad_values(stored, name, tensor)
         if name in traced:
             expected = traced[name].read(origin)
             expected = expected.to(tensor.dtype) if cast else expected
@@ -125,7 +98,7 @@ def prove_structure(
     return failures + _untrue(Path(folder), shape)
 
 
-def _traced(origin: Weights, dense: nn.Module, model: nn.Module, cuts: Cuts) -> dict[str, Origin]:
+def _traced(origin: Tensors, dense: nn.Module, model: nn.Module, cuts: Cuts) -> dict[str, Origin]:
     turned = {name for name, module in dense.named_modules() if is_linear(module) and not isinstance(module, nn.Linear)}
     begin = {name: Origin(name, transposed=name.rpartition(".")[0] in turned) for name in origin}
     traced = trace(begin, find_blocks(dense)[0].name.rpartition(".")[0], cuts)
@@ -133,18 +106,6 @@ def _traced(origin: Weights, dense: nn.Module, model: nn.Module, cuts: Cuts) -> 
         if copy in traced:
             traced.setdefault(kept, traced[copy])
     return traced
-
-
-def _unfit(stored: Weights, model: nn.Module) -> Iterator[str]:
-    """Where shapes are not what the config says, or tied weights are stored twice and differ."""
-    copies = tied_names(model)
-    for name, tensor in model.state_dict().items():
-        if name in stored.where:
-            seen, twin = stored[name], copies.get(name)
-            if seen.shape != tensor.shape:
-                yield f"{name} has shape {tuple(seen.shape)}, by the config {tuple(tensor.shape)}"
-            elif twin in stored.where and not torch.equal(seen, stored[twin]):
-                yield f"{name} and {twin} are tied in the config but differ on disk"
 
 
 def _unequal(name: str, tensor: Tensor, expected: Tensor, source: Any, changed: bool) -> list[str]:
@@ -194,11 +155,9 @@ def _told_cuts(shape: Shape, dense: nn.Module) -> Cuts:
 
 def _untrue(folder: Path, shape: Shape) -> list[str]:
     """Where config.json and the modeling file are not what goes with structure.json."""
-    if shape.layout == "plain":
-        return []  # its config was compared with every tensor
     layout = choose_layout(shape.build(), shape)
     failures = []
-    if json.loads((folder / "config.json").read_text(encoding="utf-8")) != layout.config:
+    if read_json(folder / "config.json") != layout.config:
         failures.append("config.json does not say what structure.json says")
     for name, text in layout.files.items():
         if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text:

@@ -1,8 +1,7 @@
 """Prove from disk that a checkpoint is what it should be. Works on anybody's checkpoint folder."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,24 @@ import torch
 from torch import Tensor
 
 from sparsekit.maths import NM, Quantization, Unstructured, parse
-from sparsekit.model import Checkpoint, Linear, Loaded, find_blocks, missing_tensors, resized_by, skeleton
-from sparsekit.model.structure import Shape
+from sparsekit.model import Linear, Tensors, find_blocks, opened, resized_by, tied_names
+from sparsekit.model.structure import Cuts, Shape
+from sparsekit.results.settings_proof import prove_settings
+from sparsekit.results.soundness import bad_values, unsound
 from sparsekit.results.structure_proof import prove_structure
 
 
 @dataclass
 class Verification:
-    """What was found: failures (sentences; none means verified), and each block linear's zeros."""
+    """What was found.
+
+    failures: sentences; none: everything that was asked holds
+    unproved: sentences about what could not be compared with anything, so that nothing is known of it
+    per_linear: each block linear's zeros
+    """
 
     failures: list[str] = field(default_factory=list)
+    unproved: list[str] = field(default_factory=list)
     per_linear: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -38,121 +45,104 @@ def verify(
     patterns: dict[str, str] | None = None,
     quantization: Quantization | None = None,
     trained: Collection[str] = (),
+    changed: Collection[str] | None = None,
+    cuts: Cuts | None = None,
     cast: bool = False,
     trust_remote_code: bool = False,
 ) -> Verification:
-    """Re-open a checkpoint and check it tensor by tensor.
+    """Re-open a checkpoint as transformers would and check it tensor by tensor.
 
-    Always: every tensor that the model needs is there, finite, tied weights agree, no -0.0 in the blocks' linears.
+    Always: every tensor that the model needs is there once, of the right shape, finite, and nothing else is there; tied
+    weights agree, no -0.0 in the blocks' linears.
     pattern: every linear of the blocks must have it ("2:4", "50%"; of an unstructured one's zeros, rounding may lose
         less than one a row or a column, whatever the scope of the mask was).
     patterns: name of a linear -> its own pattern; linears that are not named count as not pruned.
     masks: name of a linear -> what was kept (out, in); a weight outside it must be zero.
     quantization: every weight of the linears must lie on such a grid.
     trained: names of other parameters that a stage says it changed, such as norms and biases.
-    against: the source checkpoint; everything but the weights of the blocks' linears must equal it bit for bit, and
-        the linears' shapes and dtypes must be the same.
-    A checkpoint that structures were cut out of is compared row by row and column by column (`structure.proof`).
+    changed: where it is known, all names whose values may differ from the source's; None: the weights of the blocks'
+        linears and `trained`
+    against: the source checkpoint; everything but what was changed must equal it bit for bit, shapes and dtypes must
+        be the same, and so must config, tokenizer and generation config.
+    cuts: how structures were cut out of the source, where it is known; None: as the folder's structure.json tells
     cast: compare with `against` after casting it to the checkpoint's dtype, for a run that changed the dtype.
 
     Raises:
         ValueError: the folder is no checkpoint, a file is truncated, or the pattern cannot be read.
     """
-    checkpoint = Checkpoint(path)
-    if against is not None and (stage := resized_by(checkpoint.folder)):
+    asked = parse(pattern) if pattern is not None else None
+    stored = opened(path, trust_remote_code=trust_remote_code)
+    folder, result = stored.stored.folder, Verification()
+    if against is not None and (stage := resized_by(folder)):
         raise ValueError(
             f"{path} was resized by `{stage}`, which changes every tensor, so there is nothing to compare with a "
             "source; verify it without one"
         )
-    asked = parse(pattern) if pattern is not None else None
-    model = skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
-    prefix = str(model.base_model_prefix)
-    linears = {linear.name: linear for block in find_blocks(model) for linear in block.linears.values()}
-    kind: Any = Checkpoint
-    if not checkpoint.names(prefix) >= {f"{name}.weight" for name in linears}:
-        kind = partial(Loaded, trust_remote_code=trust_remote_code)
-        checkpoint = kind(path)
-    source = kind(against) if against is not None else None
+    linears = {linear.name: linear for block in find_blocks(stored.model) for linear in block.linears.values()}
     if patterns is not None:
         linears = {name: linear for name, linear in linears.items() if name in patterns}
-    result = Verification()
     weights = {f"{name}.weight": name for name in linears}
-    cut = Shape.read(checkpoint.folder) is not None
-    result.failures += _structure(model, checkpoint, prefix, trust_remote_code, cut)
-    if cut and source is not None:
-        names = {f"{name}.weight" for name in patterns or ()} | set(trained)
-        result.failures += prove_structure(
-            checkpoint.folder, source.folder, changed=names, cast=cast, trust_remote_code=trust_remote_code
-        )
-    for key in checkpoint:
-        name = weights.get(key) or weights.get(f"{prefix}.{key}")
-        tensor = checkpoint.tensor(key)
-        if tensor.is_floating_point() and not _finite(tensor):
-            result.failures.append(f"{key} contains NaN or Inf")
-        if source is not None and not cut:
-            changed = name is not None or key in trained or f"{prefix}.{key}" in trained
-            result.failures += _unchanged(key, tensor, source, prefix, weight=changed, cast=cast)
-        if name is not None:
-            wanted = parse(patterns[name]) if patterns is not None else asked
-            _linear(linears[name], tensor, wanted, (masks or {}).get(name), result)
+    cut = Shape.read(folder) is not None
+    free = set(changed) if changed is not None else {*trained, *(weights if not cut or patterns else ())}
+    result.failures += unsound(stored)
+    source = None
+    if against is not None:
+        against = Path(against)
+        result.failures += prove_settings(folder, against, cast=cast, cut=cut, trust_remote_code=trust_remote_code)
+        if cut:
+            result.failures += prove_structure(
+                folder, against, cuts, changed=free, cast=cast, trust_remote_code=trust_remote_code
+            )
+            result.unproved += _told(folder, free) if cuts is None else []
+        else:
+            source = opened(against, trust_remote_code=trust_remote_code)
+            result.failures += _absent(stored, source)
+    state = stored.model.state_dict()
+    for name, tensor in stored.items():
+        result.failures += bad_values(stored, name, tensor)
+        if source is not None:
+            result.failures += _unchanged(name, tensor, source, free=name in free, cast=cast)
+        if name in weights and tensor.shape == state[name].shape and not tensor.is_complex():
+            linear = weights[name]
+            wanted = parse(patterns[linear]) if patterns is not None else asked
+            _linear(linears[linear], tensor, wanted, (masks or {}).get(linear), result)
             if quantization is not None:
-                result.failures += _off_grid(linears[name], tensor, quantization)
+                result.failures += _off_grid(linears[linear], tensor, quantization)
+    result.failures = list(dict.fromkeys(result.failures))
     return result
 
 
-def _finite(tensor: Tensor) -> bool:
-    """No NaN and no Inf: the extremes tell, in one pass without a mask."""
-    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+def _told(folder: Path, known: Collection[str]) -> list[str]:
+    """What structure.json alone says was changed."""
+    shape = Shape.read(folder)
+    names = sorted(set(shape.changed) - set(known)) if shape is not None else []
+    if not names:
+        return []
+    return [
+        f"{len(names)} tensors, the first is {names[0]}: structure.json says that they were changed, and nothing tells "
+        "to what"
+    ]
 
 
-def _structure(model: Any, checkpoint: Checkpoint, prefix: str, trust_remote_code: bool, cut: bool) -> list[str]:
-    """Missing tensors (transformers would fill them with random numbers), wrong shapes, untied copies."""
-    failures, absent = [], []
-    state = model.state_dict()
-    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})  # copy -> what it is tied to
-    for name, tensor in state.items():
-        try:
-            key = checkpoint.key(name, prefix)
-        except ValueError:
-            if name not in tied and name not in tied.values():
-                absent.append(name)
-            continue
-        shape = checkpoint.shape(key)
-        if shape != tuple(tensor.shape):
-            failures.append(f"{name} has shape {shape}, the config says {tuple(tensor.shape)}")
-        partner = tied.get(name)
-        if (
-            partner is not None
-            and partner in checkpoint
-            and not torch.equal(checkpoint.tensor(key), checkpoint.tensor(partner))
-        ):
-            failures.append(f"{name} and {partner} are tied in the config but differ on disk")
-    if absent:  # some families are stored under other names (experts one by one): only loading tells
-        lost = absent if cut else missing_tensors(checkpoint.folder, trust_remote_code)
-        failures += [f"{name} is missing: loading would fill it with random numbers" for name in absent if name in lost]
-    for copy, kept in tied.items():
-        if not any(stored_key(checkpoint, name, prefix) for name in (copy, kept)):
-            failures.append(f"{copy} and {kept} are tied and neither is stored")
-    return failures
+def _absent(stored: Tensors, source: Tensors) -> Iterator[str]:
+    """What of the source is not there."""
+    for name in source:
+        if name not in stored and name not in tied_names(stored.model):
+            yield f"{name} is in {source.stored.folder} and not here"
+    for key in source.unused:
+        yield f"{key} of {source.stored.folder} is no tensor of {type(stored.model).__name__}, and is gone"
 
 
-def stored_key(checkpoint: Checkpoint, name: str, prefix: str) -> str | None:
-    """The stored name of a parameter, or None."""
-    try:
-        return checkpoint.key(name, prefix)
-    except ValueError:
-        return None
-
-
-def _unchanged(key: str, tensor: Tensor, source: Checkpoint, prefix: str, *, weight: bool, cast: bool) -> list[str]:
-    origin = stored_key(source, key, prefix)
-    if origin is None:
-        return [f"{key} is not in {source.folder}"]
-    dense = source.tensor(origin)
+def _unchanged(name: str, tensor: Tensor, source: Tensors, *, free: bool, cast: bool) -> list[str]:
+    folder = source.stored.folder
+    origin = name if name in source else tied_names(source.model).get(name, name)
+    if origin not in source:
+        return [f"{name} is not in {folder}"]
+    dense = source[origin]
     dense = dense.to(tensor.dtype) if cast else dense
     if dense.shape != tensor.shape or dense.dtype != tensor.dtype:
-        return [f"{key} is {tensor.dtype} {tuple(tensor.shape)}, in {source.folder} {dense.dtype} {tuple(dense.shape)}"]
-    return [] if weight or torch.equal(dense, tensor) else [f"{key} differs from {source.folder}"]
+        return [f"{name} is {tensor.dtype} {tuple(tensor.shape)}, in {folder} {dense.dtype} {tuple(dense.shape)}"]
+    return [] if free or torch.equal(dense, tensor) else [f"{name} differs from {folder}"]
 
 
 def _off_grid(linear: Linear, stored: Tensor, quantization: Quantization) -> list[str]:

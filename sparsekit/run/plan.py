@@ -1,5 +1,6 @@
 """What a recipe comes to on a given model, known before any weight is read: blocks, groups, patterns, estimates."""
 
+import warnings
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekit import registry
 from sparsekit.maths import Pattern, Quantization
-from sparsekit.model import Block, adopt, discover, locate, patches, sees_images, skeleton, vision_config
+from sparsekit.model import Block, Tensors, adopt, discover, locate, opened, patches, sees_images, vision_config
 from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
 from sparsekit.run.ahead import check_cuts
 from sparsekit.run.allocation import allocate, sample_input
@@ -123,7 +124,9 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
     else:
         dense = locate(recipe.model.model_dump())
         folder = locate(recipe.from_) if recipe.from_ else dense
-        model = skeleton(folder, trust_remote_code=recipe.model.trust_remote_code)
+        stored = opened(folder, trust_remote_code=recipe.model.trust_remote_code)
+        _account(stored)
+        model = stored.model
         model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
         source = from_folder(folder, dense, trust_remote_code=recipe.model.trust_remote_code)
     if sees_images(model):
@@ -140,6 +143,34 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
             for name, linear in block.linears.items():
                 planned.quantization.columns(linear.shape[1], name)
     return planned
+
+
+def _account(stored: Tensors) -> None:
+    """Every tensor of the source is loaded, or said not to be.
+
+    Raises:
+        ValueError: the model that would be pruned is only a part of the checkpoint, or lacks tensors.
+    """
+    folder, name = stored.stored.folder, type(stored.model).__name__
+    if stored.unused:
+        raise ValueError(
+            f"{folder} holds {len(stored.unused)} tensors that {name} has no place for, the first is "
+            f"{stored.unused[0]}: they would be lost, so this model cannot be pruned yet"
+        )
+    if stored.missing:
+        raise ValueError(f"{folder} lacks {len(stored.missing)} tensors of {name}, the first is {stored.missing[0]}")
+    if stored.ignored:
+        warnings.warn(
+            f"{len(stored.ignored)} tensors of {folder}, the first is {stored.ignored[0]}, are left out by {name} of "
+            "transformers itself, and so by the result",
+            stacklevel=3,
+        )
+    if unread := stored.stored.unread:
+        warnings.warn(
+            f"{folder} also holds {', '.join(unread[:3])}{' and others' * (len(unread) > 3)}, which transformers does "
+            "not read: neither is it pruned",
+            stacklevel=3,
+        )
 
 
 def _machine(recipe: Recipe) -> list[str]:

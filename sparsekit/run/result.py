@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sparsekit.model import Block, Checkpoint, find_blocks, resized_by, save_model, skeleton, write_model, write_resized
 from sparsekit.model.structure import COUNTED, Cuts, Shape
-from sparsekit.results import MASKS, commits_of, masks, prove_structure, verify
+from sparsekit.results import MASKS, commits_of, masks, verify
 from sparsekit.run.plan import Plan
 from sparsekit.run.sequence import RESIZED, Outcome
 from sparsekit.system import write_atomically, write_tensors
@@ -52,30 +52,23 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
     """
     trust, cast = planned.recipe.model.trust_remote_code, planned.recipe.model.dtype != "auto"
     pruned = (output / MASKS).is_file()
-    cut = Shape.read(output / "model") is not None
-    failures: list[str] = []
     if resized_by(output / "model"):  # nothing of the source is left to compare with
         found = verify(output / "model", patterns={}, trust_remote_code=trust)
         left = Checkpoint(output / "model")
         made = load_file(commits_of(output, len(planned.segments) - 1).folder / RESIZED)
         same = set(left) == made.keys() and all(torch.equal(left.tensor(name), made[name]) for name in made)
         return found.failures + ([] if same else ["what is on disk is not what the stage left"])
-    if cut:
-        failures += prove_structure(
-            output / "model", planned.folder, cuts, changed=changed, cast=cast, trust_remote_code=trust
-        )
-    if pruned or not cut:
-        failures += verify(
-            output / "model",
-            against=None if cut else planned.folder,
-            masks=masks(output) if pruned else None,
-            patterns=patterns,
-            quantization=planned.quantization,
-            trained=changed,
-            cast=cast,
-            trust_remote_code=trust,
-        ).failures
-    return failures
+    return verify(
+        output / "model",
+        against=planned.folder,
+        masks=masks(output) if pruned else None,
+        patterns=patterns,
+        quantization=planned.quantization,
+        changed=changed,
+        cuts=cuts,
+        cast=cast,
+        trust_remote_code=trust,
+    ).failures
 
 
 def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsekit.model import Block, Checkpoint, Linear, load, load_tokenizer
+from sparsekit.model import Block, Checkpoint, Linear, load, load_tokenizer, opened
 from sparsekit.walk import digests
 
 DenseWeight = Callable[[Linear], Tensor]
@@ -36,10 +36,8 @@ def from_folder(folder: Path, dense: Path, *, trust_remote_code: bool = False) -
     """The checkpoint that a run begins with. dense: of the model that was never pruned, which may be the same."""
 
     def weights(model: nn.Module, blocks: list[Block]) -> DenseWeight | None:
-        stored, prefix = Checkpoint(folder), str(model.base_model_prefix)
-        if not stored.names(prefix) >= {f"{name}.weight" for block in blocks for name in block.linears}:
-            return None  # stored under other names; in memory are the source's weights, as nothing was pruned yet
-        return lambda linear: linear.stored(stored.tensor(stored.key(f"{linear.name}.weight", prefix)))
+        stored = opened(folder, trust_remote_code=trust_remote_code)
+        return lambda linear: linear.stored(stored[f"{linear.name}.weight"])
 
     return Source(
         str(folder),

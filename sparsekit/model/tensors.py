@@ -1,0 +1,124 @@
+"""A checkpoint's tensors by the names that its model has: what `from_pretrained` of transformers would load."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.model.checkpoint import Checkpoint
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a model in a checkpoint, by their names in the model, read and converted one at a time.
+
+    Families whose files have other names than the model (ViT), or other tensors (experts one by one on disk, fused in
+    memory), go through the renamings and conversions of transformers itself. Tied copies are left out unless they are
+    stored.
+
+    model: as the checkpoint's config says, on the meta device
+    doubled: names that several stored tensors would become; unused: stored names that become no tensor of the model,
+    without those that its class says it ignores, which are in `ignored`
+
+    Raises:
+        ValueError: stored tensors cannot be converted.
+    """
+
+    def __init__(self, stored: Checkpoint, model: Any):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+        self.stored, self.model = stored, model
+        needed = model.state_dict()
+        transforms = get_model_conversion_mapping(model)
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        renamings: list[Any] = [each for each in transforms if not isinstance(each, WeightConverter)]
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        self.direct: dict[str, str] = {}  # name in the model -> stored name
+        self.made: dict[str, str] = {}  # name in the model -> the group it is made with
+        self.groups: dict[str, _Group] = {}
+        self.unused: list[str] = []
+        self.doubled: list[str] = []
+        for key in sorted(stored, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, needed)
+            if name not in needed and key in needed:  # renamed already, as sparsekit's own layouts are
+                name, pattern = rename_source_key(key, [], [], model.base_model_prefix, needed)
+            if name not in needed:
+                self.unused.append(key)
+            elif pattern is not None:
+                group = self.groups.setdefault(name, _Group(by_pattern[pattern], name))
+                group.parts.append((key, pattern))
+            elif name in self.direct:
+                self.doubled.append(name)
+            else:
+                self.direct[name] = key
+        self.sizes = {name: stored.shape(key) for name, key in self.direct.items()}
+        for first, group in self.groups.items():
+            for name, tensor in group.convert(lambda key: torch.empty(stored.shape(key), device="meta"), model).items():
+                if name in self.made or name in self.direct:
+                    self.doubled.append(name)
+                self.made[name], self.sizes[name] = first, tuple(tensor.shape)
+        patterns = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        self.ignored = [key for key in self.unused if any(each.search(key) for each in patterns)]
+        self.unused = [key for key in self.unused if key not in set(self.ignored)]
+        self._kept: tuple[str, dict[str, Tensor]] = ("", {})  # the group that was made last
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name, in the dtype of the file."""
+        if name in self.direct:
+            return self.stored.tensor(self.direct[name])
+        first = self.made[name]
+        if self._kept[0] != first:
+            self._kept = ("", {})
+            self._kept = (first, self.groups[first].convert(self.stored.tensor, self.model))
+        return self._kept[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.direct
+        yield from self.made
+
+    def __len__(self) -> int:
+        return len(self.direct) + len(self.made)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.direct or name in self.made
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; no weight is read."""
+        return self.sizes[name]
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the model that nothing is stored for; transformers would fill them with random numbers."""
+        tied = tied_names(self.model)
+        partners = {*tied, *tied.values()}
+        lost = [name for name in self.model.state_dict() if name not in self and name not in partners]
+        return lost + [copied for copied, kept in tied.items() if copied not in self and kept not in self]
+
+
+class _Group:
+    """Stored tensors that are converted together. first: the name in the model that leads to them."""
+
+    def __init__(self, converter: Any, first: str):
+        self.converter, self.first = converter, first
+        self.parts: list[tuple[str, str]] = []  # stored name, pattern of the converter
+
+    def convert(self, read: Any, model: nn.Module) -> dict[str, Tensor]:
+        """What is made of them, by names in the model. read: gives a stored tensor by its name."""
+        work = copy.deepcopy(self.converter)
+        try:
+            for key, pattern in self.parts:
+                work.add_tensor(self.first, key, pattern, lambda key=key: read(key))
+            found: dict[str, Any] = work.convert(self.first, model=model, config=model.config)
+        except (RuntimeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the tensors from {self.parts[0][0]} to {self.parts[-1][0]} do not make {self.first}: {error}"
+            ) from error
+        return {name: each[0] if isinstance(each, list) else each for name, each in found.items()}
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """The parameters of a model that are copies: name -> the name of what they are tied to."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
