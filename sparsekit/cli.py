@@ -85,21 +85,27 @@ def evaluate(given: argparse.Namespace) -> int:
 
 
 def verify(given: argparse.Namespace) -> int:
-    """`sparsekit verify`: prove from disk that a checkpoint is what it should be."""
+    """`sparsekit verify`: prove from disk that a run, or anybody's checkpoint, is what it should be."""
+    from pathlib import Path
+
     from sparsekit.model import locate
+    from sparsekit.results import run_of, verify_run
     from sparsekit.results import verify as check
     from sparsekit.system import session
 
     source = locate(given.against) if given.against else None
+    run = run_of(Path(given.path).expanduser())
     with session():
-        found = check(locate(given.path), pattern=given.pattern, against=source)
+        if run is not None:
+            found = verify_run(run, given.pattern, source)
+        else:
+            found = check(locate(given.path), pattern=given.pattern, against=source)
     for failure in found.failures:
         print(f"FAILED  {failure}")
-    asked = f", {given.pattern}" if given.pattern else ""
-    print(f"{given.path}: {len(found.per_linear)} linears, {found.total:.2%} zeros{asked}: ", end="")
     for sentence in found.unproved:
-        print(f"\nNOT PROVED  {sentence}", end="")
-    print("\n" * bool(found.unproved) + _verdict(found))
+        print(f"NOT PROVED  {sentence}")
+    asked = f", {given.pattern}" if given.pattern else ""
+    print(f"{given.path}: {len(found.per_linear)} linears, {found.total:.2%} zeros{asked}: {_verdict(found)}")
     return FAILED if found.failures else 0
 
 

@@ -200,13 +200,18 @@ class Stop(Exception):
 class Kill(Checkpoints):
     """Dies after a step, once the checkpoint is written."""
 
+    step = 5
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        if module.global_step == 5:
+        if module.global_step == self.step:
             raise Stop
 
 
-def test_it_resumes_bit_for_bit(small, tmp_path):
+@pytest.mark.parametrize("step", [5, 12])
+def test_it_resumes_bit_for_bit(small, tmp_path, monkeypatch, step):
+    """Also after its last step, before what it decided is on disk."""
+    monkeypatch.setattr(Kill, "step", step)
     options = {"scaling": "natural", "normalize": True, "baseline": "moving-average", "score": None}
     whole = learn(small, 12, **options)
     with pytest.raises(Stop):

@@ -79,6 +79,7 @@ def finished(tmp_path_factory) -> Path:
 def test_what_a_run_leaves(finished):
     names = {path.name for path in finished.iterdir()}
     kept = {"model", "masks.safetensors", "metrics.csv", "recipe.yaml", "report.html", "report.json", "run.json"}
+    kept.add("manifest.json")
     assert names == kept
     report = json.loads((finished / "report.json").read_text())
     assert report["verified"] is True and report["sparsity"]["total"] == pytest.approx(0.5, abs=1e-4)

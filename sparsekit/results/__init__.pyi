@@ -7,6 +7,9 @@ from .board import show_board as show_board
 from .figures import figures_of as figures_of
 from .figures import label as label
 from .figures import shown as shown
+from .finished import finished_failures as finished_failures
+from .finished import run_of as run_of
+from .finished import verify_run as verify_run
 from .folder import MASKS as MASKS
 from .folder import REPORT as REPORT
 from .folder import STATE as STATE
@@ -14,6 +17,9 @@ from .folder import Before as Before
 from .folder import clear_working_files as clear_working_files
 from .folder import commits_of as commits_of
 from .folder import source_of as source_of
+from .manifest import MANIFEST as MANIFEST
+from .manifest import seal as seal
+from .manifest import write_manifest as write_manifest
 from .packing import export_packed as export_packed
 from .packing import packed_differences as packed_differences
 from .stored import masks as masks

@@ -45,6 +45,11 @@ def model_card(report: dict[str, Any], recipe: str, loading: str) -> str:
         lines += ["| quality | dense | pruned |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows), ""]
     verified = report["verified"]
     lines += ["Checked from disk: " + ("everything holds." if verified is True else "; ".join(verified)), ""]
+    if "manifest" in report:
+        lines += [
+            f"Manifest of the run: `{report['manifest']}` (`sparsekit verify` of its folder compares with it).",
+            "",
+        ]
     lines += ["## Load it", "", "```python", loading, "```", "", "## Recipe", "", "```yaml", recipe.strip()]
     lines += ["```", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items())]
     return "\n".join(lines) + "\n"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sparsekit.recipe import kind
 from sparsekit.results import REPORT, STATE
+from sparsekit.run.lock import LOCK
 from sparsekit.run.plan import Plan
-from sparsekit.system import OURS, versions, write_json
+from sparsekit.system import OURS, commit, committed, versions, write_json
 from sparsekit.walk import Commits
 
 # keys of a recipe that do not change the weights, so that a resumed run may change them
@@ -27,7 +28,7 @@ def check_output(output: Path, resume: bool) -> None:
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output {output} is a file; give a folder that does not exist yet")
-    if not output.is_dir() or not any(output.iterdir()) or (resume and (output / STATE).is_file()):
+    if not output.is_dir() or all(_ours(file) for file in output.iterdir()) or (resume and (output / STATE).is_file()):
         return
     if (output / REPORT).is_file():
         raise ValueError(f"{output} holds a finished run; give another output (--set output=...) or remove the folder")
@@ -38,6 +39,11 @@ def check_output(output: Path, resume: bool) -> None:
             "continue it with --resume, or give another output (--set output=...)"
         )
     raise ValueError(f"{output} is not empty and holds no run of sparsekit; give a folder that does not exist yet")
+
+
+def _ours(file: Path) -> bool:
+    """Whether a file is what a run leaves that was killed before it had begun."""
+    return file.name == LOCK or (file.name.startswith(".") and file.name.endswith(".part"))
 
 
 def claim_output(output: Path, fingerprint: dict[str, Any]) -> bool:
@@ -99,10 +105,11 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
 
 def measured_once(file: Path, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A measurement that a resumed run need not repeat, unless it is asked for something else."""
-    if file.is_file():
+    if committed(file):
         known = json.loads(file.read_text(encoding="utf-8"))
         if known["settings"] == settings:
             return known["values"]
     values = measure()
-    write_json(file, {"settings": settings, "values": values})
+    text = json.dumps({"settings": settings, "values": values}, indent=1, ensure_ascii=False)
+    commit(file, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
     return values

@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,19 @@ from sparsekit.measure import PROMPTS, Ready, check_evaluation, evaluate, get_re
 from sparsekit.model import channels_of, load_tokenizer, loading_code, locate
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe, to_yaml
-from sparsekit.results import REPORT, clear_working_files, closing_table, model_card
+from sparsekit.results import (
+    REPORT,
+    clear_working_files,
+    closing_table,
+    finished_failures,
+    model_card,
+    write_manifest,
+)
 from sparsekit.results.page import write_page
 from sparsekit.run import plan, preview, result
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of, measured_once
 from sparsekit.run.exporting import export
+from sparsekit.run.lock import locked
 from sparsekit.run.plan import Plan
 from sparsekit.system import Meter, hardware, human_size, session, versions, write_atomically, write_json
 from sparsekit.walk import Commits
@@ -52,30 +61,45 @@ def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, 
         planned = plan.make_plan(recipe_)
         check_classes(recipe_.trainer)
         divide_threads(recipe_.trainer.devices)
-        with Meter() as meter:
-            with meter.stage("prepare"):
-                tokenizer = load_tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
-                tokens = _tokens(planned, tokenizer)
-                ready = _ready(planned, tokenizer)
-                fingerprint = fingerprint_of(planned, tokens)
-                finished = claim_output(output, fingerprint) if leads else (output / REPORT).is_file()
-            if finished and not leads:
-                return 0
-            if finished:
-                clear_working_files(output, recipe_.keep)  # it may have been killed while it did so
-                write_page(output)
-                verified = json.loads((output / REPORT).read_text(encoding="utf-8"))["verified"] is True
-                said = "nothing to do" if verified else "but its result is not as asked"
-                console.print(f"{output} is finished, {said}. Look at {output / REPORT}")
-                return 0 if verified else 1
-            try:
-                return _fit(planned, tokenizer, tokens, ready, fingerprint, output, meter, console)
-            except OSError as error:
-                done = len(Commits(output / "blocks").done())
-                raise OSError(
-                    f"{error}. {done} of {len(planned.blocks)} blocks are committed in {output}; "
-                    "make room or repair the folder, then run the same command with --resume"
-                ) from error
+        with locked(output) if leads else nullcontext():
+            return _run(planned, output, leads, console)
+
+
+def _run(planned: Plan, output: Path, leads: bool, console: Console) -> int:
+    """Go through with a plan, or say that it is finished. leads: of several processes, this one writes and talks"""
+    recipe_ = planned.recipe
+    with Meter() as meter:
+        with meter.stage("prepare"):
+            tokenizer = load_tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
+            tokens = _tokens(planned, tokenizer)
+            ready = _ready(planned, tokenizer)
+            fingerprint = fingerprint_of(planned, tokens)
+            finished = claim_output(output, fingerprint) if leads else (output / REPORT).is_file()
+        if finished:
+            return _already(output, recipe_, console) if leads else 0
+        try:
+            return _fit(planned, tokenizer, tokens, ready, fingerprint, output, meter, console)
+        except OSError as error:
+            done = len(Commits(output / "blocks").done())
+            raise OSError(
+                f"{error}. {done} of {len(planned.blocks)} blocks are committed in {output}; "
+                "make room or repair the folder, then run the same command with --resume"
+            ) from error
+
+
+def _already(output: Path, recipe_: Recipe, console: Console) -> int:
+    """Nothing is left to do, if everything is still there."""
+    if failures := finished_failures(output):
+        raise ValueError(
+            f"{output} was finished, and is not what the run left: {failures[0]}; restore that, or remove "
+            f"{output / REPORT} to have the run made again"
+        )
+    clear_working_files(output, recipe_.keep)  # it may have been killed while it did so
+    write_page(output)
+    verified = json.loads((output / REPORT).read_text(encoding="utf-8"))["verified"] is True
+    said = "nothing to do" if verified else "but its result is not as asked"
+    console.print(f"{output} is finished, {said}. Look at {output / REPORT}")
+    return 0 if verified else 1
 
 
 def _fit(
@@ -144,6 +168,9 @@ def _fit(
     }
     yaml = to_yaml(planned.resolved)
     write_atomically(output / "recipe.yaml", lambda aside: aside.write_text(yaml, encoding="utf-8"))
+    claims = result.claims(planned, found, changed, shape)
+    source = planned.folder if planned.folder.is_dir() else None
+    complete["manifest"] = write_manifest(output, source, claims, complete["versions"])
     card = model_card(complete, yaml, loading_code(output / "model"))
     write_atomically(output / "model" / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
     write_json(output / REPORT, complete)
@@ -246,6 +273,7 @@ def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
         console.print(_said_of(name, written, output / f"model-{name}"), highlight=False)
     console.print("\nLoad it:\n")
     console.print(loading_code(output / "model"), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nmanifest {complete['manifest']}", highlight=False, soft_wrap=True)
 
 
 def _said_of(name: str, written: dict[str, Any], where: Path) -> str:

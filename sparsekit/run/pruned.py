@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sparsekit.maths import parse
 from sparsekit.model import load
-from sparsekit.results import REPORT
+from sparsekit.model.structure import Shape
+from sparsekit.results import REPORT, seal, verify_run, write_manifest
 from sparsekit.results import masks as read_masks
 from sparsekit.run import result
 from sparsekit.system import session, unpack, write_json
@@ -49,9 +50,11 @@ class Result:
         return not self.verify()
 
     def verify(self) -> list[str]:
-        """What is not as asked, as sentences; none: it is proved."""
+        """What is not as asked, as sentences, from the files of the run; none: it is proved."""
+        assert self.folder is not None
         found = self.report["verified"]
-        return [] if found is True else list(found)
+        with session():
+            return ([] if found is True else list(found)) + verify_run(self.folder).failures
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload the model to the Hugging Face hub; its address. options: of huggingface_hub's upload_folder.
@@ -146,7 +149,11 @@ class Pruned(Result):
         self.folder = folder
         failures = self.verify()
         self.report["verified"] = failures or True
+        shape = Shape.read(folder / "model")
+        claims = result.claims(self._planned, self.report, result.changed(self._outcome), shape)
+        self.report["manifest"] = write_manifest(folder, None, claims, self.report["versions"])
         write_json(folder / REPORT, self.report)
+        seal(folder)
         if failures:
             raise ValueError(f"what was written to {folder} is not as asked: {failures[0]}")
         return folder

@@ -71,6 +71,16 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
     ).failures
 
 
+def claims(planned: Plan, found: dict[str, Any], changed: set[str], shape: Shape | None) -> dict[str, Any]:
+    """What the run says that its result is, for the manifest: what `verify` holds it to."""
+    return {
+        "patterns": {name: each["pattern"] for name, each in found["sparsity"]["per_linear"].items()},
+        "changed": sorted(changed | set(shape.changed if shape is not None else ())),
+        "cast": planned.recipe.model.dtype != "auto",
+        "quantization": planned.quantization.settings() if planned.quantization is not None else None,
+    }
+
+
 def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any]:
     """What the report says of the pruned weights and structures."""
     records = _records(outcome)

@@ -27,13 +27,12 @@ from sparsekit.run.methods import configured
 from sparsekit.run.plan import Plan
 from sparsekit.run.removing import remove_by
 from sparsekit.run.together import Together, start
-from sparsekit.system import Meter, meet, write_atomically, write_json, write_tensors
-from sparsekit.train import make_loggers
+from sparsekit.system import Meter, commit, committed, meet, write_tensors
+from sparsekit.train import last_checkpoint, make_loggers
 from sparsekit.walk import Commit, Commits, Inspect, Inspector, OneShot, Walk, WalkProgress, digests
 
 NOTES = "notes.json"
 RESIZED = "resized.safetensors"  # the whole model after a stage that changed its width
-LAST = "last.ckpt"  # in a stage's `checkpoints`: it goes on from there
 
 
 @dataclass
@@ -112,7 +111,7 @@ def run_stages(
             _run(planned, stages, effect, context)
         for block in outcome.blocks:
             commits.restore(block)
-        if (commits.folder / NOTES).is_file():
+        if committed(commits.folder / NOTES):
             for stage, notes in json.loads((commits.folder / NOTES).read_text(encoding="utf-8")).items():
                 outcome.tell(stage, notes)
         outcome.masks = commits
@@ -138,7 +137,7 @@ def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context:
 def _resize(outcome: Outcome, stage: Stage, effect: Effect, context: Context) -> None:
     """Run a stage that makes other modules of the blocks; what it made is committed whole, and rebuilt on a resume."""
     function, file = registry.load("stages", stage.name), context.commits.folder / RESIZED
-    if file.is_file():
+    if committed(file):
         restore_resized(context.model, load_file(file), function)
     else:
         with context.meter.stage(stage.name), _frozen(context.model, effect):
@@ -148,7 +147,7 @@ def _resize(outcome: Outcome, stage: Stage, effect: Effect, context: Context) ->
         tensors = {name: tensor.detach().contiguous() for name, tensor in context.model.state_dict().items()}
         if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise StageError(f"{called(stage)} left NaN or Inf in {bad[0]}; nothing of it was kept")
-        write_atomically(file, lambda aside: write_tensors(aside, tensors))
+        commit(file, lambda aside: write_tensors(aside, tensors))
     outcome.resized = stage.name
     if stage.name in context.notes:
         outcome.tell(stage.name, context.notes[stage.name])
@@ -217,9 +216,9 @@ def _fit(
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    last = context.checkpoints / LAST
+    last = None if walk else last_checkpoint(context.checkpoints)
     with _interrupts():
-        if walk or not last.is_file():
+        if last is None:
             trainer.fit(module, data)
         else:
             trainer.fit(module, data, ckpt_path=last, weights_only=True)
@@ -263,7 +262,8 @@ def _commit(context: Context, inspector: Inspector) -> None:
     if context.team.rank:
         return
     if context.notes:
-        write_json(context.commits.folder / NOTES, context.notes)
+        said = json.dumps(context.notes, indent=1)
+        commit(context.commits.folder / NOTES, lambda aside: aside.write_text(said, encoding="utf-8"))
     for block in context.blocks:
         context.commits.commit(block)
         block.masks.clear()

@@ -24,4 +24,9 @@ from .processes import divide_threads as divide_threads
 from .processes import leave_group as leave_group
 from .processes import meet as meet
 from .processes import process_rank as process_rank
+from .state import commit as commit
+from .state import committed as committed
+from .state import digest_of as digest_of
+from .state import forget as forget
+from .state import move as move
 from .team import Team as Team

@@ -1,4 +1,6 @@
 from .adapter import save_adapter as save_adapter
+from .checkpoints import Checkpoints as Checkpoints
+from .checkpoints import last_checkpoint as last_checkpoint
 from .feedforward import FeedForward as FeedForward
 from .feedforward import Found as Found
 from .feedforward import prune_jointly as prune_jointly
@@ -18,6 +20,5 @@ from .session import mark_trained as mark_trained
 from .session import precision as precision
 from .session import recovery_parts as recovery_parts
 from .session import recovery_text as recovery_text
-from .watch import Checkpoints as Checkpoints
 from .zeros import HoldZeros as HoldZeros
 from .zeros import masked_gradient as masked_gradient

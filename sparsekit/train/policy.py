@@ -89,8 +89,6 @@ class PolicyGradient(LightningModule):
         self.register_buffer("best", torch.zeros(len(units), dtype=torch.float64))
         self.register_buffer("best_loss", torch.tensor(math.inf, dtype=torch.float64))
         self.register_buffer("looks", torch.full((LOOKS + 1,), math.nan, dtype=torch.float64))
-        self.scores: Tensor | None = None
-        self.notes: dict[str, Any] = {}
         self.curve: list[list[float]] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -285,14 +283,17 @@ class PolicyGradient(LightningModule):
             self.best_loss.fill_(loss)
             self.best.copy_(scores)
 
-    def on_train_epoch_end(self) -> None:
-        """Settle the scores."""
-        model, _ = self.outside
-        self.scores = self.best.cpu() if len(self.testing) else self.by_units()
+    @property
+    def scores(self) -> Tensor:
+        """What was learned, as scores (units,): the best on held-out text, where there is some."""
+        return self.best.cpu() if len(self.testing) else self.by_units()
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """For the report."""
         seconds = time.perf_counter() - self.began
         done = max(1, self.global_step - self.first)
-        model.to("cpu")
-        self.notes = {
+        return {
             "steps": self.steps,
             "probabilities": len(self.probabilities),
             "seconds_of_a_step": round(seconds / done, 4),
@@ -300,3 +301,7 @@ class PolicyGradient(LightningModule):
             "held_out": [None if math.isnan(loss) else round(loss, 5) for loss in self.looks.tolist()],
             "curve": [point[:2] for point in self.curve[:: max(1, len(self.curve) // 200)]],
         }
+
+    def on_train_end(self) -> None:
+        """The model computes on the CPU again; also where a resumed run had no step left to take."""
+        self.outside[0].to("cpu")

@@ -12,12 +12,13 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from sparsekit.contracts import Context, Fit
 from sparsekit.data import check_length
 from sparsekit.model import Block
+from sparsekit.train.checkpoints import Checkpoints
 from sparsekit.train.losses import Objective
 from sparsekit.train.recovery import Recovery
 from sparsekit.train.rows import Batches, Rows, training_rows
 from sparsekit.train.rows import check_training_source as check_source
 from sparsekit.train.teacher import Cached, Running
-from sparsekit.train.watch import Best, Checkpoints, RecoveryProgress
+from sparsekit.train.watch import Best, RecoveryProgress
 
 LENGTH = 512  # tokens of a row, or the model's positions if they are fewer
 CLIP = 1.0  # largest norm of a gradient

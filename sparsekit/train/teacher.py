@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from sparsekit.system import write_atomically, write_tensors
+from sparsekit.system import commit, committed, write_tensors
 from sparsekit.train.records import IGNORED
 from sparsekit.train.rows import Rows
 
@@ -58,7 +58,7 @@ class Cached(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         """Write the file, unless it is there; of several processes the first does."""
-        if trainer.is_global_zero and not self.file.is_file():
+        if trainer.is_global_zero and not committed(self.file):
             self._write(trainer, module)
         trainer.strategy.barrier()
 
@@ -73,7 +73,7 @@ class Cached(Callback):
                 indices.append(best.indices.to("cpu", torch.int32))
         self.running.forget()
         said = {"logs": torch.cat(logs), "indices": torch.cat(indices)}
-        write_atomically(self.file, lambda aside: write_tensors(aside, said))
+        commit(self.file, lambda aside: write_tensors(aside, said))
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and vocabulary indices of some rows, each (rows, length, top), on their device."""

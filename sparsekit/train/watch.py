@@ -4,7 +4,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,30 +124,6 @@ def _log(trainer: Trainer, known: Step) -> None:
     said = {"train_loss": loss, "validation_loss": validated}
     for logger in trainer.loggers:
         logger.log_metrics({key: value for key, value in said.items() if value is not None}, step=step)
-
-
-class Checkpoints(Callback):
-    """Writes `last.ckpt` after a step of the optimizer: what is trained, its moments and the best state so far.
-
-    Seldom enough that writing takes a small share of the time; when it was written does not change the result. Comes
-    after `Best` in the list of callbacks, so that what it saves has been looked at.
-    """
-
-    def __init__(self, folder: Path, pause: float = PAUSE):
-        self.file, self.pause = folder / "last.ckpt", pause
-        self.written, self.took = time.perf_counter(), 0.0
-
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        """Write it if it is time."""
-        due = time.perf_counter() - self.written >= max(self.pause, PAUSE * self.took)
-        if trainer.world_size > 1:
-            due = trainer.strategy.broadcast(due)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.should_stop or not due:
-            return
-        began = time.perf_counter()
-        trainer.save_checkpoint(self.file)
-        self.written = time.perf_counter()
-        self.took = self.written - began
 
 
 class RecoveryProgress(Callback):

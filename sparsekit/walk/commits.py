@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsekit.model import Block
-from sparsekit.system import pack, write_atomically, write_tensors
+from sparsekit.system import commit, committed, forget, pack, write_tensors
 
 
 class Commits:
@@ -19,10 +19,14 @@ class Commits:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._intact: dict[int, bool] = {}  # those whose digests were looked at
 
     def done(self) -> set[int]:
-        """The indices of the committed blocks."""
-        return {int(file.stem) for file in self.folder.glob("[0-9]*.safetensors")}
+        """The indices of the committed blocks; one that is damaged is named in a warning and is none."""
+        found = {int(file.stem) for file in self.folder.glob("[0-9]*.safetensors")}
+        for index in found - self._intact.keys():
+            self._intact[index] = committed(self._file(index))
+        return {index for index in found if self._intact[index]}
 
     def commit(self, block: Block) -> None:
         """Write a finished block: aside, synced, then renamed into place.
@@ -39,12 +43,14 @@ class Commits:
             tensors.setdefault(f"{block.name}.{inner}", parameter.to("cpu").contiguous())
         said = {key: json.dumps(getattr(block, key)) for key in ("records", "notes")}
         said["trained"] = json.dumps(sorted(block.trained))
-        write_atomically(self._file(block.index), lambda aside: write_tensors(aside, tensors, said))
+        commit(self._file(block.index), lambda aside: write_tensors(aside, tensors, said))
+        self._intact[block.index] = True
 
     def forget(self) -> None:
         """Remove the committed blocks."""
-        for index in self.done():
-            self._file(index).unlink()
+        for file in self.folder.glob("[0-9]*.safetensors"):
+            forget(file)
+        self._intact.clear()
 
     @torch.no_grad()
     def restore(self, block: Block) -> None:

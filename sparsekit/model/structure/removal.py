@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsekit.model.blocks import Block
 from sparsekit.model.structure.cutting import cut
 from sparsekit.model.structure.units import Units, find_units
-from sparsekit.system import write_atomically, write_tensors
+from sparsekit.system import commit, committed, write_tensors
 
 FILE = "removal.safetensors"
 
@@ -35,12 +35,12 @@ class Removal:
         if self.scores is not None:
             tensors["scores"] = self.scores.contiguous()
         said = {"kinds": json.dumps(self.kinds), "notes": json.dumps(self.notes)}
-        write_atomically(folder / FILE, lambda aside: write_tensors(aside, tensors, said))
+        commit(folder / FILE, lambda aside: write_tensors(aside, tensors, said))
 
     @classmethod
     def read(cls, folder: Path) -> "Removal | None":
-        """The one that is committed in a folder; None if there is none."""
-        if not (folder / FILE).is_file():
+        """The one that is committed in a folder; None if there is none, or it is damaged."""
+        if not committed(folder / FILE):
             return None
         with safe_open(folder / FILE, framework="pt") as handle:
             said = {key: json.loads(value) for key, value in handle.metadata().items()}

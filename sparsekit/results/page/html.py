@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsekit.model import loading_code
 from sparsekit.results.folder import REPORT, STATE
+from sparsekit.results.manifest import seal
 from sparsekit.results.page import kept, parts
 from sparsekit.results.page.style import CSS
 from sparsekit.system import write_atomically, write_json
@@ -55,6 +56,7 @@ def _proof(report: Mapping[str, Any]) -> str:
         return ""
     proved = report["verified"] is True
     said = "proved from disk" if proved else "NOT as asked, see the remarks"
+    said += f", manifest {report['manifest'][:12]}" if "manifest" in report else ""
     return f' · <span class="{"good" if proved else "bad"}">{said}</span>'
 
 
@@ -77,6 +79,7 @@ def write_page(folder: Path) -> Path:
     logged = metrics.read_text(encoding="utf-8") if metrics.is_file() else None
     text = page(report, logged, str(folder))
     write_atomically(folder / PAGE, lambda aside: aside.write_text(text, encoding="utf-8"))
+    seal(folder)
     return folder / PAGE
 
 

@@ -1,0 +1,67 @@
+"""Proof of a finished run from its folder: manifest, masks, patterns, source."""
+
+from pathlib import Path
+
+from sparsekit.maths import Quantization
+from sparsekit.results.folder import MASKS
+from sparsekit.results.manifest import manifest_failures, read_manifest, source_failures
+from sparsekit.results.stored import masks
+from sparsekit.results.verification import Verification, verify
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that a path names, itself or by its model/; None: no run is there."""
+    for folder in (path, path.parent if path.name == "model" else path):
+        if (folder / "model").is_dir() and (folder / "report.json").is_file():
+            return folder
+    return None
+
+
+def verify_run(
+    run: Path, pattern: str | None = None, against: Path | None = None, *, trust_remote_code: bool = False
+) -> Verification:
+    """Prove that a run's folder holds what the run left, and that this is what it says.
+
+    pattern: as in `verify`, beside what the run itself claims; against: the source
+
+    Raises:
+        ValueError: the folder holds no checkpoint, or its manifest cannot be read.
+    """
+    manifest = read_manifest(run)
+    options = {"trust_remote_code": trust_remote_code}
+    if manifest is None:
+        found = verify(run / "model", pattern, against, **options)  # type: ignore[arg-type]
+        found.unproved.append("the run is of an earlier format and has no manifest: what lies beside model/")
+        return found
+    failures = manifest_failures(run, manifest)
+    if failures:  # of what was changed nothing is to be believed
+        return Verification(failures=failures)
+    claims = manifest["claims"]
+    grid = claims.get("quantization")
+    found = verify(
+        run / "model",
+        against=against,
+        masks=masks(run) if (run / MASKS).is_file() else None,
+        patterns=claims["patterns"],
+        quantization=Quantization.of(grid) if grid else None,
+        changed=claims["changed"],
+        cast=claims["cast"],
+        **options,  # type: ignore[arg-type]
+    )
+    if pattern is not None:
+        found.failures += verify(run / "model", pattern, **options).failures  # type: ignore[arg-type]
+    if against is not None:
+        found.failures += source_failures(manifest, against)
+    found.failures = list(dict.fromkeys(found.failures))
+    return found
+
+
+def finished_failures(run: Path) -> list[str]:
+    """Where a finished run is not what it left, by its manifest; nothing is known of one without."""
+    manifest = read_manifest(run)
+    if manifest is not None:
+        # killed before the last list was written, it has none
+        return manifest_failures(run, manifest, told=bool(manifest.get("told")))
+    if (run / "blocks").is_dir():
+        return ["there is a report.json, and neither a manifest nor an end of the run"]
+    return [] if (run / "model" / "config.json").is_file() else ["model/ is gone"]
