@@ -13,7 +13,8 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -97,7 +98,27 @@ def entries(group: str) -> list[entrypoints.EntryPoint]:
 @cache
 def _installed(group: str, path: tuple[str, ...]) -> list[entrypoints.EntryPoint]:
     """What the distributions on a path offer; read once, since it opens a file of each of them."""
-    return entrypoints.get_group_all(group, path)
+    try:
+        return entrypoints.get_group_all(group, path)
+    except Exception:  # somebody's metadata is broken: the others' is read one by one
+        return list(_one_by_one(group, path))
+
+
+def _one_by_one(group: str, path: tuple[str, ...]) -> Iterator[entrypoints.EntryPoint]:
+    from importlib import metadata
+
+    for found in metadata.distributions(path=list(path)):
+        parser = entrypoints.CaseSensitiveConfigParser(delimiters=("=",))
+        try:
+            parser.read_string(found.read_text("entry_points.txt") or "")
+            distro = entrypoints.Distribution(found.metadata["Name"] or "unknown", found.version)
+            offers = parser.items(group) if group in parser else []
+            made = [entrypoints.EntryPoint.from_string(text, name, distro) for name, text in offers]
+        except Exception as error:  # other people's files may hold anything
+            where = getattr(found, "_path", found)
+            warnings.warn(f"the entry points of {where} cannot be read and are skipped ({error})", stacklevel=6)
+            continue
+        yield from made
 
 
 def names(group: str) -> list[str]:
@@ -126,7 +147,9 @@ def load(group: str, name: str) -> Callable[..., Any]:
     offer = f"`{entry.name}` of {package(entry)}"
     try:
         function = entry.load()
-    except Exception as error:  # a stranger's module may raise anything while it is imported
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a stranger's module may raise anything while it is imported, SystemExit too
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{offer} cannot be imported from {entry.module_name} ({reason})") from error
     if not callable(function):

@@ -19,6 +19,8 @@ from sparsekit.registry import normal
 Keys = tuple[str | int, ...]
 Expand = Callable[[Keys, Any, str | int], Any]
 TAGS = "tag:yaml.org,2002:"
+LARGEST = 1_000_000  # bytes of a file
+MOST = 20_000  # values in a file, those that aliases repeat counted each time
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Tree:
     value: Any = None
     places: dict[Keys, str] = field(default_factory=dict)  # ("calibration", "samples") -> "x.yaml:7" or "--set ..."
     problems: list[str] = field(default_factory=list)
+    count: int = 0  # of the values read
 
     def place(self, keys: Keys) -> str:
         """Where the value at these keys was written, or else what it would stand in."""
@@ -46,6 +49,9 @@ def read(path: str | Path) -> Tree:
     """Parse one file. Problems of its text (no such file, wrong YAML, a key twice) are in the tree, not raised."""
     tree = Tree(source=str(path))
     try:
+        if Path(path).stat().st_size > LARGEST:
+            tree.problems.append(f"{path}: has more than {LARGEST:,} bytes, which no recipe needs")
+            return tree
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeDecodeError) as error:
         reason = {FileNotFoundError: "no such file", UnicodeDecodeError: "not a text in UTF-8"}.get(type(error))
@@ -109,7 +115,10 @@ def _parse(text: str, tree: Tree, keys: Keys, place: Callable[[int], str]) -> An
         said = ", ".join(part for part in (error.context, error.problem) if part)
         tree.problems.append(f"{place(mark.line + 1 if mark else 1)}: not valid YAML: {said}")
         return None
-    except YAMLError as error:  # a character that YAML does not allow
+    except RecursionError:
+        tree.problems.append(f"{place(1)}: nested too deeply")
+        return None
+    except (YAMLError, ValueError) as error:  # a character that YAML does not allow, a date that there is not
         tree.problems.append(f"{place(1)}: not valid YAML: {' '.join(str(error).split())}")
         return None
     return None if node is None else _build(node, tree, keys, place, yaml)
@@ -119,15 +128,23 @@ def _build(node: Node, tree: Tree, keys: Keys, place: Callable[[int], str], yaml
     where = place(node.start_mark.line + 1)
     tree.places.setdefault(keys, where)
     kind = str(node.tag).removeprefix(TAGS)
-    if len(keys) > 20:  # an alias inside its own anchor would never end
-        tree.problems.append(f"{where}: nested too deeply")
+    tree.count += 1
+    if len(keys) > 20 or tree.count > MOST:  # an alias inside its own anchor, or aliases of aliases, would never end
+        said = f"{where}: nested too deeply" if len(keys) > 20 else f"{tree.source}: more than {MOST:,} values"
+        if said not in tree.problems:
+            tree.problems.append(said)
         return None
     if isinstance(node, SequenceNode) and kind == "seq":
-        return [_build(each, tree, (*keys, i), place, yaml) for i, each in enumerate(node.value)]
+        parts = enumerate(node.value)
+        return [_build(each, tree, (*keys, i), place, yaml) for i, each in parts if tree.count <= MOST]
     if isinstance(node, MappingNode) and kind == "map":
         return _mapping(node, tree, keys, place, yaml)
     if isinstance(node, ScalarNode) and kind in ("int", "float", "bool", "null"):
-        return yaml.constructor.construct_object(node)
+        try:
+            return yaml.constructor.construct_object(node)
+        except (ValueError, ArithmeticError) as error:
+            tree.problems.append(f"{where}: {show(node.value)} is not a value of YAML's kind {kind}: {error}")
+            return None
     if isinstance(node, ScalarNode) and kind in ("str", "timestamp"):
         return node.value
     tree.problems.append(f"{where}: {kind} is not a value a recipe may have: write it without a tag")
@@ -142,6 +159,8 @@ def _mapping(node: MappingNode, tree: Tree, keys: Keys, place: Callable[[int], s
             tree.problems.append(f"{where}: a key must be a text")
             continue
         name = normal(key.value)
+        if tree.count > MOST:
+            break
         if name in found:
             first = tree.place((*keys, name))
             tree.problems.append(f"{where}: `{key.value}` is here a second time, the first is at {first}")

@@ -51,6 +51,7 @@ def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, 
         output = Path(str(recipe_.output))
         leads = process_rank() == 0  # of several processes that run this recipe, the first writes and talks
         if dry_run:
+            check_evaluation(_settings(recipe_))
             preview.show_plan(plan.make_plan(recipe_), console)
             return 0
         if leads:

@@ -1,5 +1,7 @@
 """What a recipe comes to on a given model, known before any weight is read: blocks, groups, patterns, estimates."""
 
+import os
+import shutil
 import warnings
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,6 +18,7 @@ from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_o
 from sparsekit.run.ahead import check_cuts
 from sparsekit.run.allocation import allocate, sample_input
 from sparsekit.run.sources import Source, from_folder
+from sparsekit.system import human_size
 from sparsekit.train import missing_loggers
 from sparsekit.walk import weights_and_norms
 
@@ -114,7 +117,7 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
         ValueError: there is no such model, or it cannot take the pattern.
     """
     problems = check_options(recipe)
-    problems += _machine(recipe) + missing_loggers(recipe.loggers) + _unmerged(recipe)
+    problems += _machine(recipe) + _nodes(recipe) + missing_loggers(recipe.loggers) + _unmerged(recipe)
     problems = problems or _alone(recipe)
     if problems:
         raise RecipeError(problems)
@@ -142,6 +145,8 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
         for block in blocks:
             for name, linear in block.linears.items():
                 planned.quantization.columns(linear.shape[1], name)
+    if memory is None:
+        _check_room(planned, recipe.output)
     return planned
 
 
@@ -183,6 +188,35 @@ def _machine(recipe: Recipe) -> list[str]:
         return []
     found = f"the cpu and {there.type}" if there else "the cpu alone"
     return [f"trainer.accelerator is {asked}, and this machine has {found}: give {', '.join(sorted(known))}"]
+
+
+def _nodes(recipe: Recipe) -> list[str]:
+    """Machines that nobody started: the first process would wait for the others for ever."""
+    nodes = recipe.trainer.num_nodes
+    if nodes == 1 or {"MASTER_ADDR", "WORLD_SIZE"} <= os.environ.keys():
+        return []
+    return [
+        f"trainer.num_nodes is {nodes}, and this process was not started by torchrun: start it on every machine by "
+        f"torchrun --nnodes {nodes} ..., or give 1"
+    ]
+
+
+def _check_room(planned: Plan, output: str | None) -> None:
+    """Raise ValueError for calibration activations that neither memory nor disk can hold."""
+    recipe, config = planned.recipe, planned.config
+    hidden = getattr(config, "hidden_size", 0) or 0
+    tokens = recipe.calibration.samples * planned.length
+    wanted = tokens * hidden * (2 if config.dtype in (torch.bfloat16, torch.float16) else 4)
+    folder = Path(output or ".").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    room = recipe.memory.activations + shutil.disk_usage(folder).free
+    if wanted > room:
+        raise ValueError(
+            f"calibration of {recipe.calibration.samples:,} x {planned.length:,} tokens has {human_size(wanted)} of "
+            f"activations, and there is room for {human_size(room)} (memory.activations and the disk of {folder}): "
+            "give fewer samples, or a shorter length"
+        )
 
 
 def _alone(recipe: Recipe) -> list[str]:

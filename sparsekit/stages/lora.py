@@ -88,6 +88,9 @@ def lora(
     Source: Zimmer et al. 2023, PERP, arXiv 2312.15230; Hu et al. 2021, LoRA, arXiv 2106.09685.
     """
     linears = select(context.blocks, targets)
+    widest = max(min(linear.shape) for linear in linears)
+    if rank > widest:
+        raise ValueError(f"rank is {rank}, and no linear has more than {widest} rows and columns: give at most that")
     reading = recovery_text(
         context,
         source=source,
@@ -167,11 +170,13 @@ def select(blocks: Sequence[Block], targets: list[str] | None) -> list[Linear]:
     """The linears whose names have one of the targets as a whole part of them, in the model's order; all for None.
 
     Raises:
-        ValueError: a target is no part of any linear's name.
+        ValueError: there are none, or a target is no part of any linear's name.
     """
     linears = [linear for block in blocks for linear in block.linears.values()]
     if targets is None:
         return linears
+    if not targets:
+        raise ValueError("targets is [], so nothing would be trained: name linears, or leave it out for all")
     for target in targets:
         if not any(_names(linear, target) for linear in linears):
             roles = {part for linear in linears for part in linear.name.split(".")[-2:]}

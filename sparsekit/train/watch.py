@@ -72,7 +72,7 @@ class Best(Callback):
         if not math.isfinite(loss):
             warnings.warn(f"training diverged at step {step} and was ended; the best state is kept", stacklevel=2)
             trainer.should_stop = True
-        elif step in {round(module.steps * part / self.checks) for part in range(1, self.checks + 1)}:
+        elif _due(step, module.steps, self.checks):
             self._look(trainer, module, loss)
             trainer.should_stop |= self.progress.over
         else:
@@ -117,6 +117,12 @@ class Best(Callback):
         known = dict(state_dict)
         self.progress.best, self.progress.waited = known.pop("best"), known.pop("waited")
         vars(self).update(known)
+
+
+def _due(step: int, steps: int, checks: int) -> bool:
+    """Whether one of `checks` evenly spread ones falls on this step, the last of them on the last."""
+    near = step * checks // steps
+    return any(1 <= part <= checks and round(steps * part / checks) == step for part in range(near - 1, near + 3))
 
 
 def _log(trainer: Trainer, known: Step) -> None:
