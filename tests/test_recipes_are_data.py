@@ -138,9 +138,8 @@ def test_numbers_that_no_machine_can_hold(more, said, tmp_path, capsys, monkeypa
     for name in ("MASTER_ADDR", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     file = tmp_path / "x.yaml"
-    file.write_text(
-        GOOD.replace("model: m", f"model: {TINY}") + f"output: {tmp_path / 'out'}\nevaluate: {{dense: false}}\n"
-    )
+    good = GOOD.replace("model: m", f"model: {TINY}").replace("python-docs}", "python-docs, length: 64, samples: 4}")
+    file.write_text(good + f"output: {tmp_path / 'out'}\nevaluate: {{dense: false}}\n")
     settings = ["pattern=null"] if "lora" in more else []
     options = [] if "lora" in more else ["--dry-run"]
     assert main(["fit", "--recipe", str(file), *options, "--set", more, *settings]) == 2

@@ -114,7 +114,7 @@ def _check_labels(task: Any) -> None:
 
 
 def check_task(entry: Any) -> None:
-    """Raise ValueError for a task that cannot be asked, or that would run code, as far as this is seen without lm-eval."""
+    """Raise ValueError for a task that cannot be asked or would run code, as far as this is seen without lm-eval."""
     if isinstance(entry, str):
         if _is_yaml(entry):
             check_task_file(Path(entry))
