@@ -91,7 +91,7 @@ def rows(
             labels.append(_label(row["method"], row.get("pattern", ""), value))
             if wanted and not any(text.lower() in labels[-1].lower() for text in wanted):
                 continue  # it may need a plugin that is not installed
-            overrides = [f"model={model}", *described.get("set", [])]
+            overrides = [f"model={model}", "bos=published", *described.get("set", [])]
             if index is not None and "length" in described["models"][index]:
                 length = described["models"][index]["length"]
                 overrides += [f"calibration.length={length}", f"evaluate.length={length}"]

@@ -105,6 +105,7 @@ class Context(Protocol):
     team: the processes that work together
     notes: a stage's name -> what it saw, for the report; JSON
     calibration: the settings that the tokens were made from; base: what the source is called
+    bos: the token that stands before every window of text; None: windows are cut as published
     """
 
     model: "nn.Module"
@@ -117,6 +118,7 @@ class Context(Protocol):
     notes: dict[str, Any]
     calibration: Mapping[str, Any]
     base: str
+    bos: int | None
 
     @property
     def patterns(self) -> "dict[str, Pattern]":

@@ -7,6 +7,10 @@ from .evaluation import get_ready as get_ready
 from .evaluation import losses as losses
 from .evaluation import perplexity as perplexity
 from .evaluation import perplexity_windows as perplexity_windows
+from .first import BOS as BOS
+from .first import FirstToken as FirstToken
+from .first import beginning as beginning
+from .first import first_token as first_token
 from .images import image_set_name as image_set_name
 from .images import labelled_images as labelled_images
 from .metrics import Subject as Subject

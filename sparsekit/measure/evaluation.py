@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from sparsekit import registry
 from sparsekit.data import check_length, corpus, resolve, windows
+from sparsekit.measure.first import BOS, beginning, first_token
 from sparsekit.measure.images import accuracy, image_limit, image_set_name, labelled_images
 from sparsekit.measure.metrics import Measures, Preparation, Subject, measured, prepare
 from sparsekit.measure.tasks import check_named, check_task, tasks
@@ -61,13 +62,15 @@ def evaluate(model: Any, tokenizer: Any, settings: Mapping[str, Any], ready: Rea
     """What a model is worth, by name of the text or task.
 
     {"perplexity": {name: value}, "perplexity_stderr": {name: value}, "tasks": {task: {metric: value}},
-    "context": {name: {"length", "windows", "digest"}}}; a digest is of the tokens, there is no error with one window.
+    "context": {name: {"length", "windows", "digest"}}, "bos": {"used", "why"}}; a digest is of the tokens, there is no
+    error with one window.
 
     settings:
       perplexity: a list of source names, paths to local files, or {source, name, length, windows, options...}.
       length: tokens of a window, 2048 unless told; never more than the model has positions (ValueError).
       tasks: see `tasks`. limit: documents per task, None for all. batch: sequences per forward pass, 1 unless told.
       accuracy: of a vision model, whose image processor is the tokenizer here: see `images.labelled`; among the tasks.
+      bos: whether the first token stands before every window: auto, window or published; see `first_token`.
       metrics: others, each a name or {name: options}; their figures are under "figures", by name
     ready: what `get_ready` gave for these settings, where it was called before.
     """
@@ -75,7 +78,12 @@ def evaluate(model: Any, tokenizer: Any, settings: Mapping[str, Any], ready: Rea
     batch, limit = settings.get("batch") or 1, settings.get("limit")
     if sees_images(model) and (settings.get("perplexity") or settings.get("tasks")):
         raise ValueError(f"{type(model).__name__} sees images, and perplexity and tasks are of text: measure accuracy")
-    ready = get_ready(settings, tokenizer, model.config) if ready is None else ready
+    first = None
+    if ready is None:
+        texts = settings.get("perplexity") or [""]
+        bos = settings.get("bos") or "auto"
+        first = first_token(bos, tokenizer, lambda: model, lambda: texts[0] and beginning(texts[0], "test"))
+        ready = get_ready(settings, tokenizer, model.config, first.token)
     found = ready.texts
     seen = {name: losses(model, tokens, batch=batch) for name, tokens in found.items()}
     found_figures = measured(ready.measures, Subject(model, tokenizer, batch))
@@ -91,6 +99,7 @@ def evaluate(model: Any, tokenizer: Any, settings: Mapping[str, Any], ready: Rea
             name: {
                 "length": tokens.shape[1],
                 "windows": len(tokens),
+                **({"first_token": ready.first} if ready.first is not None else {}),
                 "digest": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             }
             for name, tokens in found.items()
@@ -105,6 +114,7 @@ def evaluate(model: Any, tokenizer: Any, settings: Mapping[str, Any], ready: Rea
             },
         },
         **({"figures": found_figures} if found_figures else {}),
+        **({"bos": {"used": first.used, "why": first.why}} if first is not None else {}),
     }
 
 
@@ -114,20 +124,26 @@ class Ready:
 
     texts: Mapping[str, Tensor]
     measures: Measures
+    first: int | None = None  # the token that stands before every window
 
 
-def get_ready(settings: Mapping[str, Any], tokenizer: Any, config: Any) -> Ready:
-    """Read all that `evaluate` needs beside the model. Raises ValueError for what cannot be had or used."""
+def get_ready(settings: Mapping[str, Any], tokenizer: Any, config: Any, first: int | None = None) -> Ready:
+    """Read all that `evaluate` needs beside the model. Raises ValueError for what cannot be had or used.
+
+    first: the token that stands before every window; None: windows are cut as published
+    """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     common = {key: settings[key] for key in ("length", "batch", "limit") if settings.get(key)}
-    preparation = Preparation(tokenizer, config, **common)
-    texts = perplexity_windows(settings, tokenizer, positions)
+    preparation = Preparation(tokenizer, config, **common, first=first)
+    texts = perplexity_windows(settings, tokenizer, positions, first)
     measures = prepare(settings.get("metrics") or [], preparation)
     check_named(settings.get("tasks") or [])
-    return Ready(texts, measures)
+    return Ready(texts, measures, first)
 
 
-def perplexity_windows(settings: Mapping[str, Any], tokenizer: Any, positions: int | None = None) -> dict[str, Tensor]:
+def perplexity_windows(
+    settings: Mapping[str, Any], tokenizer: Any, positions: int | None = None, first: int | None = None
+) -> dict[str, Tensor]:
     """The windows (n, length) of every perplexity set by its name; settings as `evaluate` takes them.
 
     positions: size of the model's position table. Raises ValueError if a text cannot be had or is too short, or a
@@ -138,16 +154,18 @@ def perplexity_windows(settings: Mapping[str, Any], tokenizer: Any, positions: i
         name, entry = _name(entry), _mapping(entry)
         length = entry.get("length") or settings.get("length") or 2048
         check_length(length, positions, f"perplexity of {name}:")
-        found[name] = windows(corpus(entry, "test", PERPLEXITY), tokenizer, length, entry.get("windows"))
+        found[name] = windows(corpus(entry, "test", PERPLEXITY), tokenizer, length, entry.get("windows"), first)
     return found
 
 
 def check_evaluation(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for what can be seen to be wrong without a model, a tokenizer, network or lm-eval."""
-    known = ("perplexity", "length", "tasks", "accuracy", "metrics", "limit", "batch")
+    known = ("perplexity", "length", "tasks", "accuracy", "metrics", "limit", "batch", "bos")
     for key in settings:
         if key not in known:
             raise ValueError(f"evaluate: unknown key `{key}`, {registry.suggest(key, known)}")
+    if settings.get("bos") not in (None, *BOS):
+        raise ValueError(f"evaluate: `bos` is {settings['bos']!r}, {registry.suggest(str(settings['bos']), BOS)}")
     whole = [(key, settings.get(key)) for key in ("length", "limit", "batch")]
     names = []
     for entry in settings.get("perplexity") or []:

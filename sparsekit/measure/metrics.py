@@ -24,6 +24,7 @@ class Preparation:
     length: int = 2048
     batch: int = 1
     limit: int | None = None
+    first: int | None = None
 
     def windows(self, source: str | Mapping[str, Any], length: int | None = None, count: int | None = None) -> Tensor:
         """Test text as token windows (n, length)."""
@@ -31,7 +32,7 @@ class Preparation:
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         size = length or self.length
         check_length(size, positions, f"the metric's text {settings.get('source')}:")
-        return windows(corpus(settings, "test", ()), self.tokenizer, size, count)
+        return windows(corpus(settings, "test", ()), self.tokenizer, size, count, self.first)
 
 
 class Subject:

@@ -283,6 +283,9 @@ class Recipe(Section):
         default=None, alias="from", description="folder of a finished run, whose result the stages go on with"
     )
     calibration: Annotated[Calibration, BeforeValidator(_empty)] = Calibration()
+    bos: Literal["auto", "window", "published"] = Field(
+        default="auto", description="whether the first token stands before every window of text"
+    )
     error_correction: Literal["prefix", "none", "block", "model"] = "prefix"
     allocation: Annotated[Stage, BeforeValidator(method("allocators"))] = Stage("uniform")
     stages: list[Annotated[Stage, BeforeValidator(method("solvers", "stages", "criteria"))]] = Field(

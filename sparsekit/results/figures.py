@@ -49,7 +49,8 @@ def remark(figure: Figure) -> str:
     if not figure.count:
         return ""
     if "length" in figure.settings and figure.of == "windows":
-        return f"{figure.count} x {figure.settings['length']} tokens"
+        first = ", a first token in each" if figure.settings.get("first_token") is not None else ""
+        return f"{figure.count} x {figure.settings['length']} tokens{first}"
     return f"{figure.count:,} {figure.of}"
 
 

@@ -35,6 +35,7 @@ class Context:
     load_dense, load_tokenizer: the model that was never pruned, and the tokenizer, when they are asked for
     calibration: the settings that the tokens were made from, for stages that read more of the same text
     base: what the model is called
+    bos: the token that stands before every window of text; None: windows are cut as published
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Context:
     load_tokenizer: Callable[[], Any] | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
     base: str = ""
+    bos: int | None = None
     meter: Meter = field(default_factory=Meter)
     team: Team = field(default_factory=Team)
     notes: dict[str, Any] = field(default_factory=dict)

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from sparsekit.data import calibration_images, calibration_tokens
 from sparsekit.maths import Pattern, parse
-from sparsekit.measure import PROMPTS, Ready, check_evaluation, evaluate, get_ready, labelled_images, samples
+from sparsekit.measure import (
+    PROMPTS,
+    FirstToken,
+    Ready,
+    beginning,
+    check_evaluation,
+    evaluate,
+    first_token,
+    get_ready,
+    labelled_images,
+    samples,
+)
 from sparsekit.model import channels_of, load_tokenizer, loading_code, locate
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe, to_yaml
@@ -72,14 +83,15 @@ def _run(planned: Plan, output: Path, leads: bool, console: Console) -> int:
     with Meter() as meter:
         with meter.stage("prepare"):
             tokenizer = load_tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
-            tokens = _tokens(planned, tokenizer)
-            ready = _ready(planned, tokenizer)
+            first = _first_token(planned, tokenizer, console)
+            tokens = _tokens(planned, tokenizer, first.token)
+            ready = _ready(planned, tokenizer, first.token)
             fingerprint = fingerprint_of(planned, tokens)
             finished = claim_output(output, fingerprint) if leads else (output / REPORT).is_file()
         if finished:
             return _already(output, recipe_, console) if leads else 0
         try:
-            return _fit(planned, tokenizer, tokens, ready, fingerprint, output, meter, console)
+            return _fit(planned, tokenizer, tokens, ready, first, fingerprint, output, meter, console)
         except OSError as error:
             done = len(Commits(output / "blocks").done())
             raise OSError(
@@ -108,6 +120,7 @@ def _fit(
     tokenizer: Any,
     tokens: Tensor,
     ready: Ready,
+    first: FirstToken,
     fingerprint: dict[str, Any],
     output: Path,
     meter: Meter,
@@ -136,7 +149,7 @@ def _fit(
     if planned.postponed:
         with meter.stage("allocate"):
             planned = replace(planned, patterns=_allocated(planned, model, tokens, output, console))
-    outcome = run_stages(planned, model, tokens, output, meter, console)
+    outcome = run_stages(planned, model, tokens, output, meter, console, first.token)
     if process_rank():  # the first process does the rest
         return 0
     leave_group()
@@ -162,6 +175,7 @@ def _fit(
         "hardware": hardware(),
         "stages": meter.stages(),
         **found,
+        "bos": {"asked": recipe_.bos, "used": first.used, "why": first.why},
         "evaluation": evaluation,
         "samples": _side_by_side(evaluation),
         "verified": failures or True,
@@ -234,12 +248,26 @@ def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, co
     return {name: parse(text) for name, text in measured_once(file, settings, measure).items()}
 
 
-def _tokens(planned: Plan, tokenizer: Any) -> Tensor:
+def _first_token(planned: Plan, tokenizer: Any, console: Console) -> FirstToken:
+    """Whether the first token stands before every window, decided once for calibration, recovery and measuring."""
+    if planned.images:
+        return FirstToken(None, "published", "the model sees images")
+    trust = planned.recipe.model.trust_remote_code
+    text = planned.recipe.calibration.model_dump()
+    dense = partial(load_model, planned.dense, trust_remote_code=trust)
+    found = first_token(planned.recipe.bos, tokenizer, lambda: dense()[0], lambda: beginning(text, "calibration"))
+    if planned.recipe.bos == "auto" and "loss" in found.why:
+        said = "before every window" if found.token is not None else "as published"
+        console.print(f"first token: {said}; {found.why}", highlight=False)
+    return found
+
+
+def _tokens(planned: Plan, tokenizer: Any, first: int | None) -> Tensor:
     """The calibration tokens (samples, length), or pixels (samples, channels, height, width)."""
     settings = planned.recipe.calibration.model_dump(exclude={"batch"})
     if planned.images:
         return calibration_images(settings, tokenizer, channels_of(planned.config))
-    return calibration_tokens(settings, tokenizer, planned.positions, planned.config.vocab_size)
+    return calibration_tokens(settings, tokenizer, planned.positions, planned.config.vocab_size, first)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -248,13 +276,13 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return settings | {"metrics": [{each.name: each.options} for each in recipe.evaluate.metrics]}
 
 
-def _ready(planned: Plan, tokenizer: Any) -> Ready:
+def _ready(planned: Plan, tokenizer: Any, first: int | None) -> Ready:
     """All that measuring needs beside the model, read before the model is, so that a mistake costs no time."""
     settings = _settings(planned.recipe)
     check_evaluation(settings)
     for entry in settings["accuracy"]:
         labelled_images(entry).classes(planned.model)
-    return get_ready(settings, tokenizer, planned.model.config)
+    return get_ready(settings, tokenizer, planned.model.config, first)
 
 
 def _close(complete: dict[str, Any], output: Path, console: Console) -> None:

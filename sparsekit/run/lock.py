@@ -39,6 +39,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         file.unlink(missing_ok=True)
+        if not any(folder.iterdir()):  # nothing came of it
+            folder.rmdir()
 
 
 def _take_over(folder: Path, file: Path) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit.data import Corpus, calibration_tokens, sample
+from sparsekit.measure import FirstToken, beginning, first_token
 from sparsekit.model import sees_images
 from sparsekit.model.structure import Shape
 from sparsekit.recipe import load_recipe
@@ -77,9 +78,7 @@ def prune(
         planned = make_plan(recipe, (_without_weights(model), source))
         if tokens is not None:
             planned.resolved["calibration"] |= {"source": IN_MEMORY}
-        else:
-            asked = recipe.calibration.model_dump(exclude={"batch"})
-            tokens = calibration_tokens(asked, tokenizer, planned.positions, planned.config.vocab_size)
+        tokens, first = _tokens(planned, model, tokenizer, tokens)
         _check_tokens(tokens, planned)
         before = digests(model)
         held = None if resume is not None else tempfile.TemporaryDirectory(prefix="sparsekit-")
@@ -93,7 +92,7 @@ def prune(
                 with meter.stage("allocate"):
                     found = measured_patterns(planned, model, tokens, output / "activations")
                     planned = replace(planned, patterns=found)
-            outcome = run_stages(planned, model, tokens, output, meter, console)
+            outcome = run_stages(planned, model, tokens, output, meter, console, first.token)
         shape = Shape.of(model, outcome.cuts, changed=result.changed(outcome)) if outcome.cuts else None
         report = {
             "model": {"name": source.name, "class": type(model).__name__, "dtype": "auto"},
@@ -102,6 +101,7 @@ def prune(
             "hardware": hardware(),
             "stages": meter.stages(),
             **result.facts(planned, outcome, shape),
+            "bos": {"asked": recipe.bos, "used": first.used, "why": first.why},
             "evaluation": {},
             "verified": ["not verified yet"],
         }
@@ -120,8 +120,8 @@ def _without_weights(model: nn.Module) -> nn.Module:
     return copying.deepcopy(model, empty)
 
 
-def _section(calibration: Calibration, model: Any, tokenizer: Any) -> tuple[dict[str, Any], Tensor | None]:
-    """The section `calibration` of a recipe, and the tokens where they need no source."""
+def _section(calibration: Calibration, model: Any, tokenizer: Any) -> tuple[dict[str, Any], Tensor | Corpus | None]:
+    """The section `calibration` of a recipe, and the tokens or the text where they need no source."""
     if isinstance(calibration, Tensor):
         if calibration.dim() == 4 and sees_images(model):
             return {"samples": len(calibration)}, calibration
@@ -149,9 +149,26 @@ def _section(calibration: Calibration, model: Any, tokenizer: Any) -> tuple[dict
         raise ValueError("calibration is text, which needs a tokenizer; give one, or token ids")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = min(2048, positions or 2048)
-    corpus = Corpus(list(texts), name="the calibration text")
-    tokens = sample(corpus, tokenizer, samples=128, length=length, seed=0)
-    return {"samples": 128, "length": length}, tokens
+    return {"samples": 128, "length": length}, Corpus(list(texts), name="the calibration text")
+
+
+def _tokens(planned: Plan, model: Any, tokenizer: Any, given: Tensor | Corpus | None) -> tuple[Tensor, FirstToken]:
+    """The calibration tokens (samples, length), and whether a first token stands before every window.
+
+    given: tokens as they are, or text to cut; None: the recipe names a source
+    """
+    if isinstance(given, Tensor):
+        return given, FirstToken(None, "published", "tokens were given")
+    asked = planned.recipe.calibration.model_dump(exclude={"batch"})
+
+    def text() -> str:
+        return beginning(asked, "calibration") if given is None else given.separator.join(given.documents)
+
+    first = first_token(planned.recipe.bos, tokenizer, lambda: model, text)
+    if given is None:
+        return calibration_tokens(asked, tokenizer, planned.positions, planned.config.vocab_size, first.token), first
+    numbers = {key: asked[key] for key in ("samples", "length", "seed")}
+    return sample(given, tokenizer, **numbers, first=first.token), first
 
 
 def _check_tokens(tokens: Tensor, planned: Plan) -> None:

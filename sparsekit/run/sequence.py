@@ -57,9 +57,16 @@ class Outcome:
 
 
 def run_stages(
-    planned: Plan, model: nn.Module, tokens: Tensor, output: Path, meter: Meter, console: Console
+    planned: Plan,
+    model: nn.Module,
+    tokens: Tensor,
+    output: Path,
+    meter: Meter,
+    console: Console,
+    bos: int | None = None,
 ) -> Outcome:
-    """Run the recipe's stages on the model, in place.
+    """Run the recipe's stages on the model, in place. bos: the token before every window of further text, if any
+
 
     With several processes (`trainer.devices`) all of them call this, and after each stage all have the same model.
 
@@ -96,6 +103,7 @@ def run_stages(
             load_tokenizer=planned.source.tokenizer,
             calibration=planned.calibration,
             base=planned.source.name,
+            bos=bos,
             meter=meter,
             team=team,
             console=console,

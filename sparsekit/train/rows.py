@@ -110,7 +110,14 @@ TrainingSource = Annotated[str | dict[str, Any], AfterValidator(_known_source)] 
 
 
 def training_rows(
-    settings: Mapping[str, Any], tokenizer: Any, *, length: int, rows: int, validation: float, seed: int
+    settings: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    length: int,
+    rows: int,
+    validation: float,
+    seed: int,
+    first: int | None = None,
 ) -> tuple[Rows, Rows]:
     """Rows to train on, at most `rows` of them, and rows of other text to validate on, a share `validation` of them.
 
@@ -118,12 +125,14 @@ def training_rows(
     Parquet file with `messages`, or with `instruction` and `output`, is read as records of which the answers alone are
     predicted (see `records`); everything else as text. Rows of text follow one another without a gap; records are not
     divided, what of one is longer than a row is cut off, and rows are filled up with the end of text.
+    first: a token that stands before every row of text and is counted in its length, as in `data.sample`; records have
+    what their format says.
     Documents come in random order, text that is one piece (WikiText) from its beginning.
     Raises ValueError if settings or text do not serve, or there is less than two rows of it.
     """
-    documents, divided = _documents(check_training_source(settings), tokenizer, seed)
+    documents, divided = _documents(check_training_source(settings), tokenizer, seed, first)
     held_out = max(1, math.ceil(validation * rows))
-    packed = _divided(documents, length) if divided else _whole(documents, length, end(tokenizer))
+    packed = _divided(documents, length, first) if divided else _whole(documents, length, end(tokenizer))
     found = list(islice(packed, rows + held_out))
     packed.close()
     if len(found) < 2:
@@ -136,7 +145,9 @@ def training_rows(
     return both[held_out:], both[:held_out]
 
 
-def _documents(settings: dict[str, Any], tokenizer: Any, seed: int) -> tuple[Iterator[Example], bool]:
+def _documents(
+    settings: dict[str, Any], tokenizer: Any, seed: int, first: int | None
+) -> tuple[Iterator[Example], bool]:
     """Tokens and labels of each document, and whether they are text that may be divided between rows."""
     records = _records(settings)
     if records is not None:
@@ -145,15 +156,16 @@ def _documents(settings: dict[str, Any], tokenizer: Any, seed: int) -> tuple[Ite
             return (example(records[i], kind, tokenizer) for i in _shuffled(len(records), seed)), False
     found = corpus(settings, "calibration", ("format", *CALIBRATION, "batch"))
     if found.sampling == "windows":
-        return _pieces(found, tokenizer), True
+        return _pieces(found, tokenizer, special=first is None), True
     texts = (found.documents[i] for i in _shuffled(len(found.documents), seed))
-    ended = (tokenizer(text, verbose=False)["input_ids"] + end(tokenizer) for text in texts)
+    special = first is None
+    ended = (_encoded(tokenizer, text, special)[0] + end(tokenizer) for text in texts)
     return ((ids, ids) for ids in ended), True
 
 
-def _pieces(corpus: Corpus, tokenizer: Any) -> Iterator[Example]:
+def _pieces(corpus: Corpus, tokenizer: Any, special: bool) -> Iterator[Example]:
     """The joined text in pieces of some million characters: no more of a large corpus is read than is needed."""
-    special, held, size = True, list[str](), 0
+    held, size = list[str](), 0
     for text in corpus.documents:
         held.append(text)
         size += len(text)
@@ -184,15 +196,17 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(count), count)
 
 
-def _divided(documents: Iterator[Example], length: int) -> Generator[Example, None, None]:
+def _divided(documents: Iterator[Example], length: int, first: int | None) -> Generator[Example, None, None]:
     """Rows cut from one stream of tokens; the tail is dropped."""
+    before = [] if first is None else [first]
+    length -= len(before)
     ids: list[int] = []
     labels: list[int] = []
     for more, said in documents:
         ids, labels = ids + more, labels + said
         full = len(ids) // length * length
         for start in range(0, full, length):
-            yield ids[start : start + length], labels[start : start + length]
+            yield before + ids[start : start + length], before + labels[start : start + length]
         ids, labels = ids[full:], labels[full:]
 
 

@@ -77,7 +77,13 @@ def recovery_text(
     if not settings:
         raise ValueError("the calibration text came as tokens or texts, and recovery needs more: give it a `source`")
     training, held_out = training_rows(
-        settings, context.tokenizer(), length=length, rows=steps * wide, validation=validation, seed=context.seed
+        settings,
+        context.tokenizer(),
+        length=length,
+        rows=steps * wide,
+        validation=validation,
+        seed=context.seed,
+        first=context.bos,
     )
     if int(training.ids.max()) >= (vocabulary := config.vocab_size):
         raise ValueError(f"the tokenizer gives token {int(training.ids.max())}, but the model embeds {vocabulary}")
