@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all lint setup
+.PHONY: demo test test-all test-chaos lint setup
 
 demo: setup
 	$(BIN)/sparsekit fit --recipe recipes/demo.yaml --resume
@@ -16,6 +16,10 @@ test: setup lint
 
 test-all: setup lint
 	$(PYTEST) -m "long or not long"
+
+# kills, full disks, damages and senseless recipes; CHAOS="--recipes 5000 --kills 2000" for more
+test-chaos: setup
+	$(BIN)/python -m tests.chaos $(CHAOS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -180,6 +180,10 @@ def test_another_source_is_seen(finished, tmp_path, capsys):
 def test_a_run_without_manifest_is_told_so(finished, tmp_path, capsys):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "manifest.json").unlink()
+    assert said_of(capsys, str(run))[0] == 1  # its report names one
+    report = json.loads((run / "report.json").read_text())
+    del report["manifest"]
+    (run / "report.json").write_text(json.dumps(report))
     code, text = said_of(capsys, str(run), "--pattern", "2:4")
     assert (
         code == 0 and "NOT PROVED the run is of an earlier format" in text and text.endswith("could be compared holds")

@@ -146,9 +146,19 @@ def _build(node: Node, tree: Tree, keys: Keys, place: Callable[[int], str], yaml
             tree.problems.append(f"{where}: {show(node.value)} is not a value of YAML's kind {kind}: {error}")
             return None
     if isinstance(node, ScalarNode) and kind in ("str", "timestamp"):
-        return node.value
+        return _text(node.value, tree, where)
     tree.problems.append(f"{where}: {kind} is not a value a recipe may have: write it without a tag")
     return None
+
+
+def _text(value: str, tree: Tree, where: str) -> str:
+    """A text as it is; half of a character, which an escape can make, is none."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        tree.problems.append(f"{where}: {value!r} is not a text: it has half of a character")
+        return value.encode(errors="replace").decode()
+    return value
 
 
 def _mapping(node: MappingNode, tree: Tree, keys: Keys, place: Callable[[int], str], yaml: YAML) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def _mapping(node: MappingNode, tree: Tree, keys: Keys, place: Callable[[int], s
         if not isinstance(key, ScalarNode):
             tree.problems.append(f"{where}: a key must be a text")
             continue
-        name = normal(key.value)
+        name = normal(_text(key.value, tree, where))
         if tree.count > MOST:
             break
         if name in found:

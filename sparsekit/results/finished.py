@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sparsekit.maths import Quantization
+from sparsekit.model import read_json
 from sparsekit.results.folder import MASKS
 from sparsekit.results.manifest import manifest_failures, read_manifest, source_failures
 from sparsekit.results.stored import masks
@@ -30,6 +31,8 @@ def verify_run(
     manifest = read_manifest(run)
     options = {"trust_remote_code": trust_remote_code}
     if manifest is None:
+        if read_json(run / "report.json").get("manifest"):
+            return Verification(failures=["report.json names a manifest, and manifest.json is gone"])
         found = verify(run / "model", pattern, against, **options)  # type: ignore[arg-type]
         found.unproved.append("the run is of an earlier format and has no manifest: what lies beside model/")
         return found
