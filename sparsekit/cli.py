@@ -50,9 +50,19 @@ def fit(given: argparse.Namespace) -> int:
     recipe = load_recipe(given.recipe, given.set)
     if problems := check_options(recipe):
         raise RecipeError(problems)
+    key = None
+    if given.sign:
+        from pathlib import Path
+
+        from sparsekit.results import private_key, sign
+
+        key = private_key(Path(given.sign))  # so that a wrong one is said now
     from sparsekit.run import run_recipe
 
-    return run_recipe(recipe, resume=given.resume, dry_run=given.dry_run)
+    status = run_recipe(recipe, resume=given.resume, dry_run=given.dry_run)
+    if key is not None and status == 0 and not given.dry_run:
+        sign(Path(str(recipe.output)), key)
+    return status
 
 
 def evaluate(given: argparse.Namespace) -> int:
@@ -89,7 +99,7 @@ def verify(given: argparse.Namespace) -> int:
     from pathlib import Path
 
     from sparsekit.model import locate
-    from sparsekit.results import run_of, verify_run
+    from sparsekit.results import run_of, signature_failures, verify_run
     from sparsekit.results import verify as check
     from sparsekit.system import session
 
@@ -100,6 +110,8 @@ def verify(given: argparse.Namespace) -> int:
             found = verify_run(run, given.pattern, source)
         else:
             found = check(locate(given.path), pattern=given.pattern, against=source)
+    if given.key:
+        found.failures += signature_failures(run or Path(given.path), Path(given.key))
     for failure in found.failures:
         print(f"FAILED  {failure}")
     for sentence in found.unproved:
@@ -259,6 +271,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything and say what it would take; prune nothing"
     )
 
+    add.add_argument("--sign", metavar="KEY", help="sign the manifest with this ed25519 key (a PEM file)")
+
     add = commands.add_parser("eval", help="measure any checkpoint")
     add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
     _add_texts(add)
@@ -278,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
     add.add_argument("--pattern", metavar="PATTERN", help='such as "2:4" or "50%%"')
     add.add_argument("--against", metavar="SOURCE", help="the model it was made from: all else must be unchanged")
+    add.add_argument("--key", metavar="PUBLIC", help="the run must be signed by the owner of this key (a PEM file)")
 
     add = commands.add_parser("compare", help="finished runs in one table, best first")
     add.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, measured like the others")

@@ -204,6 +204,37 @@ def test_the_digest_is_told_everywhere(finished):
     assert not verify_run(finished).failures
 
 
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """A new ed25519 key and its public part, as PEM files."""
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    private, public = tmp_path / "key.pem", tmp_path / "public.pem"
+    private.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+def test_a_signed_run(finished, tmp_path, keys, capsys):
+    private, public = keys
+    file = recipe(tmp_path)
+    shutil.copytree(finished, tmp_path / "run")
+    run = str(tmp_path / "run")
+    code, text = said_of(capsys, run, "--key", str(public))
+    assert code == 1 and "has no signed manifest" in text
+    assert fit(file, "--resume", "--sign", str(private)).returncode == 0
+    code, text = said_of(capsys, run, "--key", str(public))
+    assert code == 0 and text.endswith("verified"), text
+    assert said_of(capsys, run, "--key", str(private))[0] == 2  # not a public key
+    (tmp_path / "run" / "manifest.sig").write_text("AAAA\n")
+    code, text = said_of(capsys, run, "--key", str(public))
+    assert code == 1 and "was not made with the key" in text
+    missing = fit(file, "--resume", "--sign", str(tmp_path / "nowhere.pem"))
+    assert missing.returncode == 2 and "holds no key that can be read" in missing.stderr
+
+
 # What a resumed run goes on from
 
 
@@ -241,6 +272,15 @@ def test_damaged_state_is_made_again(name, how, finished, tmp_path):
     assert bits(run) == bits(finished)
     reports = [json.loads((each / "report.json").read_text()) for each in (run, finished)]
     assert reports[0]["evaluation"] == reports[1]["evaluation"]
+
+
+def test_a_source_whose_config_was_changed_is_not_gone_on_with(tmp_path):
+    source = Path(shutil.copytree(TINY, tmp_path / "source"))
+    file = recipe(tmp_path, model=source)
+    assert process(KILLER.replace("{how}", "kill(walk.OneShot, '_solve', before=10)"), file).returncode == -9
+    setting("config.json", rms_norm_eps=0.01)(source)
+    done = fit(file, "--resume")
+    assert done.returncode == 2 and "the source model's config is another" in done.stderr
 
 
 def test_a_finished_run_that_lost_its_model_is_not_believed(finished, tmp_path):

@@ -19,9 +19,13 @@ from .folder import commits_of as commits_of
 from .folder import source_of as source_of
 from .manifest import MANIFEST as MANIFEST
 from .manifest import seal as seal
+from .manifest import source_digests as source_digests
 from .manifest import write_manifest as write_manifest
 from .packing import export_packed as export_packed
 from .packing import packed_differences as packed_differences
+from .signing import private_key as private_key
+from .signing import sign as sign
+from .signing import signature_failures as signature_failures
 from .stored import masks as masks
 from .structure_proof import prove_structure as prove_structure
 from .verification import Verification as Verification

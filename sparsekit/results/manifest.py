@@ -25,7 +25,7 @@ def write_manifest(run: Path, source: Path | None, claims: dict[str, Any], versi
     made = {
         "format": FORMAT,
         "files": {name: digest_of(run / name) for name in _result(run)},
-        "source": _source(source) if source is not None else {},
+        "source": {"weights": Checkpoint(source).digest(), **source_digests(source)} if source is not None else {},
         "claims": claims,
         "versions": versions,
     }
@@ -85,7 +85,7 @@ def manifest_failures(run: Path, content: dict[str, Any], *, told: bool = True) 
 
 def source_failures(content: dict[str, Any], source: Path) -> list[str]:
     """Where a checkpoint is not the source that a manifest names, as sentences."""
-    known, found = content.get("source") or {}, _source(source)
+    known, found = content.get("source") or {}, {"weights": Checkpoint(source).digest(), **source_digests(source)}
     return [
         f"{source} is not what the run began with: its {what} {'are' if what == 'weights' else 'is'} another"
         for what in known
@@ -93,12 +93,10 @@ def source_failures(content: dict[str, Any], source: Path) -> list[str]:
     ]
 
 
-def _source(folder: Path) -> dict[str, str]:
-    found = {"weights": Checkpoint(folder).digest(), "config": digest_of(folder / "config.json")}
-    for name in ("tokenizer.json", "generation_config.json"):
-        if (folder / name).is_file():
-            found[name.removesuffix(".json")] = digest_of(folder / name)
-    return found
+def source_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of what lies beside a source's weights: config, tokenizer, generation config."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    return {Path(name).stem: digest_of(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _result(run: Path) -> list[str]:

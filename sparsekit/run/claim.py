@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.recipe import kind
-from sparsekit.results import REPORT, STATE
+from sparsekit.results import REPORT, STATE, source_digests
 from sparsekit.run.lock import LOCK
 from sparsekit.run.plan import Plan
 from sparsekit.system import OURS, commit, committed, versions, write_json
@@ -81,7 +81,13 @@ def fingerprint_of(planned: Plan, tokens: Tensor) -> dict[str, Any]:
         "recipe": decisive,
         "data": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "model": planned.source.digest(),
+        **({"source": source_digests(planned.folder)} if planned.folder.is_dir() else {}),
         "threads": torch.get_num_threads(),
+        "device": planned.device.type,
+        "precision": {
+            "float32_matmul": torch.get_float32_matmul_precision(),
+            "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+        },
         "versions": {
             name: version
             for name, version in versions(planned.packages()).items()
@@ -99,6 +105,8 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
             yield "the calibration text gives other tokens"
         elif where == "model":
             yield "the source model's weights are others"
+        elif where.startswith("source."):
+            yield f"the source model's {where.removeprefix('source.')} is another"
         else:
             yield f"{where} was {json.dumps(old)}, is {json.dumps(new)}"
 
