@@ -70,6 +70,7 @@ def evaluate(given: argparse.Namespace) -> int:
     if not (given.perplexity or given.task or given.accuracy or given.metric):
         raise ValueError("nothing to measure: give --perplexity (a source or a file), --task, --accuracy or --metric")
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from sparsekit.measure import check_evaluation
@@ -85,9 +86,9 @@ def evaluate(given: argparse.Namespace) -> int:
     paths = list(models)
     found = {path: evaluate_path(model, settings) for path, model in models.items()}
     figures = {path: figures_of(measured) for path, measured in found.items()}
-    table = Table("", *paths)
+    table = Table("", *map(escape, paths))
     for name, first in figures[given.path].items():
-        table.add_row(label(name, first), *(shown(figures[path][name]) for path in paths))
+        table.add_row(escape(label(name, first)), *(shown(figures[path][name]) for path in paths))
     Console().print(table)
     if dense is None:
         print("--against DENSE measures the model it was made from beside it: a perplexity alone says little")
@@ -171,7 +172,7 @@ def bench(given: argparse.Namespace) -> int:
     if given.json:
         write_json(Path(given.json), result)
     if given.save:
-        console.print(f"kept in {add_to_report(Path(given.path), {'speed': result})}")
+        console.print(f"kept in {add_to_report(Path(given.path), {'speed': result})}", markup=False)
     return 0
 
 

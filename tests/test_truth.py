@@ -305,6 +305,50 @@ def test_a_report_that_was_planted_early_does_not_end_a_run(finished, tmp_path):
     assert done.returncode == 2 and "neither a manifest nor an end of the run" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"recipe": []}',
+        '{"verified": 3}',
+        "null",
+        '{"evaluation": {"pruned": {"perplexity": "low"}}}',
+    ],
+)
+def test_a_malformed_report_is_told(content, finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    known = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(known | content) if isinstance(content, dict) else content)
+    for command in (
+        ["report", str(run)],
+        ["compare", str(run), str(finished)],
+        ["verify", str(run)],
+        ["bench", str(run), "--save", "--new", "1", "--repeat", "1", "--prompt", "4", "--batch", "1"],
+    ):
+        code = main(command)
+        said = capsys.readouterr()
+        assert code in (1, 2) and "Traceback" not in said.err and "report.json" in said.err + said.out, (command, said)
+
+
+def test_a_name_that_looks_like_markup_is_a_name(tmp_path):
+    done = fit(recipe(tmp_path), "--set", f"output={tmp_path / 'a[/x][b]'}")
+    assert done.returncode == 0, done.stderr
+    assert "a[/x][b]" in "".join(done.stdout.split())
+
+
+def test_records_without_an_answer_are_left_out(models):
+    from sparsekit.model import load_tokenizer
+    from sparsekit.train.records import example
+
+    tokenizer = load_tokenizer(models / "tiny-llama")
+    for record in ({"instruction": "a", "output": None}, {"instruction": None, "input": 3, "output": 4}):
+        ids, labels = example(record, "instruction", tokenizer)
+        assert len(ids) == len(labels) > 0
+
+
 # One process a folder
 
 

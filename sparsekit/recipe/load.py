@@ -56,9 +56,14 @@ def _model_of_run(value: dict[str, Any]) -> None:
     """`from` says the model too, the one that its run began with, and the pattern, unless they are given."""
     report = Path(str(value.get("from"))) / "report.json"
     if isinstance(value.get("from"), str) and report.is_file():
-        earlier = json.loads(report.read_text(encoding="utf-8"))["recipe"]
-        for key in ("model", "pattern"):
-            value.setdefault(key, earlier[key])
+        try:
+            earlier = json.loads(report.read_text(encoding="utf-8"))["recipe"]
+            for key in ("model", "pattern"):
+                value.setdefault(key, earlier[key])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RecipeError(
+                [f"from: {report} is not what a run leaves ({type(error).__name__}); restore it"]
+            ) from error
 
 
 def _required() -> list[str]:

@@ -23,6 +23,7 @@ from .manifest import source_digests as source_digests
 from .manifest import write_manifest as write_manifest
 from .packing import export_packed as export_packed
 from .packing import packed_differences as packed_differences
+from .report import read_report as read_report
 from .signing import private_key as private_key
 from .signing import sign as sign
 from .signing import signature_failures as signature_failures

@@ -187,6 +187,7 @@ def _ratio(value: float, low: float, high: float) -> str:
 def bench_table(result: Mapping[str, Any]) -> Any:
     """The result as a rich table."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     found = Table(
@@ -197,10 +198,10 @@ def bench_table(result: Mapping[str, Any]) -> Any:
     )
     found.title_justify = found.caption_justify = "left"
     for model in result["models"]:
-        found.add_column(model["name"], justify="right", overflow="fold")
+        found.add_column(escape(model["name"]), justify="right", overflow="fold")
     if len(result["models"]) == 2:
         found.add_column("first to second", justify="right")
         found.caption = SPREAD
     for row in bench_rows(result):
-        found.add_row(*row)
+        found.add_row(*map(escape, row))
     return found

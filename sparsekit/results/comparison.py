@@ -10,8 +10,10 @@ from typing import Any
 
 from sparsekit.contracts import Figure
 from sparsekit.measure import image_set_name
+from sparsekit.model import read_json
 from sparsekit.results.figures import PERPLEXITY, TASK, figures_of
 from sparsekit.results.folder import REPORT, STATE
+from sparsekit.results.report import read_report
 
 SIZES = ("length", "windows")  # tokens a window, and how many
 
@@ -48,7 +50,7 @@ class Run:
         file = Path(self.path) / "model" / "tokenizer.json"
         if not file.is_file():
             return f"that of {self.report['model']['name']}"
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         cuts = {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "model")}
         return hashlib.sha256(json.dumps(cuts, sort_keys=True).encode()).hexdigest()
 
@@ -64,7 +66,7 @@ def read_run(path: str) -> Run:
         if (folder / STATE).is_file():
             raise ValueError(f"{path} is not finished: continue it with --resume, or leave it out")
         raise ValueError(f"{path} is no run: it has no {REPORT}; give folders that `sparsekit fit` wrote")
-    found = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    found = read_report(folder)
     if not figures_of((found.get("evaluation") or {}).get("pruned")):
         raise ValueError(f"{path} was not measured: its recipe has no `evaluate`; see `sparsekit eval` for one model")
     return Run(path, found)

@@ -1,6 +1,5 @@
 """How far apart the masks of two runs are: the normalised Hamming distance, and that of random masks beside it."""
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import combinations
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from sparsekit.model.structure import COUNTED, STRUCTURE_FILE, Shape
 from sparsekit.results.comparison import Run
 from sparsekit.results.folder import MASKS, REPORT
+from sparsekit.results.report import read_report
 
 ONES = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1).sum(1, dtype=numpy.uint8)  # of a byte
 NAMED = 4  # pairs of runs in a note
@@ -99,7 +99,7 @@ def _source(run: Run) -> tuple[str, str | None]:
         if file in seen or not file.is_file():
             return run.report["model"]["name"], None
         seen.add(file)
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_report(file.parent)
     return run.report["model"]["name"], report.get("fingerprint", {}).get("model")
 
 

@@ -1,6 +1,5 @@
 """The folder of a run: what it holds, and where."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from sparsekit.model import Block
+from sparsekit.model import Block, read_json
 from sparsekit.walk import Commits
 
 STATE = "run.json"  # the fingerprint of a run that has begun
@@ -25,7 +24,7 @@ class Before:
     """The finished run that a recipe goes on from: the masks and records of its pruned linears."""
 
     def __init__(self, run: str | Path):
-        report = json.loads((Path(run) / REPORT).read_text(encoding="utf-8"))
+        report = read_json(Path(run) / REPORT)
         self.linears: dict[str, dict[str, Any]] = report["sparsity"]["per_linear"]
         self.errors: dict[str, float] = report["error"]
         self.file = Path(run) / MASKS
@@ -48,7 +47,8 @@ def source_of(path: str | Path) -> dict[str, Any] | None:
     """The `model` of the recipe that a run's result was made with, told by its report; None for anything else."""
     for folder in (Path(path), Path(path).parent):
         if (folder / REPORT).is_file():
-            return json.loads((folder / REPORT).read_text(encoding="utf-8"))["recipe"]["model"]
+            model = (read_json(folder / REPORT).get("recipe") or {}).get("model")
+            return model if isinstance(model, dict) and "path" in model else None
     return None
 
 

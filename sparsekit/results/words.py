@@ -63,13 +63,14 @@ def _structure(structure: dict[str, Any]) -> str:
 
 def closing_table(report: dict[str, Any], folder: str) -> Any:
     """The rich table that ends a run."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"{report['model']['name']}, {aim(report)}", title_justify="left")
+    table = Table(title=escape(f"{report['model']['name']}, {aim(report)}"), title_justify="left")
     for column, justify in (("", "left"), ("dense", "right"), ("pruned", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in quality_rows(report):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     verified = report["verified"] is True
     proof = "proved from disk" if verified else "[bold red]NOT as asked[/]"
     if "structure" in report:
@@ -80,5 +81,5 @@ def closing_table(report: dict[str, Any], folder: str) -> Any:
     table.add_row("seconds, all stages", "", f"{sum(stage['seconds'] for stage in report['stages']):.0f}")
     peak = max(stage["peak_memory_bytes"] for stage in report["stages"])
     table.add_row("peak memory of the process", "", human_size(peak))
-    table.add_row("the result", "", folder)
+    table.add_row("the result", "", escape(folder))
     return table

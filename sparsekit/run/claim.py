@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekit.model import read_json
 from sparsekit.recipe import kind
 from sparsekit.results import REPORT, STATE, source_digests
 from sparsekit.run.lock import LOCK
@@ -59,7 +60,7 @@ def claim_output(output: Path, fingerprint: dict[str, Any]) -> bool:
             return False
     except OSError as error:
         raise OSError(f"cannot write into {output}: {error.strerror or error}; nothing was done") from error
-    known = json.loads((output / STATE).read_text(encoding="utf-8"))
+    known = read_json(output / STATE)
     differences = list(_differences(known, json.loads(json.dumps(fingerprint))))
     if differences:
         raise ValueError(

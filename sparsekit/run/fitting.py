@@ -1,6 +1,5 @@
 """`sparsekit fit`: from a checked recipe to a model on disk that is verified, measured and reported."""
 
-import json
 import time
 import warnings
 from contextlib import nullcontext
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 from sparsekit.data import calibration_images, calibration_tokens
@@ -35,6 +35,7 @@ from sparsekit.results import (
     closing_table,
     finished_failures,
     model_card,
+    read_report,
     write_manifest,
 )
 from sparsekit.results.page import write_page
@@ -109,9 +110,9 @@ def _already(output: Path, recipe_: Recipe, console: Console) -> int:
         )
     clear_working_files(output, recipe_.keep)  # it may have been killed while it did so
     write_page(output)
-    verified = json.loads((output / REPORT).read_text(encoding="utf-8"))["verified"] is True
+    verified = read_report(output)["verified"] is True
     said = "nothing to do" if verified else "but its result is not as asked"
-    console.print(f"{output} is finished, {said}. Look at {output / REPORT}")
+    console.print(f"{output} is finished, {said}. Look at {output / REPORT}", markup=False)
     return 0 if verified else 1
 
 
@@ -234,12 +235,14 @@ def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, co
     file = output / "blocks" / "allocation.json"
 
     def measure() -> dict[str, str]:
-        console.print(f"a pass through the dense model, for allocation by {planned.recipe.allocation.name}")
+        console.print(
+            f"a pass through the dense model, for allocation by {planned.recipe.allocation.name}", markup=False
+        )
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             patterns = plan.measured_patterns(planned, model, tokens, output / "activations")
         for warning in said:
-            console.print(f"[yellow]warning[/]: {warning.message}", highlight=False)
+            console.print(f"[yellow]warning[/]: {escape(str(warning.message))}", highlight=False)
         return {name: str(pattern) for name, pattern in patterns.items()}
 
     while process_rank() and not file.is_file():
@@ -291,15 +294,15 @@ def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
     said = {sentence for sentences in complete["warnings"].values() for sentence in sentences}
     for sentence in sorted(said):
         count = sum(sentence in sentences for sentences in complete["warnings"].values())
-        console.print(f"[yellow]warning[/] ({count} linears): {sentence}", highlight=False)
+        console.print(f"[yellow]warning[/] ({count} linears): {escape(sentence)}", highlight=False)
     for name, why in complete["skipped"].items():
-        console.print(f"left as it is: {name} ({why})", highlight=False)
+        console.print(f"left as it is: {name} ({why})", highlight=False, markup=False)
     if complete["verified"] is not True:
         for failure in complete["verified"]:
-            console.print(f"[bold red]verification failed[/]: {failure}", highlight=False)
+            console.print(f"[bold red]verification failed[/]: {escape(failure)}", highlight=False)
         return
     for name, written in complete["exports"].items():
-        console.print(_said_of(name, written, output / f"model-{name}"), highlight=False)
+        console.print(_said_of(name, written, output / f"model-{name}"), highlight=False, markup=False)
     console.print("\nLoad it:\n")
     console.print(loading_code(output / "model"), markup=False, highlight=False, soft_wrap=True)
     console.print(f"\nmanifest {complete['manifest']}", highlight=False, soft_wrap=True)

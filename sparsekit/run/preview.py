@@ -38,9 +38,9 @@ def show_plan(planned: Plan, console: Console) -> None:
                 table.add_row(indices, str(number + 1), name.lstrip("."), f"{out} x {width}", said)
     console.print(table)
     for name, why in (pair for block in planned.blocks for pair in block.skipped.items()):
-        console.print(f"left as it is: {name} ({why})")
+        console.print(f"left as it is: {name} ({why})", markup=False)
     for what, value in estimates(planned).items():
-        console.print(f"{what}: {value}", highlight=False)
+        console.print(f"{what}: {value}", highlight=False, markup=False)
 
 
 def estimates(plan: Plan) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """What `prune` and `fit` give back in Python: the model, its masks, the report, and the proof."""
 
-import json
 import tempfile
 from collections.abc import Mapping
 from functools import cached_property
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from sparsekit.maths import parse
 from sparsekit.model import load
 from sparsekit.model.structure import Shape
-from sparsekit.results import REPORT, seal, verify_run, write_manifest
+from sparsekit.results import REPORT, read_report, seal, verify_run, write_manifest
 from sparsekit.results import masks as read_masks
 from sparsekit.run import result
 from sparsekit.system import session, unpack, write_json
@@ -29,8 +28,7 @@ class Result:
     def report(self) -> dict[str, Any]:
         """What report.json holds (docs/design.md)."""
         assert self.folder is not None
-        found: dict[str, Any] = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
-        return found
+        return read_report(self.folder)
 
     @cached_property
     def model(self) -> Any:

@@ -41,12 +41,12 @@ def example(record: Mapping[str, Any], kind: str, tokenizer: Any) -> Example:
     tokenizer's chat template, and what the assistant says is predicted; an instruction serves as one of two turns.
     """
     if kind == "instruction":
-        given = (record.get("input") or "").strip()
-        prompt = PROMPT[bool(given)].format(instruction=record["instruction"].strip(), input=given)
-        return _joined(tokenizer, prompt, str(record["output"]).strip())
+        given = str(record.get("input") or "").strip()
+        prompt = PROMPT[bool(given)].format(instruction=str(record["instruction"] or "").strip(), input=given)
+        return _joined(tokenizer, prompt, str(record["output"] or "").strip())
     messages = record.get("messages") or [
-        {"role": "user", "content": "\n\n".join(filter(None, (record["instruction"], record.get("input"))))},
-        {"role": "assistant", "content": record["output"]},
+        {"role": "user", "content": "\n\n".join(map(str, filter(None, (record["instruction"], record.get("input")))))},
+        {"role": "assistant", "content": str(record["output"] or "")},
     ]
     return _conversation(tokenizer, messages)
 

@@ -63,7 +63,9 @@ class Cached(Callback):
         trainer.strategy.barrier()
 
     def _write(self, trainer: Trainer, module: Any) -> None:
-        self.console.print(f"what the dense model says of {self.rows.ids.numel()} tokens is kept in {self.file}")
+        self.console.print(
+            f"what the dense model says of {self.rows.ids.numel()} tokens is kept in {self.file}", markup=False
+        )
         logs, indices = [], []
         with trainer.precision_plugin.val_step_context():
             for ids in self.rows.ids.split(self.batch):

@@ -1,6 +1,5 @@
 """report.html: a run to look at, in one file that needs no script and no network."""
 
-import json
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ from sparsekit.results.folder import REPORT, STATE
 from sparsekit.results.manifest import seal
 from sparsekit.results.page import kept, parts
 from sparsekit.results.page.style import CSS
+from sparsekit.results.report import read_report
 from sparsekit.system import write_atomically, write_json
 
 PAGE = "report.html"
@@ -74,7 +74,7 @@ def write_page(folder: Path) -> Path:
         ValueError: the folder holds no finished run.
     """
     require_finished(folder)
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    report = read_report(folder)
     metrics = folder / "metrics.csv"
     logged = metrics.read_text(encoding="utf-8") if metrics.is_file() else None
     text = page(report, logged, str(folder))
@@ -90,6 +90,6 @@ def add_to_report(folder: Path, entries: Mapping[str, Any]) -> Path:
         ValueError: the folder holds no finished run.
     """
     require_finished(folder)
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    report = read_report(folder)
     write_json(folder / REPORT, report | dict(entries))
     return write_page(folder)

@@ -1,0 +1,83 @@
+"""report.json of a run, read and checked: what readers may rely on, of every version."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sparsekit.model import read_json
+from sparsekit.results.folder import REPORT
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Model(_Part):
+    name: str
+
+
+class _Measured(_Part):
+    perplexity: dict[str, float] = {}
+    perplexity_stderr: dict[str, float] = {}
+    context: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, Any]] = {}
+
+
+class _Stage(_Part):
+    name: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+class _Linear(_Part):
+    sparsity: float
+    pattern: str | None
+
+
+class _Sparsity(_Part):
+    total: float
+    per_linear: dict[str, _Linear]
+
+
+class _Counts(_Part):
+    dense: int
+    pruned: int
+
+
+class _Structure(_Part):
+    parameters: _Counts
+
+
+class _Recipe(_Part):
+    stages: list[dict[str, Any]]
+
+
+class _Report(_Part):
+    model: _Model
+    recipe: _Recipe
+    stages: list[_Stage]
+    sparsity: _Sparsity
+    evaluation: dict[str, _Measured]
+    verified: Literal[True] | list[str]
+    error: dict[str, float] = {}
+    structure: _Structure | None = None
+
+
+def read_report(run: str | Path) -> dict[str, Any]:
+    """What report.json of a run says.
+
+    Raises:
+        ValueError: it is not there, or is not what a run leaves.
+    """
+    file = Path(run) / REPORT
+    content = read_json(file, f"{run} has no {REPORT}")
+    try:
+        _Report.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{file} is not what a run leaves ({where}: {first['msg']}); restore it") from error
+    return content
