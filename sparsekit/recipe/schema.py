@@ -286,6 +286,9 @@ class Recipe(Section):
     bos: Literal["auto", "window", "published"] = Field(
         default="auto", description="whether the first token stands before every window of text"
     )
+    masks: Literal["source", "none"] = Field(
+        default="source", description="whether recovery keeps the zeros of a source that is sparse already"
+    )
     error_correction: Literal["prefix", "none", "block", "model"] = "prefix"
     allocation: Annotated[Stage, BeforeValidator(method("allocators"))] = Stage("uniform")
     stages: list[Annotated[Stage, BeforeValidator(method("solvers", "stages", "criteria"))]] = Field(

@@ -27,6 +27,7 @@ from sparsekit.run.methods import configured
 from sparsekit.run.plan import Plan
 from sparsekit.run.removing import remove_by
 from sparsekit.run.together import Together, start
+from sparsekit.run.zeros import SourceZeros
 from sparsekit.system import Meter, commit, committed, meet, write_tensors
 from sparsekit.train import last_checkpoint, make_loggers
 from sparsekit.walk import Commit, Commits, Inspect, Inspector, OneShot, Walk, WalkProgress, digests
@@ -46,7 +47,7 @@ class Outcome:
 
     blocks: list[Block]
     cuts: list[tuple[Units, Removal]] = field(default_factory=list)
-    masks: Commits | Before | None = None
+    masks: Commits | Before | SourceZeros | None = None
     resized: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -67,7 +68,6 @@ def run_stages(
 ) -> Outcome:
     """Run the recipe's stages on the model, in place. bos: the token before every window of further text, if any
 
-
     With several processes (`trainer.devices`) all of them call this, and after each stage all have the same model.
 
     Raises:
@@ -84,6 +84,8 @@ def run_stages(
     for index, stages in enumerate(planned.segments):
         commits = commits_of(output, index)
         effect = effect_of(stages[-1])  # of solvers that share a walk, the last has the last word
+        if outcome.masks is None and effect.moves and not (effect.prunes or effect.cuts or effect.resizes):
+            _hold_zeros(outcome, recipe.masks, called(stages[0]), console)
         context = Context(
             model,
             outcome.blocks,
@@ -122,8 +124,25 @@ def run_stages(
         if committed(commits.folder / NOTES):
             for stage, notes in json.loads((commits.folder / NOTES).read_text(encoding="utf-8")).items():
                 outcome.tell(stage, notes)
-        outcome.masks = commits
+        if effect.prunes or outcome.masks is not None:  # else nobody has pruned anything
+            outcome.masks = commits
     return outcome
+
+
+def _hold_zeros(outcome: Outcome, asked: str, stage: str, console: Console) -> None:
+    """Before weights are trained: the zeros that the source came with are held, or it is said that they are not."""
+    found = SourceZeros(outcome.blocks)
+    if not found:
+        return
+    said = f"the source is {found.share:.1%} sparse ({len(found.patterns)} linears)"
+    if asked == "none":
+        console.print(f"{said}: masks is none, so {stage} makes it dense again", highlight=False, markup=False)
+        return
+    console.print(f"{said}: its zeros are kept", highlight=False, markup=False)
+    outcome.masks = found
+    outcome.tell("source", {"sparsity": found.share, "linears": len(found.patterns), "zeros": "kept"})
+    for block in outcome.blocks:
+        block.records = found.records(block)
 
 
 def called(stage: Stage) -> str:
