@@ -63,6 +63,19 @@ def test_a_dense_source_has_none(tmp_path):
     assert report["verified"] is True and not report["sparsity"]["per_linear"]
 
 
+def test_cut_recover_prune_recover_is_one_recipe(tmp_path):
+    cut = "{wanda-sp: {remove: 5%, shape: uniform, units: [heads]}}"
+    stages = f"[{cut}, {{finetune: {TRAIN}}}, wanda, {{lora: {TRAIN}}}]"
+    report, _ = run(tmp_path, "all", stages, more='pattern: "2:4"')
+    assert report["verified"] is True and report["sparsity"]["total"] == pytest.approx(0.5, abs=1e-3)
+    assert {"finetune", "lora"} <= report["notes"].keys() and report["structure"]["parameters"]["pruned"] < 221760
+    gently = TRAIN.replace("1.0e-3", "1.0e-5")
+    trained, _ = run(tmp_path, "one", f"[{{finetune: {gently}}}, wanda]", more="pattern: 50%")
+    plain, _ = run(tmp_path, "two", "[wanda]", more="pattern: 50%")
+    values = [each["evaluation"]["pruned"]["perplexity"]["python-docs"] for each in (trained, plain)]
+    assert (values[0] != values[1]) == (trained["notes"]["finetune"]["best_step"] > 0)  # what was trained is pruned
+
+
 def test_which_linears_count():
     model, _ = load(TINY)
     blocks = discover(model, sample_input(model))

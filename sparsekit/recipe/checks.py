@@ -118,6 +118,6 @@ def _lost(stages: Sequence[Stage], effects: Sequence[Effect], places: Sequence[s
             )
         quantized = stage.name if effect.grid is not None else quantized
         resized = stage.name if effect.resizes else resized
-        if effect.prunes or (effect.moves and not effect.cuts and not effect.resizes):
-            earlier = stage.name  # what comes after starts from what it leaves
+        if effect.prunes or (earlier and effect.moves and not effect.cuts and not effect.resizes):
+            earlier = stage.name  # what comes after starts from what it leaves; of a model that nobody pruned, weights
     return problems
