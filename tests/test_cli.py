@@ -163,7 +163,7 @@ def test_verify(
     from sparsekit.results import Verification
 
     monkeypatch.setattr("sparsekit.model.locate", lambda path: path)
-    found = Verification(failures, {"a": {"zeros": 1, "parameters": 2}})
+    found = Verification(failures, per_linear={"a": {"zeros": 1, "parameters": 2}})
     monkeypatch.setattr("sparsekit.results.verify", lambda path, pattern, against: found)
     assert main(["verify", "folder", "--pattern", "2:4"]) == status
     out = capsys.readouterr().out

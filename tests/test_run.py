@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekit import cli
 from sparsekit.maths import parse
+from sparsekit.results import seal
 
 TINY = Path(__file__).parent / "models" / "tiny-llama"
 RECIPE = """\
@@ -397,5 +398,6 @@ def test_a_finished_run_that_failed_stays_failed(finished, tmp_path):
     shutil.copytree(finished, copy)
     report = json.loads((copy / "report.json").read_text())
     (copy / "report.json").write_text(json.dumps(report | {"verified": ["layer 3 is not 2:4"]}))
+    seal(copy)  # as the run would have
     again = fit(finished.parent / "run.yaml", "--resume", "--set", f"output={copy}")
     assert again.returncode == 1 and "not as asked" in again.stdout

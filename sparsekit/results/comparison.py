@@ -66,7 +66,7 @@ def read_run(path: str) -> Run:
         if (folder / STATE).is_file():
             raise ValueError(f"{path} is not finished: continue it with --resume, or leave it out")
         raise ValueError(f"{path} is no run: it has no {REPORT}; give folders that `sparsekit fit` wrote")
-    found = read_report(folder)
+    found = read_report(folder, "model", "recipe", "stages", "sparsity", "verified")
     if not figures_of((found.get("evaluation") or {}).get("pruned")):
         raise ValueError(f"{path} was not measured: its recipe has no `evaluate`; see `sparsekit eval` for one model")
     return Run(path, found)

@@ -32,14 +32,9 @@ class _Stage(_Part):
     peak_memory_bytes: int
 
 
-class _Linear(_Part):
-    sparsity: float
-    pattern: str | None
-
-
 class _Sparsity(_Part):
     total: float
-    per_linear: dict[str, _Linear]
+    per_linear: dict[str, dict[str, Any]]
 
 
 class _Counts(_Part):
@@ -48,26 +43,28 @@ class _Counts(_Part):
 
 
 class _Structure(_Part):
-    parameters: _Counts
+    parameters: _Counts | None = None
 
 
 class _Recipe(_Part):
-    stages: list[dict[str, Any]]
+    stages: list[dict[str, Any] | str] = []
 
 
 class _Report(_Part):
-    model: _Model
-    recipe: _Recipe
-    stages: list[_Stage]
-    sparsity: _Sparsity
-    evaluation: dict[str, _Measured]
-    verified: Literal[True] | list[str]
+    """Whatever is there must be of its kind; what is absent, earlier versions did not write."""
+
+    model: _Model | None = None
+    recipe: _Recipe | None = None
+    stages: list[_Stage] = []
+    sparsity: _Sparsity | None = None
+    evaluation: dict[str, _Measured] | None = None
+    verified: Literal[True] | list[str] = True
     error: dict[str, float] = {}
     structure: _Structure | None = None
 
 
-def read_report(run: str | Path) -> dict[str, Any]:
-    """What report.json of a run says.
+def read_report(run: str | Path, *needs: str) -> dict[str, Any]:
+    """What report.json of a run says. needs: keys that must be there
 
     Raises:
         ValueError: it is not there, or is not what a run leaves.
@@ -80,4 +77,6 @@ def read_report(run: str | Path) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{file} is not what a run leaves ({where}: {first['msg']}); restore it") from error
+    if absent := [key for key in needs if key not in content]:
+        raise ValueError(f"{file} is not what a run leaves (it has no {absent[0]}); restore it")
     return content

@@ -22,7 +22,9 @@ def aim(report: dict[str, Any]) -> str:
 
 def removed_share(structure: dict[str, Any]) -> float:
     """The share of all the source's parameters that is gone, after all cuts, those of earlier runs included."""
-    return 1 - structure["parameters"]["pruned"] / structure["parameters"]["dense"]
+    if (count := structure.get("parameters")) is None:  # a report of an earlier version tells that of the blocks alone
+        return float(structure.get("total", 0.0))
+    return float(1 - count["pruned"] / count["dense"])
 
 
 def model_card(report: dict[str, Any], recipe: str, loading: str) -> str:

@@ -110,7 +110,7 @@ def _already(output: Path, recipe_: Recipe, console: Console) -> int:
         )
     clear_working_files(output, recipe_.keep)  # it may have been killed while it did so
     write_page(output)
-    verified = read_report(output)["verified"] is True
+    verified = read_report(output, "verified")["verified"] is True
     said = "nothing to do" if verified else "but its result is not as asked"
     console.print(f"{output} is finished, {said}. Look at {output / REPORT}", markup=False)
     return 0 if verified else 1
