@@ -65,6 +65,7 @@ def accuracy(report: dict, which: str = "pruned") -> float:
     return report["evaluation"][which]["tasks"]["digits"]["acc"]
 
 
+@pytest.mark.long
 def test_a_better_method_keeps_more_accuracy(tmp_path, digits):
     pattern = "80%"
     found = {
@@ -110,6 +111,7 @@ def test_verify_sees_what_was_changed_behind_its_back(tmp_path, digits):
     assert any("is missing" in failure for failure in verify(folder, "2:4").failures)
 
 
+@pytest.mark.long
 def test_resuming_gives_the_same_bits(tmp_path, digits):
     from safetensors.torch import load_file
 

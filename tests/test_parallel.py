@@ -73,7 +73,7 @@ def test_blocks_in_two_processes_are_bit_for_bit_those_of_one(tmp_path, model, a
     assert len((tmp_path / "block2" / "metrics.csv").read_text().split()) == 4  # a head and three blocks
 
 
-@pytest.mark.parametrize("mode", ["prefix", "model"])
+@pytest.mark.parametrize("mode", ["prefix", pytest.param("model", marks=pytest.mark.long)])
 def test_sums_over_two_processes_are_those_of_one_up_to_rounding(mode, tmp_path):
     """On a trained model, with tokens enough and a solver without a stop rule: little is on the edge of a decision."""
     for devices in (1, 2):
@@ -183,7 +183,9 @@ def test_two_processes_learn_the_same_structure_as_one(tmp_path):
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("recovery", ["lora: {rank: 4, ", "finetune: {distill: 0.5, cache: 8, "])
+@pytest.mark.parametrize(
+    "recovery", [pytest.param("lora: {rank: 4, ", marks=pytest.mark.long), "finetune: {distill: 0.5, cache: 8, "]
+)
 def test_two_processes_recover_as_one_does_with_batches_twice_as_large(recovery, tmp_path):
     """They share the rows of each batch and average their gradients; all know what the others pruned."""
     found = {}

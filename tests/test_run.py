@@ -177,7 +177,12 @@ sys.exit(cli.main(["fit", "--recipe", sys.argv[1], "--resume"]))
 """
 
 
-@pytest.mark.parametrize("when", KILLS)
+OFTEN = ("before a block is renamed into place", "before the model is moved into place", "while the blocks are removed")
+
+
+@pytest.mark.parametrize(
+    "when", [when if when in OFTEN else pytest.param(when, marks=pytest.mark.long) for when in KILLS]
+)
 def test_killed_and_resumed_gives_the_same_bits(when, finished, tmp_path):
     file = recipe(tmp_path)
     script = KILLER.replace("{how}", KILLS[when])

@@ -65,6 +65,7 @@ def require_finished(folder: Path) -> None:
     if not (folder / REPORT).is_file():
         why = "is not finished: continue it with --resume" if (folder / STATE).is_file() else f"has no {REPORT}"
         raise ValueError(f"{folder} {why}; only a finished run has a report")
+    read_report(folder)
 
 
 def write_page(folder: Path) -> Path:
