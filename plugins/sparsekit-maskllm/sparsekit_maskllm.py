@@ -30,7 +30,7 @@ def maskllm(
     learning_rate: Positive = 0.3,
     temperature: Annotated[list[float], "from, to"] = [4.0, 0.05],  # noqa: B006 (never changed)
     scale: Annotated[list[float], "from, to"] = [100.0, 500.0],  # noqa: B006
-    regularization: NotNegative = 1e-5,
+    regularization: NotNegative = 0.01,
     estimator: Literal["gumbel", "policy"] = "gumbel",
     draws: Annotated[int, Gt(1)] = 4,
 ) -> Fit:
@@ -44,7 +44,7 @@ def maskllm(
     prior: solvers whose mask the logits start from (Eq. 10), null for none; strength: of it, in deviations of logits
     steps, batch, learning_rate (its peak, AdamW, falling to 0): of training, in sequences of the calibration text
     temperature, scale: from the first to the last step, linearly
-    regularization: of the kept weights' squares, which keeps gradients from vanishing (Eq. 9)
+    regularization: of the kept weights' squares as a share of all; Eq. 9 has their sum, which outgrows the loss
     draws: masks in a step of policy
 
     Source: Fang et al. 2024, MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models, arXiv:2409.17481;
@@ -116,13 +116,13 @@ class MaskLLM(LightningModule):
         self.linears = {name: linear for block in context.blocks for name, linear in block.linears.items()}
         self.steps, self.batch, self.peak, self.draws = steps, batch, learning_rate, draws
         self.temperature, self.scale, self.regularization = temperature, scale, regularization
+        self.energy = sum(float(linear.weight.float().square().sum()) for linear in self.linears.values())
         self.choices = {name: candidates(context.patterns[name]) for name in self.linears}  # type: ignore[arg-type]
         random = torch.Generator().manual_seed(context.seed)
         self.logits = nn.ParameterList()
         for name, linear in self.linears.items():
             choices = self.choices[name]
-            out, width = linear.shape
-            start = SPREAD * torch.randn(out * width // choices.shape[1], len(choices), generator=random)
+            start = SPREAD * torch.randn(linear.weight.numel() // choices.shape[1], len(choices), generator=random)
             if name in kept:
                 alike = kept[name].float().reshape(-1, choices.shape[1]) @ choices.t()  # weights in common
                 start += strength * SPREAD * (alike - alike.mean(1, keepdim=True))
@@ -151,7 +151,7 @@ class MaskLLM(LightningModule):
                 kept = kept + masked.float().square().sum()
         logits = functional_call(self.outside[0].model, weights, (tokens,), {"use_cache": False}).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-        return loss - self.regularization * kept
+        return loss - self.regularization * kept / self.energy
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
         """One step of the logits on a few sequences."""
