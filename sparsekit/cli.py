@@ -84,7 +84,10 @@ def evaluate(given: argparse.Namespace) -> int:
     dense = given.against or source_of(given.path)
     models = {given.path: given.path} | ({dense if isinstance(dense, str) else dense["path"]: dense} if dense else {})
     paths = list(models)
-    found = {path: evaluate_path(model, settings) for path, model in models.items()}
+    found = {}
+    for path, model in reversed(models.items()):  # the dense one, where there is one, decides how windows begin
+        found[path] = evaluate_path(model, settings)
+        settings["bos"] = found[path]["bos"]["used"]
     figures = {path: figures_of(measured) for path, measured in found.items()}
     table = Table("", *map(escape, paths))
     for name, first in figures[given.path].items():

@@ -12,7 +12,6 @@ import sparsekit
 from sparsekit.cli import main
 from sparsekit.data import Corpus, own_first_token, sample, windows
 from sparsekit.measure import first_token
-from sparsekit.testing import tiny_tokens
 from sparsekit.train.records import IGNORED
 from sparsekit.train.rows import training_rows
 
@@ -119,4 +118,3 @@ def test_a_run_says_what_it_used(tmp_path):
     assert figures["python-docs"].value == pytest.approx(
         json.loads((tmp_path / "other" / "report.json").read_text())["evaluation"]["dense"]["perplexity"]["python-docs"]
     )  # auto: the tokenizer adds none
-    assert tiny_tokens() is not None

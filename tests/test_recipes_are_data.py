@@ -1,7 +1,6 @@
 """A recipe is data: no text of it runs code, fills the memory or keeps the machine busy for ever."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from sparsekit import registry
 from sparsekit.cli import main
 from sparsekit.measure import check_evaluation
-from sparsekit.measure.tasks import local_task, tasks
+from sparsekit.measure.tasks import tasks
 from sparsekit.measure.templates import check_template, sandbox
 from sparsekit.recipe import RecipeError, load_recipe
 from sparsekit.train.watch import _due
@@ -73,7 +72,6 @@ def test_templates_still_say_what_records_hold():
     text = "{% for c in a %}{{ loop.index }}. {{ c|upper }} {% endfor %}{{ q.strip() * 2 }}"
     check_template(text)
     assert sandbox().from_string(text).render(a=["x", "y"], q=" z ") == "1. X 2. Y zz"
-    assert local_task(entry(Path("f"))) is not None
 
 
 @pytest.mark.parametrize(
@@ -184,4 +182,3 @@ def test_broken_metadata_of_one_package_stops_nothing(broken, tmp_path, monkeypa
     with pytest.warns(UserWarning, match="cannot be read and are skipped"):
         found = registry.names("solvers")
     assert {"wanda", "sounding"} <= set(found)
-    assert os.path.sep not in found

@@ -49,6 +49,19 @@ def test_zeros_of_a_source_stay(stage, pattern, told, tmp_path):
     assert report["notes"][stage]["after"] < report["notes"][stage]["before"]
 
 
+def test_a_stage_that_fills_the_zeros_is_found_out(tmp_path, monkeypatch):
+    """What was kept is noted before anything is trained, so a recovery cannot move what it is held to."""
+    from sparsekit.stages import finetune as module
+
+    run(tmp_path, "sparse", "[wanda]", more="pattern: 50%")
+    monkeypatch.setattr(module, "masked", lambda block, masks: [])  # gradients of zeros reach the optimizer
+    file = tmp_path / "f.yaml"
+    stages = f"[{{finetune: {TRAIN}}}]"
+    file.write_text(RECIPE.format(model=tmp_path / "sparse" / "model", stages=stages, output=tmp_path / "f", more=""))
+    done = fit(file)
+    assert done.returncode == 2 and "finetune" in done.stderr and not (tmp_path / "f" / "model").exists()
+
+
 def test_none_says_what_it_does(tmp_path):
     run(tmp_path, "sparse", "[wanda]", more="pattern: 50%")
     report, said = run(tmp_path, "dense", f"[{{finetune: {TRAIN}}}]", tmp_path / "sparse" / "model", "masks: none")

@@ -125,6 +125,12 @@ UNSEEN: dict[str, Damage] = {
     "no masks": lambda model: (model.parent / "masks.safetensors").unlink(),
     "the recipe": lambda model: (model.parent / "recipe.yaml").write_text("model: other\n"),
     "the report": lambda model: setting("report.json", verified=True, error={})(model.parent),
+    "no report": lambda model: (model.parent / "report.json").unlink(),
+    "a folder for a report": lambda model: (
+        (model.parent / "report.json").unlink(),
+        (model.parent / "report.json").mkdir(),
+    ),
+    "no model": lambda model: shutil.rmtree(model),
     "the page": lambda model: (model.parent / "report.html").write_text("good"),
     "the card": lambda model: (model / "README.md").write_text("the best model"),
     "a file more": add("notes.txt"),

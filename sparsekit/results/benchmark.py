@@ -79,9 +79,11 @@ def bench(
             turns = [[ask(index, task) for index in range(len(names))] for _ in range(repeat + 1)]
             times[str(task["batch"])] = turns[1:]  # the first warms caches and allocators up
         if evaluation:
-            for index, name in enumerate(names):
-                say(f"{name}: measuring its quality")
-                found[index] |= ask(index, {"op": "evaluate", "settings": dict(evaluation)})
+            wanted = dict(evaluation)
+            for index in reversed(range(len(names))):  # the dense one, which is last, decides how windows begin
+                say(f"{names[index]}: measuring its quality")
+                found[index] |= ask(index, {"op": "evaluate", "settings": wanted})
+                wanted |= {"bos": bos["used"]} if (bos := found[index].get("bos")) else {}
     for index, values in enumerate(found):
         for key in ("prefill", "decode"):
             values[f"{key}_seconds"] = {

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from sparsekit.maths import Quantization
 from sparsekit.model import read_json
-from sparsekit.results.folder import MASKS
-from sparsekit.results.manifest import manifest_failures, read_manifest, source_failures
+from sparsekit.results.folder import MASKS, REPORT
+from sparsekit.results.manifest import MANIFEST, manifest_failures, read_manifest, source_failures
 from sparsekit.results.stored import masks
 from sparsekit.results.verification import Verification, verify
 
@@ -13,7 +13,8 @@ from sparsekit.results.verification import Verification, verify
 def run_of(path: Path) -> Path | None:
     """The folder of the run that a path names, itself or by its model/; None: no run is there."""
     for folder in (path, path.parent if path.name == "model" else path):
-        if (folder / "model").is_dir() and (folder / "report.json").is_file():
+        left = (folder / REPORT).exists() or (folder / MANIFEST).exists()  # whatever became of the other
+        if left and (folder / "model").is_dir():
             return folder
     return None
 
@@ -31,7 +32,7 @@ def verify_run(
     manifest = read_manifest(run)
     options = {"trust_remote_code": trust_remote_code}
     if manifest is None:
-        if read_json(run / "report.json").get("manifest"):
+        if read_json(run / REPORT).get("manifest"):
             return Verification(failures=["report.json names a manifest, and manifest.json is gone"])
         found = verify(run / "model", pattern, against, **options)  # type: ignore[arg-type]
         found.unproved.append("the run is of an earlier format and has no manifest: what lies beside model/")
@@ -66,5 +67,5 @@ def finished_failures(run: Path) -> list[str]:
         # killed before the last list was written, it has none
         return manifest_failures(run, manifest, told=bool(manifest.get("told")))
     if (run / "blocks").is_dir():
-        return ["there is a report.json, and neither a manifest nor an end of the run"]
+        return [f"there is a {REPORT}, and neither a manifest nor an end of the run"]
     return [] if (run / "model" / "config.json").is_file() else ["model/ is gone"]

@@ -45,6 +45,9 @@ def _config(folder: Path, source: Path, cast: bool, cut: bool, trust: bool) -> I
         kept = [layer.index for layer in made.layers]
         before = [layer.index for layer in begun.layers] if begun is not None else None
         count = len(before) if before is not None else other.get("num_hidden_layers")
+        if unknown := set(kept) - set(before if before is not None else range(count or 0)):
+            yield f"structure.json keeps layer {min(unknown)}, which {source} has not"
+            return
         where = [before.index(index) for index in kept] if before is not None else kept
         for key, value in other.items():
             if isinstance(value, list) and len(value) == count and len(one.get(key) or []) == len(kept):

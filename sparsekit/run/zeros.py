@@ -16,28 +16,29 @@ GROUPS = (NM(2, 4), NM(1, 4), NM(4, 8), NM(2, 8))
 class SourceZeros:
     """The masks and records of a model that was pruned by nobody knows whom; what `Before` is for a run of ours.
 
-    A linear counts as pruned where more than 5 % of its weights are exact zeros, or they have an n:m pattern.
+    A linear counts as pruned where more than 5 % of its weights are exact zeros. What is kept is noted at once: it is
+    what training is held to, so training must not be able to change it.
     """
 
     def __init__(self, blocks: list[Block]):
-        self.patterns = {
-            name: found
-            for block in blocks
-            for name, linear in block.linears.items()
-            if (found := _pattern(linear.weight.detach())) is not None
-        }
-        weights = [linear.weight for block in blocks for linear in block.linears.values()]
-        self.share = sum(int((w == 0).count_nonzero()) for w in weights) / max(1, sum(w.numel() for w in weights))
+        self.patterns: dict[str, str] = {}
+        self.kept: dict[str, Tensor] = {}  # packed
+        zeros = total = 0
+        for name, linear in (pair for block in blocks for pair in block.linears.items()):
+            weight = linear.weight.detach()
+            found = _pattern(weight)
+            if found is not None:
+                self.patterns[name] = found
+            self.kept[name] = pack(weight != 0 if found is not None else torch.ones(linear.shape, dtype=torch.bool))
+            zeros, total = zeros + int((weight == 0).count_nonzero()), total + weight.numel()
+        self.share = zeros / max(1, total)
 
     def __bool__(self) -> bool:
         return bool(self.patterns)
 
     def masks(self, block: Block) -> dict[str, Tensor]:
         """A block's masks as packed bits, by the names of its linears."""
-        return {
-            name: pack(linear.weight != 0 if name in self.patterns else torch.ones(linear.shape, dtype=torch.bool))
-            for name, linear in block.linears.items()
-        }
+        return {name: self.kept[name] for name in block.linears}
 
     def records(self, block: Block) -> dict[str, dict[str, Any]]:
         """As `Block.records` has them."""
