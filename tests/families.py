@@ -1,5 +1,6 @@
 """Small randomly initialised models of the families that sparsekit is proved on."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,3 +57,13 @@ def build(family: str, device: str = "cpu", settings: dict[str, Any] | None = No
                 if name.endswith("bias"):
                     parameter.normal_(std=0.1)
     return model
+
+
+def committing(folder: Path, model: nn.Module) -> Any:
+    """Where blocks of the model are committed, under `folder`: what a run has, around a model in memory."""
+    from sparsekit.model import Weights, find_blocks
+    from sparsekit.walk import Commits
+
+    commits = Commits(folder / "blocks", Weights(folder / "weights", model))
+    commits.prepare(find_blocks(model))
+    return commits

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build
+from families import build, committing
 from lightning.pytorch import Trainer
 
 from sparsekit.data import calibration_tokens
@@ -15,7 +15,7 @@ from sparsekit.model import discover, load_plain
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.stages.lamp import Lamp, LampStream, lamp, rate_for
 from sparsekit.testing import context
-from sparsekit.walk import BlockStream, Commit, Commits, OneShot, Walk
+from sparsekit.walk import BlockStream, Commit, OneShot, Walk
 
 TOKENS = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
 
@@ -149,8 +149,8 @@ def test_resuming_from_committed_blocks_gives_the_same_bits(family, stop_after, 
     """Biases and norms too, which committed blocks must bring back, and the dense stream, which must not see them."""
     whole, first, second = build(family), build(family), build(family)
     expected = prune(whole)
-    prune(first, commits=Commits(tmp_path), stop_after=stop_after)
-    blocks = prune(second, commits=Commits(tmp_path))
+    prune(first, commits=committing(tmp_path, first), stop_after=stop_after)
+    blocks = prune(second, commits=committing(tmp_path, second))
     assert same_bits(whole, second) and not same_bits(whole, build(family))
     for a, b in zip(expected, blocks, strict=True):
         assert a.trained == b.trained and any("bias" in name for name in a.trained)

@@ -6,13 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import build
+from families import build, committing
 from torch import nn
 
 from sparsekit.model import Block, discover, first_inputs
 from sparsekit.system import ActivationStore
 from sparsekit.train import reconstruct
-from sparsekit.walk import Commits
 
 TOKENS = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
 
@@ -197,7 +196,7 @@ def test_families(family, tmp_path):
     assert record["after"] < record["before"]
     for name, linear in block.linears.items():
         assert not linear.weight[~masks[name]].any()
-    commits = Commits(tmp_path)
+    commits = committing(tmp_path, build(family))
     block.masks, block.notes = masks, {"seen": record}
     commits.commit(block)
     commits.restore(fresh)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build
+from families import build, committing
 from lightning.pytorch import Trainer
 
 from sparsekit.data import sample, windows
@@ -18,7 +18,7 @@ from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
 from sparsekit.stages.sparsellm import find_part, sparsellm
 from sparsekit.testing import begin, context
-from sparsekit.walk import BlockStream, Commit, Commits, OneShot, Walk
+from sparsekit.walk import BlockStream, Commit, OneShot, Walk
 
 TOKENS = torch.randint(1, 96, (6, 24), generator=torch.Generator().manual_seed(1))
 
@@ -136,8 +136,9 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     model = build("Llama")
     whole = copy.deepcopy(model)
     joint(whole, epochs=1)
-    commits = Commits(tmp_path)
-    joint(copy.deepcopy(model), commits=commits, stop_after=1, epochs=1)
+    other = copy.deepcopy(model)
+    joint(other, commits=committing(tmp_path, other), stop_after=1, epochs=1)
+    commits = committing(tmp_path, model)
     assert commits.done() == {0}
     blocks = joint(model, commits=commits, epochs=1)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from families import SETTINGS, build
+from families import SETTINGS, build, committing
 from lightning.pytorch import Trainer
 
 from sparsekit.maths import NM, Unstructured, chain
@@ -14,7 +14,7 @@ from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
 from sparsekit.system import ActivationStore, unpack
-from sparsekit.walk import BlockStream, Commit, Commits, OneShot, Walk
+from sparsekit.walk import BlockStream, Commit, OneShot, Walk
 from sparsekit.walk.stream import ERROR_CORRECTIONS
 
 HALF = NM(2, 4)
@@ -162,12 +162,12 @@ def test_the_budget_changes_nothing(mode):
 def test_resuming_from_committed_blocks_gives_the_same_bits(mode, stop_after, tmp_path):
     whole, first, second = build("GPT2"), build("GPT2"), build("GPT2")
     expected = prune(whole, sparsegpt, mode=mode)
-    prune(first, sparsegpt, mode=mode, commits=Commits(tmp_path), stop_after=stop_after)
-    assert Commits(tmp_path).done() == set(range(stop_after))
-    blocks = prune(second, sparsegpt, mode=mode, commits=Commits(tmp_path))
+    prune(first, sparsegpt, mode=mode, commits=committing(tmp_path, first), stop_after=stop_after)
+    assert committing(tmp_path, first).done() == set(range(stop_after))
+    blocks = prune(second, sparsegpt, mode=mode, commits=committing(tmp_path, second))
     assert same_bits(whole, second)
     for a, b in zip(expected, blocks, strict=True):
-        masks = Commits(tmp_path).masks(b)
+        masks = committing(tmp_path, second).masks(b)
         assert a.masks.keys() == masks.keys()
         assert all(torch.equal(a.masks[n], unpack(masks[n], a.masks[n].shape)) for n in masks)
         assert [r["error"] for r in a.records.values()] == [r["error"] for r in b.records.values()]
@@ -218,8 +218,8 @@ def test_a_solver_that_draws_numbers_resumes_with_the_same_bits(tmp_path):
 
     whole, first, second = build("Llama"), build("Llama"), build("Llama")
     prune(whole, drawn)
-    prune(first, drawn, commits=Commits(tmp_path), stop_after=1)
-    prune(second, drawn, commits=Commits(tmp_path))
+    prune(first, drawn, commits=committing(tmp_path, first), stop_after=1)
+    prune(second, drawn, commits=committing(tmp_path, second))
     assert same_bits(whole, second)
 
 

@@ -24,6 +24,7 @@ from .storage import loading_code as loading_code
 from .storage import opened as opened
 from .storage import save_model as save_model
 from .storage import skeleton as skeleton
+from .storage import weights_in as weights_in
 from .storage import write_model as write_model
 from .tensors import Tensors as Tensors
 from .tensors import tied_names as tied_names
@@ -32,3 +33,4 @@ from .vision import height_and_width as height_and_width
 from .vision import patches as patches
 from .vision import sees_images as sees_images
 from .vision import vision_config as vision_config
+from .weights import Weights as Weights

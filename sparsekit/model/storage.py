@@ -18,13 +18,20 @@ from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_
 from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.structure.shape import Shape
 from sparsekit.model.tensors import Tensors, tied_names
+from sparsekit.model.weights import Weights
 from sparsekit.system import disk_errors, make_readable, sync
 
 GENERATION = "generation_config.json"
 
 
 def save_model(
-    model: Any, tokenizer: Any, folder: str | Path, shape: Shape | None = None, *, source: Path | None = None
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    shape: Shape | None = None,
+    *,
+    source: Path | None = None,
+    written: Path | None = None,
 ) -> Shape:
     """Write a model, cut or not, as a folder of safetensors with structure.json; an earlier one is replaced.
 
@@ -35,6 +42,7 @@ def save_model(
 
     shape: `Shape.of(model, ...)`; None: nothing was cut out of it in earlier steps
     source: the checkpoint whose generation config is copied; None writes the model's own
+    written: see `write_model`
 
     Returns:
         the shape with its layout and what loads it, as structure.json has it
@@ -46,23 +54,44 @@ def save_model(
     shape = shape or Shape.of(model)
     layout = layouts.choose_layout(model, shape)
     shape = replace(shape, layout=layout.name, load=layout.load)
+    described = partial(_describe, layout=layout)
 
-    def describe(aside: Path) -> None:
-        for name, text in {"config.json": json.dumps(layout.config, indent=2) + "\n", **layout.files}.items():
-            (aside / name).write_text(text, encoding="utf-8")
+    def finish(aside: Path) -> None:
+        described(aside)  # once more: the tokenizer came after it
         shape.write(aside)
 
-    write_model(
-        model,
-        tokenizer,
-        Path(folder),
-        source=source,
-        more=describe,
-        state_dict=model.state_dict() | layout.zeros,
-        # names as the model has them, which `load` reads, or as the family's files have them, where they differ
-        save_original_format=layout.name == "plain",
-    )
+    if written is None:
+        weights: Any = partial(_all_weights, model, _cut_weights(model, layout))
+    else:
+        weights = None
+    write_model(model, tokenizer, Path(folder), source=source, more=finish, weights=weights, written=written)
     return shape
+
+
+def weights_in(folder: Path, model: Any, shape: Shape | None = None) -> Weights:
+    """Where a model's weights are written block by block, to be finished by `write_model`, or `save_model` with a shape.
+
+    shape: of a model that structures were cut out of; None: of one that is whole
+    """
+    if shape is None:
+        return Weights(folder, model)
+    return _cut_weights(model, layouts.choose_layout(model, shape))(folder)
+
+
+def _cut_weights(model: Any, layout: layouts.Layout) -> Callable[[Path], Weights]:
+    # names as the model has them, which `load` reads, or as the family's files have them, where they differ
+    options = {"original": layout.name == "plain", "zeros": layout.zeros, "describe": partial(_describe, layout=layout)}
+    return partial(Weights, model=model, **options)  # type: ignore[arg-type]
+
+
+def _describe(folder: Path, layout: layouts.Layout) -> None:
+    for name, text in {"config.json": json.dumps(layout.config, indent=2) + "\n", **layout.files}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _all_weights(model: Any, weights_in: Callable[[Path], Weights], folder: Path) -> None:
+    """Write a model's weights at once."""
+    weights_in(folder).lay_out(())
 
 
 def write_model(
@@ -73,29 +102,30 @@ def write_model(
     source: Path | None = None,
     more: Callable[[Path], Any] = lambda aside: None,
     weights: Callable[[Path], Any] | None = None,
-    **options: Any,
+    written: Path | None = None,
 ) -> None:
     """Write a model as transformers does, aside, and move it into place when all of it is on the disk.
 
     source: the checkpoint whose generation config is copied; None writes the model's own
     more: writes further files into the folder that it is given
-    weights: writes config and weights into it; None: save_pretrained of transformers, with these options
+    weights: writes config and weights into it; None: as a checkpoint of its family has them
+    written: a folder in which config and weights are already, as `Weights` makes it; it becomes `folder`
 
     Raises:
         OSError: the disk is full or the folder cannot be written; an earlier folder of that name is still there.
     """
-    from transformers import GenerationConfig
-
-    if source is not None and getattr(model, "generation_config", None) is not None:
-        model.generation_config = GenerationConfig()  # the source's own file is copied, even if it is not valid
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = written or folder.with_name(f".{folder.name}.part")
+    if written is None:
+        shutil.rmtree(aside, ignore_errors=True)
     try:
         with disk_errors(aside):
-            (weights or partial(model.save_pretrained, **options))(aside)
+            if written is None:
+                (weights or partial(_all_weights, model, partial(Weights, model=model)))(aside)
             tokenizer.save_pretrained(aside)
         if source is not None and (source / GENERATION).is_file():
-            shutil.copyfile(source / GENERATION, aside / GENERATION)
+            shutil.copyfile(source / GENERATION, aside / GENERATION)  # even if it is not valid
+        elif source is None and (aside / GENERATION).is_file():
+            model.generation_config.save_pretrained(aside)
         more(aside)
         for file in aside.iterdir():
             make_readable(file)
@@ -104,7 +134,8 @@ def write_model(
         aside.rename(folder)
         sync(folder.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if written is None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:

@@ -122,3 +122,18 @@ class _Group:
 def tied_names(model: Any) -> dict[str, str]:
     """The parameters of a model that are copies: name -> the name of what they are tied to."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def stored_form(model: Any, tensors: Mapping[str, Tensor], *, original: bool = True) -> dict[str, Tensor]:
+    """Tensors of a model, by its names, as a checkpoint stores them: without tied copies and what its class leaves out.
+
+    Whole blocks can be given one after another: what is converted together lies in one block.
+
+    original: by the names, and in the form, of the family's files (transformers' own conversion, backwards); else as
+        the model has them
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    left_out = {*tied_names(model), *(getattr(model, "_keys_to_ignore_on_save", None) or ())}
+    stored = {name: tensor.detach() for name, tensor in tensors.items() if name not in left_out}
+    return dict(revert_weight_conversion(model, stored)) if original else stored

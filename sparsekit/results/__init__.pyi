@@ -15,7 +15,9 @@ from .folder import REPORT as REPORT
 from .folder import STATE as STATE
 from .folder import Before as Before
 from .folder import clear_working_files as clear_working_files
-from .folder import commits_of as commits_of
+from .folder import MODEL as MODEL
+from .folder import state_of as state_of
+from .folder import weights_of as weights_of
 from .folder import source_of as source_of
 from .manifest import MANIFEST as MANIFEST
 from .manifest import seal as seal

@@ -8,16 +8,22 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparsekit.model import Block, read_json
-from sparsekit.walk import Commits
 
 STATE = "run.json"  # the fingerprint of a run that has begun
+MODEL = "model"  # the result: a checkpoint
+WEIGHTS = "weights"  # of the model on its way to become model/
 MASKS = "masks.safetensors"  # of pruned weights
 REPORT = "report.json"  # written last: its presence means that the run is finished
 
 
-def commits_of(output: Path, segment: int) -> Commits:
-    """Where the blocks are committed that are finished with this number of `Plan.segments`."""
-    return Commits(output / "blocks" / str(segment) if segment else output / "blocks")
+def state_of(output: Path, segment: int) -> Path:
+    """Where a run keeps what is finished of this number of `Plan.segments`: masks and records of blocks, and so on."""
+    return output / "blocks" / str(segment) if segment else output / "blocks"
+
+
+def weights_of(output: Path, segment: int) -> Path:
+    """Where the weights are written, block by block, that this number of `Plan.segments` leaves."""
+    return output / WEIGHTS / str(segment)
 
 
 class Before:
@@ -38,7 +44,7 @@ class Before:
         }
 
     def masks(self, block: Block) -> dict[str, Tensor]:
-        """A block's masks as packed bits, by the names of its linears; see `Commits.masks`."""
+        """A block's masks as packed bits, by the names of its linears; see `walk.Commits.masks`."""
         with safe_open(self.file, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in block.linears}
 
@@ -54,6 +60,6 @@ def source_of(path: str | Path) -> dict[str, Any] | None:
 
 def clear_working_files(output: Path, keep: bool) -> None:
     """Remove what only an unfinished run needs."""
-    for name in ("activations",) if keep else ("activations", "blocks"):
+    for name in ("activations", WEIGHTS) if keep else ("activations", WEIGHTS, "blocks"):
         shutil.rmtree(output / name, ignore_errors=True)
     (output / "hparams.yaml").unlink(missing_ok=True)

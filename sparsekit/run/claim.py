@@ -15,7 +15,7 @@ from sparsekit.results import REPORT, STATE, source_digests
 from sparsekit.run.lock import LOCK
 from sparsekit.run.plan import Plan
 from sparsekit.system import OURS, commit, committed, versions, write_json
-from sparsekit.walk import Commits
+from sparsekit.walk import count_committed
 
 # keys of a recipe that do not change the weights, so that a resumed run may change them
 FREE = ("output", "memory", "evaluate", "keep", "loggers")
@@ -34,7 +34,7 @@ def check_output(output: Path, resume: bool) -> None:
     if (output / REPORT).is_file():
         raise ValueError(f"{output} holds a finished run; give another output (--set output=...) or remove the folder")
     if (output / STATE).is_file():
-        done = len(Commits(output / "blocks").done())
+        done = count_committed(output / "blocks")
         raise ValueError(
             f"{output} holds an unfinished run with {done} committed blocks; "
             "continue it with --resume, or give another output (--set output=...)"

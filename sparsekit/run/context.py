@@ -15,7 +15,7 @@ from sparsekit import registry
 from sparsekit.contracts import Decision, share
 from sparsekit.maths import Pattern, chain
 from sparsekit.measure import perplexity
-from sparsekit.model import Block, Linear
+from sparsekit.model import Block, Linear, Weights
 from sparsekit.model.structure import Units, find_units, kinds_of
 from sparsekit.recipe import named_solvers
 from sparsekit.run.methods import configured, timed
@@ -64,7 +64,7 @@ class Context:
 
     def __post_init__(self) -> None:
         if self.commits is None:
-            self.commits = Commits(self.output / "blocks")
+            self.commits = Commits(self.output / "blocks", Weights(self.output / "weights", self.model))
 
     @property
     def first(self) -> bool:

@@ -45,7 +45,7 @@ from sparsekit.run.exporting import export
 from sparsekit.run.lock import locked
 from sparsekit.run.plan import Plan
 from sparsekit.system import Meter, hardware, human_size, session, versions, write_atomically, write_json
-from sparsekit.walk import Commits
+from sparsekit.walk import count_committed
 
 
 def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None) -> int:
@@ -94,7 +94,7 @@ def _run(planned: Plan, output: Path, leads: bool, console: Console) -> int:
         try:
             return _fit(planned, tokenizer, tokens, ready, first, fingerprint, output, meter, console)
         except OSError as error:
-            done = len(Commits(output / "blocks").done())
+            done = count_committed(output / "blocks")
             raise OSError(
                 f"{error}. {done} of {len(planned.blocks)} blocks are committed in {output}; "
                 "make room or repair the folder, then run the same command with --resume"

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from sparsekit.model import Block, Checkpoint, find_blocks, resized_by, save_model, skeleton, write_model, write_resized
 from sparsekit.model.structure import COUNTED, Cuts, Shape
-from sparsekit.results import MASKS, commits_of, masks, verify
+from sparsekit.results import MASKS, MODEL, masks, state_of, verify
 from sparsekit.run.plan import Plan
-from sparsekit.run.sequence import RESIZED, Outcome
+from sparsekit.run.sequence import RESIZED, Outcome, shape_of
 from sparsekit.system import write_atomically, write_tensors
 
 
@@ -21,18 +21,19 @@ def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Pa
     Returns:
         the shape of a model that structures were cut out of, else None
     """
-    target = output / "model"
-    shape = None
+    target = output / MODEL
+    written = outcome.written if outcome.written is None or outcome.written.parent.parent == output else None
     source = planned.folder if planned.folder.is_dir() else None  # None: the model came in memory
-    before = Shape.read(planned.folder)
-    if outcome.resized:
+    shape = shape_of(planned, model, outcome.cuts, changed(outcome))
+    if outcome.written == target:  # a run that was killed after this
+        shape = Shape.read(target)
+    elif outcome.resized:
         told = partial(write_resized, model, stage=outcome.resized)
         write_model(model, tokenizer, target, source=source, weights=told)
-    elif outcome.cuts or before is not None:
-        shape = Shape.of(model, outcome.cuts, before=before, changed=changed(outcome))
-        shape = save_model(model, tokenizer, target, shape, source=source)
+    elif shape is not None:
+        shape = save_model(model, tokenizer, target, shape, source=source, written=written)
     else:
-        write_model(model, tokenizer, target, source=source)
+        write_model(model, tokenizer, target, source=source, written=written)
     if outcome.masks is not None:
         bits = {name: mask for block in outcome.blocks for name, mask in outcome.masks.masks(block).items()}
         write_atomically(output / MASKS, lambda file: write_tensors(file, bits))
@@ -55,7 +56,7 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
     if resized_by(output / "model"):  # nothing of the source is left to compare with
         found = verify(output / "model", patterns={}, trust_remote_code=trust)
         left = Checkpoint(output / "model")
-        made = load_file(commits_of(output, len(planned.segments) - 1).folder / RESIZED)
+        made = load_file(state_of(output, len(planned.segments) - 1) / RESIZED)
         same = set(left) == made.keys() and all(torch.equal(left.tensor(name), made[name]) for name in made)
         return found.failures + ([] if same else ["what is on disk is not what the stage left"])
     return verify(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from sparsekit.maths import Pattern, parse
 from sparsekit.model import discover
 from sparsekit.run import Context
-from sparsekit.walk import Commits
 
 
 def tiny_model(seed: int = 0) -> nn.Module:
@@ -81,7 +80,7 @@ def context(
         tokens,
         Path(folder),
         patterns=dict.fromkeys(names, parse(pattern)) if pattern is not None else {},
-        **{"commits": Commits(Path(folder) / "blocks"), **fields},
+        **fields,
     )
 
 

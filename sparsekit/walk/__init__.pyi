@@ -1,4 +1,5 @@
 from .commits import Commits as Commits
+from .commits import count_committed as count_committed
 from .dense import weights_and_norms as weights_and_norms
 from .findings import Inspector as Inspector
 from .findings import check_zeros as check_zeros

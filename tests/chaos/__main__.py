@@ -56,7 +56,7 @@ def main() -> int:
             tell("recipes", given.recipes, started, recipes.campaign(given.recipes, given.seed, folder))
         kinds = [runs.Kind(name, folder) for name in runs.KINDS] if given.damages or given.kills or given.disks else []
         for kind in kinds:
-            shutil.copytree(kind.folder / "run", kind.folder / "whole")
+            shutil.copytree(kind.run, kind.folder / "whole")
         if given.damages:
             started = time.time()
             tell("damages", given.damages, started, damages.campaign(given.damages, given.seed, kinds))

@@ -1,5 +1,6 @@
 """Commands in children of one warm process, which may be killed, starved of disk, or take too long."""
 
+import ctypes
 import hashlib
 import os
 import resource
@@ -9,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PATIENCE = 30  # seconds that a command may take which only reads
 LONG = 240  # and one that prunes
@@ -69,7 +70,8 @@ def forked(
 
 
 def watch(folder: Path, call: Callable[[], object]) -> None:
-    """Call something before every operation on files in a folder: opening to write, renaming, removing, making."""
+    """Call something before every operation on files in a folder: opening to write, writing in place, syncing,
+    renaming, removing, making."""
     events = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.rmtree")
     home, writing = str(folder), os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -79,10 +81,25 @@ def watch(folder: Path, call: Callable[[], object]) -> None:
             call()
 
     sys.addaudithook(hook)
+    for name in ("pwrite", "fsync", "posix_fallocate"):  # which tell no audit hook of themselves
+        setattr(os, name, _told(getattr(os, name), home, call))
 
 
-def die_at(count: int, inside: Path) -> Callable[[], None]:
-    """Kills the process at so many operations on files inside a folder."""
+def _told(real: Callable[..., Any], home: str, call: Callable[[], object]) -> Callable[..., Any]:
+    """The same system call, that says so first; of bytes to be written, half are by then."""
+
+    def told(handle: int, *given: Any) -> Any:
+        if os.readlink(f"/proc/self/fd/{handle}").startswith(home):
+            if real.__name__ == "pwrite":
+                real(handle, given[0][: len(given[0]) // 2], given[1])
+            call()
+        return real(handle, *given)
+
+    return told
+
+
+def at(count: int, inside: Path, do: Callable[[], object]) -> Callable[[], None]:
+    """Does something at the `count`th operation on files inside a folder, once."""
 
     def arm() -> None:
         left = [count]
@@ -90,14 +107,19 @@ def die_at(count: int, inside: Path) -> Callable[[], None]:
         def one() -> None:
             left[0] -= 1
             if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
+                do()
 
         watch(inside, one)
 
     return arm
 
 
-def small_disk(limit: int) -> Callable[[], None]:
+def die(number: int = signal.SIGKILL) -> None:
+    """Send a signal to this process."""
+    os.kill(os.getpid(), number)
+
+
+def small_files(limit: int) -> Callable[[], None]:
     """No file may be larger than `limit` bytes: what a full disk looks like to the process."""
 
     def arm() -> None:
@@ -105,6 +127,27 @@ def small_disk(limit: int) -> Callable[[], None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     return arm
+
+
+class Disk:
+    """A disk of its own for a folder, in memory, whose size is given. Raises OSError where nothing may be mounted."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.system = folder, ctypes.CDLL(None, use_errno=True)
+        folder.mkdir(exist_ok=True)
+
+    def mount(self, size: int, flags: int = 0) -> None:
+        """Mount it, or, with the flag REMOUNT, give it another size."""
+        told = f"size={max(size, 4096)}".encode()
+        if self.system.mount(b"none", str(self.folder).encode(), b"tmpfs", flags, told):
+            raise OSError(ctypes.get_errno(), "cannot mount")
+
+    def unmount(self) -> None:
+        """Take it away, with all that is on it."""
+        self.system.umount2(str(self.folder).encode(), 2)
+
+
+REMOUNT, READ_ONLY = 32, 1  # flags of mount(2)
 
 
 def bits(run: Path) -> str:
