@@ -49,7 +49,9 @@ def test_several_files_and_their_index(tmp_path: Path, monkeypatch: pytest.Monke
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert {name for file in files for name in load_file(file)} == set(index["weight_map"])
     loaded = type(model).from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_a_changed_bit_is_seen(tmp_path: Path) -> None:

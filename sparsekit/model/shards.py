@@ -166,7 +166,8 @@ def _code(dtype: torch.dtype) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+    flat: Any = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _write(handle: int, content: memoryview, start: int) -> None:

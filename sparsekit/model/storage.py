@@ -69,7 +69,7 @@ def save_model(
 
 
 def weights_in(folder: Path, model: Any, shape: Shape | None = None) -> Weights:
-    """Where a model's weights are written block by block, to be finished by `write_model`, or `save_model` with a shape.
+    """Where a model's weights are written block by block; `write_model`, or `save_model` with a shape, ends it.
 
     shape: of a model that structures were cut out of; None: of one that is whole
     """

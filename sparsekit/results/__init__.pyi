@@ -11,14 +11,14 @@ from .finished import finished_failures as finished_failures
 from .finished import run_of as run_of
 from .finished import verify_run as verify_run
 from .folder import MASKS as MASKS
+from .folder import MODEL as MODEL
 from .folder import REPORT as REPORT
 from .folder import STATE as STATE
 from .folder import Before as Before
 from .folder import clear_working_files as clear_working_files
-from .folder import MODEL as MODEL
+from .folder import source_of as source_of
 from .folder import state_of as state_of
 from .folder import weights_of as weights_of
-from .folder import source_of as source_of
 from .manifest import MANIFEST as MANIFEST
 from .manifest import seal as seal
 from .manifest import source_digests as source_digests
@@ -29,6 +29,7 @@ from .report import read_report as read_report
 from .signing import private_key as private_key
 from .signing import sign as sign
 from .signing import signature_failures as signature_failures
+from .stored import Masks as Masks
 from .stored import masks as masks
 from .structure_proof import prove_structure as prove_structure
 from .verification import Verification as Verification

@@ -6,7 +6,7 @@ from sparsekit.maths import Quantization
 from sparsekit.model import read_json
 from sparsekit.results.folder import MASKS, REPORT
 from sparsekit.results.manifest import MANIFEST, manifest_failures, read_manifest, source_failures
-from sparsekit.results.stored import masks
+from sparsekit.results.stored import Masks
 from sparsekit.results.verification import Verification, verify
 
 
@@ -45,7 +45,7 @@ def verify_run(
     found = verify(
         run / "model",
         against=against,
-        masks=masks(run) if (run / MASKS).is_file() else None,
+        masks=Masks(run) if (run / MASKS).is_file() else None,
         patterns=claims["patterns"],
         quantization=Quantization.of(grid) if grid else None,
         changed=claims["changed"],

@@ -1,5 +1,7 @@
 """The masks of a finished run."""
 
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -10,23 +12,41 @@ from sparsekit.results.folder import MASKS
 from sparsekit.system import unpack
 
 
-def masks(folder: str | Path) -> dict[str, Tensor]:
-    """A linear's name -> the weights (out, in) that a run kept, true where a weight stays.
+class Masks(Mapping[str, Tensor]):
+    """A linear's name -> the weights (out, in) that a run kept, true where one stays; unpacked when asked for.
 
     folder: of the run
 
     Raises:
         ValueError: no run in it pruned weights, or its masks do not fit its model.
     """
-    folder = Path(folder)
-    if not (folder / MASKS).is_file():
-        raise ValueError(f"{folder} holds no {MASKS}: give the folder of a run that pruned weights")
-    linears = {n: linear for block in find_blocks(skeleton(folder / "model")) for n, linear in block.linears.items()}
-    found = {}
-    with safe_open(folder / MASKS, framework="pt") as handle:
-        for name in handle.keys():  # noqa: SIM118 (it is no dict)
-            bits = handle.get_tensor(name)
-            if name not in linears or bits.numel() != -(-linears[name].weight.numel() // 8):
-                raise ValueError(f"{folder / MASKS} has a mask of {name} that does not fit the model beside it")
-            found[name] = unpack(bits, linears[name].shape)
-    return found
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.file = folder / MASKS
+        if not self.file.is_file():
+            raise ValueError(f"{folder} holds no {MASKS}: give the folder of a run that pruned weights")
+        blocks = find_blocks(skeleton(folder / "model"))
+        shapes = {name: linear.shape for block in blocks for name, linear in block.linears.items()}
+        with safe_open(self.file, framework="pt") as handle:
+            sizes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118 (no dict)
+        for name, size in sizes.items():
+            if name not in shapes or size != [-(-math.prod(shapes[name]) // 8)]:
+                raise ValueError(f"{self.file} has a mask of {name} that does not fit the model beside it")
+        self.shapes = {name: shapes[name] for name in sizes}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        with safe_open(self.file, framework="pt") as handle:
+            return unpack(handle.get_tensor(name), shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def masks(folder: str | Path) -> dict[str, Tensor]:
+    """All of `Masks` in memory: a byte a weight. Raises ValueError as it does."""
+    return dict(Masks(folder))

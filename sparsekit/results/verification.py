@@ -1,6 +1,6 @@
 """Prove from disk that a checkpoint is what it should be. Works on anybody's checkpoint folder."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def verify(
     pattern: str | None = None,
     against: str | Path | None = None,
     *,
-    masks: dict[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     patterns: dict[str, str] | None = None,
     quantization: Quantization | None = None,
     trained: Collection[str] = (),

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from sparsekit.model import Block, Checkpoint, find_blocks, resized_by, save_model, skeleton, write_model, write_resized
 from sparsekit.model.structure import COUNTED, Cuts, Shape
-from sparsekit.results import MASKS, MODEL, masks, state_of, verify
+from sparsekit.results import MASKS, MODEL, Masks, state_of, verify
 from sparsekit.run.plan import Plan
-from sparsekit.run.sequence import RESIZED, Outcome, shape_of
+from sparsekit.run.segments import RESIZED, shape_of
+from sparsekit.run.sequence import Outcome
 from sparsekit.system import write_atomically, write_tensors
 
 
@@ -62,7 +63,7 @@ def prove(planned: Plan, output: Path, cuts: Cuts, patterns: dict[str, str], cha
     return verify(
         output / "model",
         against=planned.folder,
-        masks=masks(output) if pruned else None,
+        masks=Masks(output) if pruned else None,
         patterns=patterns,
         quantization=planned.quantization,
         changed=changed,

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,24 +16,22 @@ from torch import Tensor, nn
 
 from sparsekit import registry
 from sparsekit.contracts import Effect, Fit, StageError
-from sparsekit.model import Block, Weights, adopt, discover, restore_resized, weights_in
-from sparsekit.model.structure import Cuts, Removal, Shape, Units
+from sparsekit.model import Block, adopt, discover, restore_resized
+from sparsekit.model.structure import Removal, Units
 from sparsekit.recipe import Stage, effect_of, group_of, kind
-from sparsekit.results import MASKS, MODEL, Before, state_of, weights_of
+from sparsekit.results import MASKS, Before, weights_of
 from sparsekit.run import plugged
 from sparsekit.run.allocation import allocate, sample_input
 from sparsekit.run.context import Context
 from sparsekit.run.methods import configured
 from sparsekit.run.plan import Plan
 from sparsekit.run.removing import remove_by
+from sparsekit.run.segments import NOTES, RESIZED, commits_of, forget_from, last_whole
 from sparsekit.run.together import Together, start
 from sparsekit.run.zeros import SourceZeros
 from sparsekit.system import Meter, commit, committed, meet, write_tensors
 from sparsekit.train import last_checkpoint, make_loggers
 from sparsekit.walk import Commit, Commits, Inspect, Inspector, OneShot, Walk, WalkProgress, digests
-
-NOTES = "notes.json"
-RESIZED = "resized.safetensors"  # the whole model after a stage that changed its width
 
 
 @dataclass
@@ -83,10 +81,10 @@ def run_stages(
             block.records = outcome.masks.records(block)
     patterns = planned.patterns
     team, device = start(recipe.trainer)
-    whole = _whole(planned, output)
+    whole = last_whole(planned, output)
     meet()  # nobody changes anything before all have looked
     for index, stages in enumerate(planned.segments):
-        commits = _commits(planned, outcome, model, output, index)
+        commits = commits_of(planned, model, outcome.cuts, output, index, resized=bool(outcome.resized))
         effect = effect_of(stages[-1])  # of solvers that share a walk, the last has the last word
         if outcome.masks is None and effect.moves and not (effect.prunes or effect.cuts or effect.resizes):
             _hold_zeros(outcome, recipe.masks, called(stages[0]), console)
@@ -123,7 +121,7 @@ def run_stages(
                 patterns = allocate(recipe, outcome.blocks)
             continue
         if index >= whole and len(commits.done()) < len(outcome.blocks):
-            _forget(planned, context, index + 1)
+            forget_from(planned, context.output, context.team, index + 1)
             if team.rank == 0:
                 commits.prepare(outcome.blocks)
             meet()
@@ -145,61 +143,6 @@ def run_stages(
         if effect.prunes or outcome.masks is not None:  # else nobody has pruned anything
             outcome.masks = commits
     return outcome
-
-
-def _whole(planned: Plan, output: Path) -> int:
-    """The last segment whose weights are all on disk, with the decisions, masks and records up to it; -1: none.
-
-    What comes before it is not needed any more, and may be gone.
-    """
-    found = -1
-    for index, stages in enumerate(planned.segments):
-        effect, folder = effect_of(stages[-1]), state_of(output, index)
-        if effect.cuts:
-            there = Removal.read(folder) is not None
-        elif effect.resizes:
-            there = committed(folder / RESIZED)
-        else:
-            commits = Commits(folder, Weights(_where(planned, output, index), None))
-            there = commits.recorded()
-            found = index if there and commits.whole() else found
-        if not there:
-            break
-    return found
-
-
-def _where(planned: Plan, output: Path, index: int) -> Path:
-    """The folder of a segment's weights: the last one's becomes model/ when all of it is there."""
-    folder = weights_of(output, index)
-    last = index == len(planned.segments) - 1
-    return output / MODEL if last and not folder.is_dir() and (output / MODEL).is_dir() else folder
-
-
-def _commits(planned: Plan, outcome: Outcome, model: nn.Module, output: Path, index: int) -> Commits:
-    """Where what a segment leaves is committed."""
-    folder = _where(planned, output, index)
-    if outcome.resized or not (shape := shape_of(planned, model, outcome.cuts)):
-        weights = Weights(folder, model, original=not outcome.resized)
-    else:
-        weights = weights_in(folder, model, shape)
-    commits = Commits(state_of(output, index), weights)
-    if folder.name == MODEL and not commits.whole():  # it is something else, or damaged: it stays until it is replaced
-        weights.folder = weights_of(output, index)
-        commits.look_again()
-    return commits
-
-
-def _forget(planned: Plan, context: Context, first: int) -> None:
-    """Remove what segments from this one on left: it came from weights that are made again."""
-    for index in range(first, len(planned.segments) if context.team.rank == 0 else first):
-        shutil.rmtree(weights_of(context.output, index), ignore_errors=True)
-        shutil.rmtree(state_of(context.output, index), ignore_errors=True)
-
-
-def shape_of(planned: Plan, model: nn.Module, cuts: Cuts, changed: Iterable[str] = ()) -> Shape | None:
-    """The shape of a model that structures were cut out of, by these stages or before the run; None: of a whole one."""
-    before = Shape.read(planned.folder)
-    return Shape.of(model, cuts, before=before, changed=changed) if cuts or before is not None else None
 
 
 def _hold_zeros(outcome: Outcome, asked: str, stage: str, console: Console) -> None:
@@ -225,7 +168,7 @@ def called(stage: Stage) -> str:
 
 def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context: Context) -> None:
     if Removal.read(context.commits.folder) is None:
-        _forget(planned, context, context.index + 1)
+        forget_from(planned, context.output, context.team, context.index + 1)
         _run(planned, [stage], effect, context)
     removal = Removal.read(context.commits.folder)
     if removal is None:
@@ -241,7 +184,7 @@ def _resize(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, conte
     if committed(file):
         restore_resized(context.model, load_file(file), function)
     else:
-        _forget(planned, context, context.index + 1)
+        forget_from(planned, context.output, context.team, context.index + 1)
         with context.meter.stage(stage.name), _frozen(context.model, effect):
             if configured("stages", stage)(context) is not None:
                 raise StageError(f"{called(stage)} resizes the model, so it works when it is called and returns None")

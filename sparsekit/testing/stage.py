@@ -47,6 +47,8 @@ def _run(
     torch.manual_seed(0)
     model = tiny_model()
     here = context(model, tiny_tokens(), folder, pattern=pattern, tokenizer=tokenizer, batch=2)
+    if not (effect.cuts or effect.resizes):
+        here.commits.prepare(here.blocks)
     inspector = Inspector("the stage", effect, here.patterns)
     inside = {f"{block.name}.{name}" for block in here.blocks for name in block.module.state_dict(keep_vars=True)}
     before = digests(model, inside)

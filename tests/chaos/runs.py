@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tests.chaos.forks import LONG, READ_ONLY, REMOUNT, Disk, at, bits, die, forked, small_files, watch
@@ -102,7 +103,7 @@ def kills(count: int, number: int, kinds: list[Kind]) -> tuple[Counter, list[str
                 problem = f"beside another: {ended.status} {said[-800:]}"
         else:
             sent = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.get(how, signal.SIGKILL)
-            ended = forked(kind.fit, kind.folder, seconds=LONG, before=at(when, kind.run, lambda: die(sent)))
+            ended = forked(kind.fit, kind.folder, seconds=LONG, before=at(when, kind.run, partial(die, sent)))
             if ended.traceback or ended.hung:
                 problem = f"{ended.status} {ended.said[-800:]}"
         if how == "killed twice":
@@ -134,10 +135,10 @@ def disks(count: int, number: int, kinds: list[Kind]) -> tuple[Counter, list[str
                 before = _nothing
             elif how == "read-only":
                 kind.disk.mount(1 << 30)
-                before = at(when, kind.run, lambda kind=kind: _try(kind.disk.mount, 1 << 30, REMOUNT | READ_ONLY))
+                before = at(when, kind.run, partial(_try, kind.disk.mount, 1 << 30, REMOUNT | READ_ONLY))
             elif how == "full temporary folder":
                 aside.mount(1)
-                before = lambda aside=aside: os.environ.update(TMPDIR=str(aside.folder))  # noqa: E731
+                before = partial(os.environ.update, TMPDIR=str(aside.folder))
         except OSError:
             how = "small files"
         ended = forked(kind.fit, kind.folder, seconds=LONG, before=before)
