@@ -1,12 +1,15 @@
 """What can be removed, masking it and cutting it out: equal logits in every family, whatever is removed."""
 
+import math
+import random
+
 import families
 import pytest
 import torch
 from torch import nn
 
 from sparsekit.model import find_blocks
-from sparsekit.model.structure import find_units, masking
+from sparsekit.model.structure import choose, find_units, masking
 from sparsekit.model.structure.cutting import cut
 
 SETTINGS = {name: given for name, given in families.SETTINGS.items() if name != "Mixtral"} | {
@@ -222,3 +225,45 @@ def test_an_mlp_that_does_not_read_what_is_made_is_refused():
     model.model.layers[1].mlp.up_proj = nn.Linear(32, 40, bias=False)
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj reads 48 channels"):
         find_units(model, find_blocks(model), ("channels",))
+
+
+def test_what_goes_is_within_one_channel_of_what_was_asked():
+    """200 random shapes, every kind of budget: never less, and more by less than the smallest unit that is left."""
+    draw = random.Random(0)
+    reached = 0
+    for _ in range(200):
+        groups, each, layers = draw.choice([1, 2, 3]), draw.choice([1, 2, 4]), draw.randint(2, 6)
+        settings = {
+            "hidden_size": 8 * groups * each,
+            "intermediate_size": draw.randint(9, 90),
+            "num_hidden_layers": layers,
+            "num_attention_heads": groups * each,
+            "num_key_value_heads": groups,
+            "vocab_size": 16,
+        }
+        model = families.build("Llama", "meta", settings)
+        units = find_units(model, find_blocks(model))
+        scores = torch.rand(len(units), generator=torch.Generator().manual_seed(draw.randrange(999)), dtype=torch.float64)
+        scores[units.of("heads")] *= draw.choice([0.1, 1.0, 10.0])
+        remove = draw.uniform(0.03, 0.6)
+        for shape, budgets in (("free", "separate"), ("free", "joint"), ("uniform", "separate")):
+            try:
+                kept = choose(units, scores, remove, shape=shape, budgets=budgets)
+            except ValueError as error:
+                assert "can give up" in str(error)
+                continue
+            over = int(units.parameters[~kept].sum()) - remove * units.total
+            assert over >= -1e-6 * units.total
+            sizes = {kind: int(units.parameters[units.of(kind)].min()) for kind in ("heads", "channels")}
+            most = {"heads": (groups - 1) * layers or layers, "channels": (settings["intermediate_size"] - 1) * layers}
+            step = layers if shape == "uniform" else 1
+            reachable = min(
+                heads * sizes["heads"] + channels * sizes["channels"] - remove * units.total
+                for heads in range(0, (most["heads"] if shape == "free" or groups > 1 else 0) + 1, step)
+                for channels in [math.ceil((remove * units.total - heads * sizes["heads"]) / sizes["channels"] - 1e-9)]
+                for channels in [max(0, -(-channels // step) * step)]
+                if channels <= most["channels"]
+            )
+            assert over < sizes["channels"] * step or over == pytest.approx(reachable), (settings, remove, shape, budgets)
+            reached += over < sizes["channels"] * step
+    assert reached > 400

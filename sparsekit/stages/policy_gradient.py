@@ -1,5 +1,6 @@
 """Policy gradient: which structures stay is learned from the loss of the pruned model, by forward passes alone."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -15,7 +16,6 @@ from sparsekit.train import Checkpoints, PolicyGradient
 from sparsekit.walk import Remove
 
 RANDOM = ("random", "random-progressive")
-TESTING = 32  # sequences that are held out, at most
 
 
 @declares(Effect(cuts=True, moves=True, start="dense", processes="many"))
@@ -37,7 +37,7 @@ def policy_gradient(
     batch: Count = 2,
     length: Count = 128,
     learning_rate: Positive | None = None,
-    baseline: Literal["leave-one-out", "moving-average", "initial", "none"] = "leave-one-out",
+    baseline: Literal["leave-one-out", "moving-average", "initial", "none", "published"] = "leave-one-out",
     window: Count = 5,
     antithetic: bool = True,
     scaling: Literal["natural", "sqrt", "none"] = "natural",
@@ -72,14 +72,17 @@ def policy_gradient(
     group: channels that share a probability, neighbours in the initial scores; 1 as published
     steps, masks, batch, length: masks are drawn in a step, each measured on `batch` sequences of `length` tokens
     learning_rate: falls to 0 along a cosine; null: 0.05 for heads and channels, 0.2 for parts and layers
-    baseline: what is subtracted from losses: leave-one-out (the mean of the other masks), moving-average (Eq. 8, over
-        `window` steps), initial (the loss of the same text under the mask that the start would choose, and then the
-        moving average), none
+    baseline: what is subtracted from losses, independent of the mask, so that the gradient is not biased:
+        leave-one-out (the mean of the masks drawn independently; of one antithetic pair the moving average),
+        moving-average (of the losses of earlier steps, over `window`), initial (the loss of the same text under the
+        mask that the start would choose, and then the moving average), none. published: Eq. 8, whose average begins
+        at 0 and holds the step's own losses, and the published code's mean over one mask less than were drawn
     antithetic: draw masks in opposite pairs
     scaling: the gradient times s(1-s) (natural: the Fisher matrix's inverse), its root (sqrt), or as it is (none)
     normalize: divide by the running standard deviation of what the baseline leaves
     floor: s stays this far from 0 and 1, so that no unit is lost for good
-    held_out: share of the calibration text that chooses between start, way and end; 0: the end is taken
+    held_out: share of the calibration's sequences that chooses between start, way and end, and is seen by nothing else;
+        0: the end is taken
     compensate: least squares, see `wanda-sp`; null: for heads and channels. bias, damping: of that
 
     Several processes share the sequences of a step. Memory: that of a forward pass and a few numbers for each unit.
@@ -87,7 +90,8 @@ def policy_gradient(
     """
     kinds = kinds_of(units)
     start = initial or _initial(kinds)
-    few = context.with_tokens(context.tokens[: max(1, tokens // context.tokens.shape[1])])
+    text, testing = _texts(context.tokens, length, held_out)
+    few = context.with_tokens(text[: max(1, tokens // text.shape[1])])
     cutting = few.cutting(
         remove,
         kinds,
@@ -97,14 +101,13 @@ def policy_gradient(
         bias=bias,
         damping=damping,
     )
-    text, testing = _texts(context.tokens, length, held_out)
     score = None if start in RANDOM else partial(few.scores, start, cutting.units, share(remove))
     module = PolicyGradient(
         context.model,
         context.blocks,
         cutting.units,
-        text,
-        testing,
+        _cut(text, length),
+        _cut(testing, length),
         score=score,
         remove=share(remove),
         steps=steps,
@@ -165,15 +168,19 @@ def _initial(kinds: list[str]) -> str:
 
 
 def _texts(tokens: Tensor, length: int, held_out: float) -> tuple[Tensor, Tensor]:
-    """The calibration text cut to `length`: what is learned from, and what is held out, evenly spread."""
+    """The sequences of the calibration text that are learned from, by start and end too, and those held out of all."""
     if tokens.shape[1] < length:
         raise ValueError(
             f"length is {length}, but the calibration has sequences of {tokens.shape[1]} tokens; give at most that"
         )
-    cut = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
-    number = min(round(held_out * len(cut)), TESTING)
-    if number >= len(cut):
-        raise ValueError(f"{len(cut)} sequences cannot be learned from with {number} held out; give more samples")
-    testing = [len(cut) * (index + 1) // number - 1 for index in range(number)]
-    learning = sorted(set(range(len(cut))) - set(testing))
-    return cut[learning], cut[testing]
+    count, number = len(tokens), math.ceil(held_out * len(tokens) - 1e-9)
+    if number >= count:
+        raise ValueError(f"{count} sequences cannot be learned from with {number} held out; give more samples")
+    testing = [count * (index + 1) // number - 1 for index in range(number)]  # evenly spread
+    learning = sorted(set(range(count)) - set(testing))
+    return tokens[learning], tokens[testing]
+
+
+def _cut(tokens: Tensor, length: int) -> Tensor:
+    """The same in pieces (sequences, length)."""
+    return tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)

@@ -5,6 +5,7 @@ Source: Bypass Back-propagation, Optimization-based Structural Pruning via Polic
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from sparsekit.model.structure import Units
 
 HALVINGS = 60  # of bisections, in float64
+EXACT = 1e-13  # share of a budget that counts as met
 INSIDE = 1e-6  # probabilities are this far from 0 and 1 where their logarithm is taken
 
 
@@ -51,29 +53,40 @@ class Budget:
     weight: Tensor
     limit: float
 
-    def project(self, values: Tensor, low: float, high: float) -> Tensor:
+    @cached_property
+    def where(self) -> Tensor:
+        """The members' indices."""
+        return self.members.nonzero().flatten()
+
+    def to(self, device: torch.device) -> "Budget":
+        """The same on a device."""
+        return Budget(self.members.to(device), self.weight.to(device), self.limit)
+
+    def project(self, values: Tensor, low: float, high: float, limit: float | None = None) -> Tensor:
         """The nearest point to `values` (groups,) with sum(weight s) <= limit and low <= s <= high, for the members.
 
-        s = clamp(z - v w) with v >= 0 found by bisection (Wang and Carreira-Perpinan 2013, arXiv:1309.1541). Where
-        `low` alone exceeds the limit, the limit gives way.
+        s = clamp(z - v w) with v >= 0 (Wang and Carreira-Perpinan 2013, arXiv:1309.1541); v is the root of a function
+        that is piecewise linear and falls, which Newton's method finds exactly once it is on the right piece; a
+        bracket keeps it from leaving. Where `low` alone exceeds the limit, the limit gives way.
+
+        limit: another one than the budget's own
         """
-        mine, weight = values[self.members].double(), self.weight[self.members].double()
-        weight = weight / weight.mean()
-        limit = max(self.limit * len(mine), low * float(weight.sum()))
-
-        def kept(shift: float) -> Tensor:
-            return (mine - shift * weight).clamp(low, high)
-
+        mine, weight = values[self.where].double(), self.weight[self.where]
+        total = float(weight.sum())
+        limit = max(self.limit if limit is None else limit, low) * total
         least, most = 0.0, float((mine.max() - low) / weight.min()) + 1
-        if float((kept(0.0) * weight).sum()) > limit:
-            for _ in range(HALVINGS):
-                middle = (least + most) / 2
-                least, most = (middle, most) if float((kept(middle) * weight).sum()) > limit else (least, middle)
-        else:
-            most = 0.0
-        result = values.clone()
-        result[self.members] = kept(most).to(values)
-        return result
+        shift, squares = 0.0, weight.square()
+        for _ in range(HALVINGS):
+            shifted = mine - shift * weight if shift else mine
+            kept = shifted.clamp(low, high)
+            excess = float(kept @ weight) - limit
+            if abs(excess) <= EXACT * total or (excess < 0 and not shift):
+                break
+            least, most = (shift, most) if excess > 0 else (least, shift)
+            slope = float(squares @ (kept == shifted).double())
+            ahead = shift + excess / slope if slope else least
+            shift = ahead if least < ahead < most else (least + most) / 2
+        return values.index_copy(0, self.where, kept.to(values))
 
 
 def budgets(units: Units, groups: Groups, keep: Tensor, shape: str, joint: bool) -> list[Budget]:
@@ -145,6 +158,19 @@ def sample(probabilities: Tensor, count: int, generator: torch.Generator, antith
     if antithetic:
         uniform = torch.stack([uniform, 1 - uniform], 1).flatten(0, 1)[:count]
     return (uniform < probabilities.detach().double().cpu()).double()
+
+
+def leave_one_out(losses: Tensor, antithetic: bool = False) -> Tensor:
+    """For each mask the mean loss (..., count) of those drawn independently of it; NaN where there are none.
+
+    losses: (..., count); what is not finite is no loss and in no mean. antithetic: as in `sample`; a mask's opposite
+        shares its random numbers, and with its loss in the mean the gradient would be biased, in each coordinate by
+        the factor 1 + min(s, 1 - s) / max(s, 1 - s) / (count - 1)
+    """
+    draws = torch.arange(losses.shape[-1]) // (2 if antithetic else 1)
+    others = (draws[:, None] != draws).to(losses)  # (count, count)
+    known = losses.isfinite()
+    return (losses.masked_fill(~known, 0.0) @ others) / (known.to(losses) @ others)
 
 
 def log_probability(probabilities: Tensor, masks: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class PolicyGradient(LightningModule):
     best: Tensor  # the scores (units,) that were best on held-out text, and their loss
     best_loss: Tensor
     looks: Tensor  # held-out losses
+    lost: Tensor  # steps in which no mask had a finite loss
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class PolicyGradient(LightningModule):
         self.register_buffer("spread", torch.zeros((), dtype=torch.float64))
         self.register_buffer("best", torch.zeros(len(units), dtype=torch.float64))
         self.register_buffer("best_loss", torch.tensor(math.inf, dtype=torch.float64))
+        self.register_buffer("lost", torch.zeros((), dtype=torch.long))
         self.register_buffer("looks", torch.full((LOOKS + 1,), math.nan, dtype=torch.float64))
         self.curve: list[list[float]] = []
 
@@ -107,6 +109,7 @@ class PolicyGradient(LightningModule):
         self.keep_at_start = choose(self.units, scores, self.remove, **self.choice)
         shape, joint = self.choice["shape"], self.choice["budgets"] == "joint"
         self.allowed = bernoulli.budgets(self.units, self.groups, self.keep_at_start, shape, joint)
+        self.moved = [budget.to(self.device) for budget in self.allowed]
         if self.global_step == 0:
             self._begin()
         for point in self.curve:  # of the run that is gone on with: loggers begin anew
@@ -171,9 +174,8 @@ class PolicyGradient(LightningModule):
         return 1 - (1 - budget.limit) * removed / self.remove
 
     def _project(self, values: Tensor, step: int) -> Tensor:
-        for budget in self.allowed:
-            now = Budget(budget.members, budget.weight, self._limit(budget, step))
-            values = now.project(values, self.floor, 1 - self.floor)
+        for budget in self.allowed if values.device.type == "cpu" else self.moved:
+            values = budget.project(values, self.floor, 1 - self.floor, limit=self._limit(budget, step))
         return values
 
     def _tokens(self, step: int) -> Tensor:
@@ -218,8 +220,8 @@ class PolicyGradient(LightningModule):
             settings["lr"] = self.peak * self.rate(step)
         optimizer.step()  # type: ignore[union-attr]
         with torch.no_grad():
-            projected = self._project(self.probabilities.double().cpu(), step)
-            self.probabilities.copy_(projected)
+            here = self.probabilities.cpu() if self.device.type == "mps" else self.probabilities  # without float64
+            self.probabilities.copy_(self._project(here.detach(), step))
         entropy = float(torch.special.entr(s).add(torch.special.entr(1 - s)).mean())
         self.curve.append([step, float(seen.mean()), entropy])
         self._log(self.curve[-1])
@@ -228,28 +230,36 @@ class PolicyGradient(LightningModule):
 
     def _advantages(self, seen: Tensor, tokens: Tensor) -> Tensor:
         """The losses `seen` (draws,) less the baseline; a mask whose loss is not finite says nothing."""
-        fine = seen.isfinite()
-        known = seen[fine]
-        if len(known) < 1 + (self.baseline == "leave-one-out"):
-            return torch.zeros_like(seen)
         if self.baseline == "initial":
-            known = known - self._loss(tokens, self.keep_at_start)
-        if self.baseline == "leave-one-out":
-            left = (known - known.mean()) * len(known) / (len(known) - 1)
-        elif self.baseline in ("moving-average", "initial"):
-            first = torch.isnan(self.average).cpu()
-            average = known.mean() if first else self.average.cpu() + (known.mean() - self.average.cpu()) / self.window
-            self.average.copy_(average)
-            left = known - average
-        else:
-            left = known
+            seen = seen - self._loss(tokens, self.keep_at_start)
+        known = seen[seen.isfinite()]
+        if not len(known):
+            self.lost.add_(1)
+            return torch.zeros_like(seen)
+        left = seen - self._baseline(seen, known)
+        left = left.where(left.isfinite(), 0.0)
         if self.normalize:
-            self.spread.mul_(MEMORY).add_((1 - MEMORY) * float(left.square().mean()))
+            self.spread.mul_(MEMORY).add_((1 - MEMORY) * float(left.square().sum() / len(known)))
             weight = 1 - MEMORY ** (self.global_step + 1)
             left = left / max(math.sqrt(float(self.spread) / weight), 1e-12)
-        advantages = torch.zeros_like(seen)
-        advantages[fine] = left
-        return advantages
+        # the mean is over masks that say something; the published code divides by one less (Eq. 7 does not)
+        count = max(1, len(known) - 1) if self.baseline == "published" else len(known)
+        return left * len(seen) / count
+
+    def _baseline(self, seen: Tensor, known: Tensor) -> Tensor:
+        """What is subtracted from each loss (draws,); NaN where nothing is known yet that is independent of it."""
+        before = self.average.clone().cpu()
+        if self.baseline == "none":
+            return torch.zeros_like(seen)
+        now, old = known.mean(), (torch.zeros(()) if self.baseline == "published" else known.mean())
+        old = old.to(known) if torch.isnan(before) else before
+        self.average.copy_(old + (now - old) / self.window)
+        if self.baseline == "published":  # Eq. 8, from 0, with the step's own losses in it
+            return self.average.cpu().expand_as(seen)
+        if self.baseline == "leave-one-out":
+            others = bernoulli.leave_one_out(seen, self.antithetic)
+            return others.where(others.isfinite(), before)  # a single pair has no others: what was before
+        return before.expand_as(seen)
 
     def _log(self, point: list[float]) -> None:
         step, loss, entropy = point
@@ -278,9 +288,10 @@ class PolicyGradient(LightningModule):
         kept = choose(self.units, scores, self.remove, **self.choice)
         parts = self.testing.split(max(1, self.batch))
         loss = sum(self._loss(part, kept) * len(part) for part in parts) / len(self.testing)
-        self.looks[number] = min(loss, float(self.looks[number].nan_to_num(math.inf)))
-        if loss < self.best_loss:
-            self.best_loss.fill_(loss)
+        if math.isfinite(loss):
+            self.looks[number] = min(loss, float(self.looks[number].nan_to_num(math.inf)))
+        if loss < self.best_loss or not (number or self.best_loss.isfinite()):
+            self.best_loss.fill_(loss if math.isfinite(loss) else math.inf)
             self.best.copy_(scores)
 
     @property
@@ -298,6 +309,7 @@ class PolicyGradient(LightningModule):
             "probabilities": len(self.probabilities),
             "seconds_of_a_step": round(seconds / done, 4),
             "seconds_of_a_forward_pass": round(self.forward_seconds, 4),
+            **({"steps_without_a_finite_loss": int(self.lost)} if self.lost else {}),
             "held_out": [None if math.isnan(loss) else round(loss, 5) for loss in self.looks.tolist()],
             "curve": [point[:2] for point in self.curve[:: max(1, len(self.curve) // 200)]],
         }
@@ -305,3 +317,6 @@ class PolicyGradient(LightningModule):
     def on_train_end(self) -> None:
         """The model computes on the CPU again; also where a resumed run had no step left to take."""
         self.outside[0].to("cpu")
+        if lost := int(self.lost):
+            left = "the units with the best initial scores stay" if lost == self.steps else "they taught nothing"
+            self.say(f"warning: in {lost} of {self.steps} steps no mask had a loss that is a number; {left}")

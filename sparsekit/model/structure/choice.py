@@ -27,12 +27,13 @@ def choose(
 ) -> Tensor:
     """The mask (units,) that keeps the highest scores (units,) and removes the share `remove` of all parameters.
 
-    Never less than `remove` goes, and more by less than one unit (of the last kind; uniform: one in each block). Of
-    equal scores the unit that comes first stays.
+    Never less than `remove` goes, and more by less than one unit: the smallest that could still go, or with separate
+    budgets one of the last kind (uniform: one in each block). Of equal scores the unit that comes first stays.
 
     shape: free, the best of the whole model; uniform, the same number in each block, the best of each
-    budgets: separate, of heads (or whole attentions) the nearest number to their share goes, of channels (or MLPs) as
-        few as bring the total to `remove`; joint, the lowest scores of both kinds go, which must be comparable
+    budgets: separate, of heads (or whole attentions) the nearest number to their share goes that leaves channels (or
+        MLPs) something to do, and of these as few as bring the total to `remove`; joint, the lowest scores of both kinds go, which must be comparable; a unit that would go beyond `remove` is passed
+        over for smaller ones
     least: units that every part keeps, of those with several
 
     Raises:
@@ -45,18 +46,21 @@ def choose(
     safe = _best_of_each(units, scores, least)
     if budgets == "joint":
         order = _worst_first(units, scores, ~safe)
-        return _dropped(kept, order[: _enough(units.parameters[order], goal, units)])
-    for kind in units.kinds:
+        return _dropped(kept, order[_filled(units.parameters[order], goal, units)])
+    for position, kind in enumerate(units.kinds):
         mine = units.of(kind)
         done = int(units.parameters[~kept].sum())
         last = kind == units.kinds[-1]
+        later = sum(int(units.parameters[units.of(other) & ~safe].sum()) for other in units.kinds[position + 1 :])
         if shape == "uniform" and kind != "layers":
             parts = [number for number, part in enumerate(units.parts) if part.kind == kind]
             each, size = units.parts[parts[0]].count, units.parts[parts[0]].parameters
             if any(units.parts[number].count != each for number in parts):
                 raise ValueError(f"{kind} differ in number from block to block already, so no shape can be uniform")
-            number = math.ceil((goal - done) / (size * len(parts))) if last else round(remove * each)
             most = each - least if each > 1 else 0
+            number = math.ceil((goal - done) / (size * len(parts)))
+            if not last:
+                number = _between(round(remove * each), [size * len(parts)] * most, goal - done, later)
             if last and number > most:
                 raise _too_much(units, done + most * size * len(parts))
             for part in parts:
@@ -64,7 +68,11 @@ def choose(
                 kept = _dropped(kept, order[: min(max(number, 0), most)])
             continue
         order = _worst_first(units, scores, mine & ~safe)
-        number = _enough(units.parameters[order], goal - done, units, done) if last else round(remove * int(mine.sum()))
+        sizes = units.parameters[order]
+        if last:
+            number = _enough(sizes, goal - done, units, done)
+        else:
+            number = _between(round(remove * int(mine.sum())), sizes.tolist(), goal - done, later)
         kept = _dropped(kept, order[:number])
     return kept
 
@@ -97,6 +105,39 @@ def _enough(parameters: Tensor, goal: int, units: Units, done: int = 0) -> int:
     if not len(total) or total[-1] < goal:
         raise _too_much(units, done + (int(total[-1]) if len(total) else 0))
     return int((total < goal).sum()) + 1
+
+
+def _between(number: int, sizes: list[int], goal: int, later: int) -> int:
+    """The number of units nearest to `number` that leaves to later kinds no less than nothing and no more than they hold.
+
+    sizes: parameters of the units in the order in which they go; goal: parameters that must go in all
+    """
+    number = min(number, len(sizes))
+    while number and sum(sizes[:number]) > goal:
+        number -= 1
+    while number < len(sizes) and sum(sizes[:number]) + later < goal:
+        number += 1
+    return number
+
+
+def _filled(parameters: Tensor, goal: int, units: Units) -> Tensor:
+    """Which of these go (count,), in this order, so that the goal is passed by less than the smallest that is left."""
+    if int(parameters.sum()) < goal:
+        raise _too_much(units, int(parameters.sum()))
+    gone, left = torch.zeros(len(parameters), dtype=torch.bool), goal
+    for index, size in enumerate(parameters.tolist()):
+        if size <= left:
+            gone[index], left = True, left - size
+        if not left:
+            return gone
+    least = parameters.masked_fill(gone | (parameters < left), int(parameters.max()) + 1)
+    last = int(least.argmin())  # the first of the smallest that is enough
+    over = int(parameters[last]) - left
+    for index in gone.nonzero().flatten().flip(0).tolist():  # what it makes needless stays, the best first
+        if parameters[index] <= over:
+            gone[index], over = False, over - int(parameters[index])
+    gone[last] = True
+    return gone
 
 
 def _too_much(units: Units, most: int) -> ValueError:
