@@ -5,12 +5,14 @@ from itertools import chain
 
 import pytest
 import torch
+from families import SETTINGS, build
 
 from sparsekit.model import load_tokenizer
 from sparsekit.system import Team
 from sparsekit.train import Batches
+from sparsekit.train.losses import text_loss
 from sparsekit.train.records import IGNORED, example, format_of
-from sparsekit.train.rows import Rows, check_training_source, training_rows
+from sparsekit.train.rows import Rows, check_training_source, forward, keeps_apart, training_rows
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -243,3 +245,21 @@ def test_too_little_text(tokenizer, tmp_path):
     file.write_text("too short")
     with pytest.raises(ValueError, match="gives 0 rows of 64 tokens, and recovery needs at least 2"):
         rows_of({"source": str(file)}, tokenizer)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "GPT2", "OPT"])
+def test_records_of_a_row_do_not_see_one_another(tokenizer, alpaca, family):
+    """The loss of rows is that of every record alone; OPT gives positions but no mask, so there each has a row."""
+    settings = SETTINGS[family] | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    model = build(family, settings=settings)
+    apart = keeps_apart(model)
+    assert apart == (family != "OPT")
+    parts = rows_of({"source": str(alpaca)}, tokenizer, length=256, rows=1000, together=apart)
+    records = json.loads(alpaca.read_text())
+    with torch.no_grad():
+        seen = [text_loss(forward(model, part.ids, part.positions).logits, part.labels) for part in parts]
+        examples = [example(record, "instruction", tokenizer) for record in records]
+        alone = [text_loss(model(torch.tensor([ids])).logits, torch.tensor([labels])) for ids, labels in examples]
+    assert sum(count for _, count in seen) == sum(count for _, count in alone)
+    assert float(sum(loss for loss, _ in seen)) == pytest.approx(float(sum(loss for loss, _ in alone)), rel=1e-5)
+    assert (sum(map(len, parts)) < len(records)) == apart

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparsekit.train.records import IGNORED
+from sparsekit.train.rows import forward
 from sparsekit.train.teacher import Cached, Running, distance, divergence, divergence_of_top
 
 
@@ -34,15 +35,17 @@ class Objective:
     ):
         self.teacher, self.distill, self.hidden, self.temperature = teacher, distill, hidden, temperature
 
-    def __call__(self, model: nn.Module, ids: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, float, int]:
+    def __call__(
+        self, model: nn.Module, ids: Tensor, labels: Tensor, rows: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, float, int]:
         """The loss to be minimised of tokens and labels (sequences, length), the cross-entropy in it, and their number.
 
-        rows: (sequences,), the numbers of the training rows that they are
+        rows: (sequences,), the numbers of the training rows that they are; positions: as in `Rows`
 
         Returns:
             two sums over the tokens that are predicted, and how many these are
         """
-        out = model(input_ids=ids, use_cache=False, output_hidden_states=self.hidden > 0)
+        out = forward(model, ids, positions, output_hidden_states=self.hidden > 0)
         text, count = text_loss(out.logits, labels)
         said = float(text.detach())
         if self.teacher is None:
@@ -51,7 +54,7 @@ class Objective:
         if isinstance(self.teacher, Cached):
             kl = divergence_of_top(out.logits, *self.teacher.read(rows), labels, self.temperature)
             return loss + self.distill * kl, said, count
-        dense = self.teacher.look(ids, self.hidden > 0)
+        dense = self.teacher.look(ids, positions, self.hidden > 0)
         if self.distill:
             loss = loss + self.distill * divergence(out.logits, dense.logits, labels, self.temperature)
         if self.hidden:

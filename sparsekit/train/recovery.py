@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsekit.system import Team
 from sparsekit.train.losses import Objective, text_loss
-from sparsekit.train.rows import Rows
+from sparsekit.train.rows import Rows, forward
 from sparsekit.train.schedule import cosine
 from sparsekit.train.step import mean_gradients
 
@@ -58,8 +58,8 @@ class Recovery(LightningModule):
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(self.steps, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
-        """The summed loss of a batch: tokens and labels, each (sequences, length), and the numbers of their rows."""
+    def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
+        """The summed loss of a batch, as `Batches` gives it."""
         self.switch(True)
         torch.manual_seed(self.seed + index * self.team.size + self.team.rank)
         loss, text, count = self.objective(self.model, *batch)
@@ -79,9 +79,8 @@ class Recovery(LightningModule):
         mine = rows[self.team.rank :: self.team.size]
         with self.trainer.precision_plugin.val_step_context():
             for start in range(0, len(mine.ids), batch):  # a process may have no rows
-                ids, labels = mine.ids[start : start + batch], mine.labels[start : start + batch]
-                logits = self.model(input_ids=ids.to(self.device), use_cache=False).logits
-                total, count = text_loss(logits, labels.to(self.device))
+                part = mine[start : start + batch].to(self.device)
+                total, count = text_loss(forward(self.model, part.ids, part.positions).logits, part.labels)
                 sums += torch.tensor([float(total), count], dtype=torch.float64).to(sums)
         self.team.sum([sums])
         return float(sums[0] / sums[1].clamp_min(1))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekit.data import CALIBRATION, Corpus, corpus, load_rows, resolve
 from sparsekit.data import FORMATS as FILES
@@ -20,21 +20,53 @@ from sparsekit.system import Team
 from sparsekit.train.records import FORMATS, IGNORED, Example, end, example, format_of
 
 PIECE = 2**20  # characters that are tokenised at once
+Row = tuple[list[int], ...]  # tokens and labels, and for records positions
 OPEN = 16  # rows that are filled at the same time: records of any length find a place
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Sequences of equal length. ids, labels: (rows, length) int64; a label of -100 is not predicted."""
+    """Sequences of equal length. ids, labels: (rows, length) int64; a label of -100 is not predicted.
+
+    positions: (rows, length), which begin again with every record of a row: by them transformers keeps records from
+        attending to one another; None: a row is one text
+    """
 
     ids: Tensor
     labels: Tensor
+    positions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, chosen: Any) -> "Rows":
-        return Rows(self.ids[chosen], self.labels[chosen])
+        return Rows(*(None if part is None else part[chosen] for part in (self.ids, self.labels, self.positions)))  # type: ignore[arg-type]
+
+
+    def to(self, device: torch.device) -> "Rows":
+        """The same on a device."""
+        return Rows(*(None if part is None else part.to(device) for part in (self.ids, self.labels, self.positions)))  # type: ignore[arg-type]
+
+
+def forward(model: nn.Module, ids: Tensor, positions: Tensor | None, **options: Any) -> Any:
+    """A model's outputs for tokens (sequences, length), as transformers gives them. positions: as in `Rows`"""
+    if positions is not None:
+        options["position_ids"] = positions
+    return model(input_ids=ids, use_cache=False, **options)
+
+
+@torch.no_grad()
+def keeps_apart(model: nn.Module) -> bool:
+    """Whether positions that begin again keep the records of a row apart in this model: tried on a few tokens."""
+    device = next(model.parameters()).device
+    pair = torch.arange(1, 9, device=device)[None]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    try:
+        together = forward(model, pair, positions).logits[:, 4:].float()
+    except TypeError:  # it takes none
+        return False
+    alone = forward(model, pair[:, 4:], None).logits.float()
+    return bool((together - alone).abs().max() <= 0.02 * alone.std())  # half precision rounds otherwise
 
 
 class Batches:
@@ -52,13 +84,14 @@ class Batches:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Tokens and labels, each (batch, length), and the numbers of their rows (batch,)."""
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Tokens and labels, each (batch, length), the numbers of their rows (batch,), and positions where there are."""
         while self.position < self.count:
             self.position += 1
             chosen = self.chosen(self.position - 1)
             rows = self.rows[chosen]
-            yield rows.ids, rows.labels, torch.tensor(chosen)
+            numbers = torch.tensor(chosen)
+            yield (rows.ids, rows.labels, numbers, *(() if rows.positions is None else (rows.positions,)))
         self.position = 0
 
     def chosen(self, number: int) -> list[int]:
@@ -86,7 +119,7 @@ class Batches:
         self.position = state["position"]
 
     def _digest(self) -> str:
-        parts = (part.numpy().tobytes() for part in (self.rows.ids, self.rows.labels))
+        parts = (part.numpy().tobytes() for part in (self.rows.ids, self.rows.labels, self.rows.positions) if part is not None)
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -118,6 +151,7 @@ def training_rows(
     validation: float,
     seed: int,
     first: int | None = None,
+    together: bool = True,
 ) -> tuple[Rows, Rows]:
     """Rows to train on, at most `rows` of them, and rows of other text to validate on, a share `validation` of them.
 
@@ -125,6 +159,7 @@ def training_rows(
     Parquet file with `messages`, or with `instruction` and `output`, is read as records of which the answers alone are
     predicted (see `records`); everything else as text. Rows of text follow one another without a gap; records are not
     divided, what of one is longer than a row is cut off, and rows are filled up with the end of text.
+    together: several records may share a row, each with positions of its own; else each has a row
     first: a token that stands before every row of text and is counted in its length, as in `data.sample`; records have
     what their format says.
     Documents come in random order, text that is one piece (WikiText) from its beginning.
@@ -132,7 +167,7 @@ def training_rows(
     """
     documents, divided = _documents(check_training_source(settings), tokenizer, seed, first)
     held_out = max(1, math.ceil(validation * rows))
-    packed = _divided(documents, length, first) if divided else _whole(documents, length, end(tokenizer))
+    packed = _divided(documents, length, first) if divided else _whole(documents, length, end(tokenizer), together)
     found = list(islice(packed, rows + held_out))
     packed.close()
     if len(found) < 2:
@@ -140,7 +175,7 @@ def training_rows(
             f"{settings['source']} gives {len(found)} rows of {length} tokens, and recovery needs at least 2, one of "
             "them for validation: take more text or a smaller `length`"
         )
-    both = Rows(*(torch.tensor(part) for part in zip(*found, strict=True)))
+    both = Rows(*(torch.tensor(part) for part in zip(*found, strict=True)))  # a row has two parts, or three
     held_out = min(held_out, max(1, math.ceil(validation * len(both) / (1 + validation))))
     return both[held_out:], both[:held_out]
 
@@ -196,7 +231,7 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(count), count)
 
 
-def _divided(documents: Iterator[Example], length: int, first: int | None) -> Generator[Example, None, None]:
+def _divided(documents: Iterator[Example], length: int, first: int | None) -> Generator[Row, None, None]:
     """Rows cut from one stream of tokens; the tail is dropped."""
     before = [] if first is None else [first]
     length -= len(before)
@@ -210,9 +245,11 @@ def _divided(documents: Iterator[Example], length: int, first: int | None) -> Ge
         ids, labels = ids[full:], labels[full:]
 
 
-def _whole(documents: Iterator[Example], length: int, filler: list[int]) -> Generator[Example, None, None]:
+def _whole(
+    documents: Iterator[Example], length: int, filler: list[int], together: bool
+) -> Generator[Row, None, None]:
     """Rows of whole documents: each goes into the first of the open rows that has room; the fullest makes place."""
-    rows: list[Example] = []
+    rows: list[Row] = []
     cut = mute = 0
     try:
         for ids, labels in documents:
@@ -221,14 +258,15 @@ def _whole(documents: Iterator[Example], length: int, filler: list[int]) -> Gene
             if not any(label != IGNORED for label in labels):
                 mute += 1
                 continue
-            place = next((row for row in rows if len(row[0]) + len(ids) <= length), None)
+            place = next((row for row in rows if together and len(row[0]) + len(ids) <= length), None)
             if place is None:
-                if len(rows) == OPEN:
-                    yield _filled(rows.pop(max(range(OPEN), key=lambda i: len(rows[i][0]))), length, filler)
-                place = ([], [])
+                if len(rows) == (OPEN if together else 1):
+                    yield _filled(rows.pop(max(range(len(rows)), key=lambda i: len(rows[i][0]))), length, filler)
+                place = ([], [], [])
                 rows.append(place)
-            place[0].extend(ids)
-            place[1].extend(labels)
+            # nothing before a record's first token predicts it, where another record stands before it
+            for part, more in zip(place, (ids, [IGNORED, *labels[1:]], range(len(ids))), strict=True):
+                part.extend(more)
         for row in rows:
             yield _filled(row, length, filler)
     finally:  # also where no more rows are asked for
@@ -238,6 +276,6 @@ def _whole(documents: Iterator[Example], length: int, filler: list[int]) -> Gene
             warnings.warn(f"{mute} records have no answer within {length} tokens and were left out", stacklevel=3)
 
 
-def _filled(row: Example, length: int, filler: list[int]) -> Example:
+def _filled(row: Row, length: int, filler: list[int]) -> Row:
     missing = length - len(row[0])
-    return row[0] + (filler or [0]) * missing, row[1] + [IGNORED] * missing
+    return row[0] + (filler or [0]) * missing, row[1] + [IGNORED] * missing, row[2] + list(range(missing))

@@ -15,7 +15,7 @@ from sparsekit.model import Block
 from sparsekit.train.checkpoints import Checkpoints
 from sparsekit.train.losses import Objective
 from sparsekit.train.recovery import Recovery
-from sparsekit.train.rows import Batches, Rows, training_rows
+from sparsekit.train.rows import Batches, Rows, keeps_apart, training_rows
 from sparsekit.train.rows import check_training_source as check_source
 from sparsekit.train.teacher import Cached, Running
 from sparsekit.train.watch import Best, RecoveryProgress
@@ -76,6 +76,7 @@ def recovery_text(
     settings = check_source(source) or context.calibration
     if not settings:
         raise ValueError("the calibration text came as tokens or texts, and recovery needs more: give it a `source`")
+    apart = keeps_apart(context.model)  # type: ignore[arg-type]
     training, held_out = training_rows(
         settings,
         context.tokenizer(),
@@ -84,7 +85,16 @@ def recovery_text(
         validation=validation,
         seed=context.seed,
         first=context.bos,
+        together=apart,
     )
+    if training.positions is not None:
+        kind = type(context.model).__name__
+        context.console.print(
+            "records share rows; positions that begin again keep them from attending to one another"
+            if apart
+            else f"every record has a row of its own, filled up: in {kind} positions do not keep records apart",
+            markup=False,
+        )
     if int(training.ids.max()) >= (vocabulary := config.vocab_size):
         raise ValueError(f"the tokenizer gives token {int(training.ids.max())}, but the model embeds {vocabulary}")
     batches = Batches(training, count=steps * accumulate, batch=batch, seed=context.seed, team=context.team)

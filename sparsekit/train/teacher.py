@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from sparsekit.system import commit, committed, write_tensors
 from sparsekit.train.records import IGNORED
-from sparsekit.train.rows import Rows
+from sparsekit.train.rows import Rows, forward
 
 
 class Running:
@@ -24,11 +24,11 @@ class Running:
         self.model: nn.Module | None = None
 
     @torch.no_grad()
-    def look(self, ids: Tensor, hidden: bool = False) -> Any:
-        """Its outputs for (sequences, length) tokens, as transformers gives them."""
+    def look(self, ids: Tensor, positions: Tensor | None = None, hidden: bool = False) -> Any:
+        """Its outputs for tokens and positions (sequences, length), as transformers gives them."""
         if self.model is None:
             self.model = self.load().to(ids.device).eval()
-        return self.model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+        return forward(self.model, ids, positions, output_hidden_states=hidden)
 
     def forget(self) -> None:
         """Give its memory back."""
@@ -68,8 +68,9 @@ class Cached(Callback):
         )
         logs, indices = [], []
         with trainer.precision_plugin.val_step_context():
-            for ids in self.rows.ids.split(self.batch):
-                logits = self.running.look(ids.to(module.device)).logits.float() / self.temperature
+            for start in range(0, len(self.rows), self.batch):
+                part = self.rows[start : start + self.batch].to(module.device)
+                logits = self.running.look(part.ids, part.positions).logits.float() / self.temperature
                 best = log_softmax(logits, -1).topk(min(self.top, logits.shape[-1]))
                 logs.append(best.values.to("cpu", torch.float16))
                 indices.append(best.indices.to("cpu", torch.int32))
