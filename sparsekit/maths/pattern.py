@@ -121,8 +121,10 @@ class NM:
         """Whether every group of `weight` (out, in) has at least group - keep zeros."""
         if weight.shape[1] % self.group:
             return False
-        zeros = (weight == 0).reshape(-1, self.group).sum(1)
-        return bool((zeros >= self.group - self.kept).all())
+        zeros = (~weight.bool()).reshape(-1, self.group)
+        # sums of bools would be int64, which takes ten times as long
+        counts = zeros.view(torch.uint8).sum(1, dtype=torch.uint8) if self.group < 256 else zeros.sum(1)
+        return bool((counts >= self.group - self.kept).all())
 
     def check(self, width: int, name: str) -> None:
         """Raise ValueError when the group does not divide a layer of `width` input columns."""

@@ -1,13 +1,24 @@
 """Proof of a finished run from its folder: manifest, masks, patterns, source."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from sparsekit.maths import Quantization
 from sparsekit.model import read_json
 from sparsekit.results.folder import MASKS, REPORT
-from sparsekit.results.manifest import MANIFEST, manifest_failures, read_manifest, source_failures
+from sparsekit.results.manifest import (
+    MANIFEST,
+    binding_failures,
+    manifest_failures,
+    read_manifest,
+    source_failures,
+)
 from sparsekit.results.stored import Masks
 from sparsekit.results.verification import Verification, verify
+
+
+HASHING = 2  # files at a time
 
 
 def run_of(path: Path) -> Path | None:
@@ -30,17 +41,34 @@ def verify_run(
         ValueError: the folder holds no checkpoint, or its manifest cannot be read.
     """
     manifest = read_manifest(run)
-    options = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if manifest is None:
         if read_json(run / REPORT).get("manifest"):
             return Verification(failures=["report.json names a manifest, and manifest.json is gone"])
-        found = verify(run / "model", pattern, against, **options)  # type: ignore[arg-type]
+        found = verify(run / "model", pattern, against, **options)
         found.unproved.append("the run is of an earlier format and has no manifest: what lies beside model/")
         return found
-    failures = manifest_failures(run, manifest)
-    if failures:  # of what was changed nothing is to be believed
+    if failures := binding_failures(manifest):
         return Verification(failures=failures)
-    claims = manifest["claims"]
+    with ThreadPoolExecutor(HASHING) as pool:  # files are hashed while tensors are looked at
+        files = pool.submit(manifest_failures, run, manifest)
+        source = pool.submit(source_failures, manifest, against) if against is not None else None
+        try:
+            found = _as_claimed(run, manifest["claims"], pattern, against, options)
+        except (ValueError, OSError):
+            if not files.result():
+                raise
+        if failures := files.result():  # of what was changed nothing is to be believed
+            return Verification(failures=failures)
+        found.failures += source.result() if source is not None else []
+    found.failures = list(dict.fromkeys(found.failures))
+    return found
+
+
+def _as_claimed(
+    run: Path, claims: dict[str, Any], pattern: str | None, against: Path | None, options: dict[str, Any]
+) -> Verification:
+    """What the tensors say of what the manifest claims, and of the pattern that is asked for."""
     grid = claims.get("quantization")
     found = verify(
         run / "model",
@@ -50,13 +78,10 @@ def verify_run(
         quantization=Quantization.of(grid) if grid else None,
         changed=claims["changed"],
         cast=claims["cast"],
-        **options,  # type: ignore[arg-type]
+        **options,
     )
     if pattern is not None:
-        found.failures += verify(run / "model", pattern, **options).failures  # type: ignore[arg-type]
-    if against is not None:
-        found.failures += source_failures(manifest, against)
-    found.failures = list(dict.fromkeys(found.failures))
+        found.failures += verify(run / "model", pattern, **options).failures
     return found
 
 

@@ -60,17 +60,24 @@ def read_manifest(run: Path) -> dict[str, Any] | None:
     return content
 
 
-def manifest_failures(run: Path, content: dict[str, Any], *, told: bool = True) -> list[str]:
-    """Where a run's folder is not what its manifest says, as sentences.
-
-    told: look at report, page, card and exports too
-    """
+def binding_failures(content: dict[str, Any]) -> list[str]:
+    """Where a manifest does not fit its own digest, as sentences; no other file is read."""
     failures = []
     bound = {key: content.get(key) for key in ("format", "files", "source", "claims", "versions")}
     if content.get("digest") != _bound(bound):
         failures.append(f"{MANIFEST} does not have the digest that it says: it was changed")
     if not isinstance(content.get("files"), dict) or not isinstance(content.get("claims"), dict):
-        return [*failures, f"{MANIFEST} does not list files and claims"]
+        failures.append(f"{MANIFEST} does not list files and claims")
+    return failures
+
+
+def manifest_failures(run: Path, content: dict[str, Any], *, told: bool = True) -> list[str]:
+    """Where a run's folder is not what its manifest says, as sentences.
+
+    told: look at report, page, card and exports too
+    """
+    if failures := binding_failures(content):
+        return failures
     failures += _compared(run, content["files"], _result(run))
     if told:
         listed = content.get("told") or {}

@@ -16,6 +16,9 @@ from sparsekit.results.soundness import bad_values, unsound
 from sparsekit.results.structure_proof import prove_structure
 
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
+
+
 @dataclass
 class Verification:
     """What was found.
@@ -158,22 +161,22 @@ def _linear(
 ) -> None:
     tensor = stored.t() if linear.transposed else stored  # (out, in)
     tensor = tensor.float() if tensor.element_size() == 1 else tensor  # an 8-bit float has few operations
-    zero = tensor == 0
-    zeros = int(zero.count_nonzero())
+    kept = tensor.bool()  # true for NaN too
+    zeros = tensor.numel() - int(kept.count_nonzero())
     result.per_linear[linear.name] = {
         "sparsity": zeros / tensor.numel(),
         "pattern": str(pattern) if pattern else None,
         "zeros": zeros,
         "parameters": tensor.numel(),
     }
-    negative = int((zero & torch.signbit(tensor)).count_nonzero())
+    negative = zeros - (tensor.numel() - int(tensor.view(BITS[tensor.element_size()]).count_nonzero()))
     if negative:
         result.failures.append(f"{linear.name} holds {negative:,} times -0.0; a zero must be written as 0.0")
-    lost = zero.numel() - int((zero | mask).count_nonzero()) if mask is not None else 0
+    lost = int((kept > mask).count_nonzero()) if mask is not None else 0
     if lost:
         result.failures.append(f"{linear.name} has {lost:,} weights where its mask says zero")
     if isinstance(pattern, NM):
-        if tensor.shape[1] % pattern.group or not pattern.satisfied(tensor):
+        if tensor.shape[1] % pattern.group or not pattern.satisfied(kept):
             result.failures.append(f"{linear.name} is not {pattern}: {zeros / tensor.numel():.2%} of it is zero")
     elif pattern is not None and zeros <= pattern.sparsity * tensor.numel() - max(tensor.shape):
         result.failures.append(f"{linear.name} has {zeros / tensor.numel():.2%} zeros, {pattern} was asked")
