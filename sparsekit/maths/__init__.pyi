@@ -12,6 +12,8 @@ from .pattern import NM as NM
 from .pattern import Pattern as Pattern
 from .pattern import Scope as Scope
 from .pattern import Unstructured as Unstructured
+from .pattern import has_pattern as has_pattern
 from .pattern import parse as parse
+from .pattern import thinned as thinned
 from .statistics import PANEL as PANEL
 from .statistics import Stats as Stats

@@ -3,6 +3,7 @@
 A pattern turns a score into a mask. Counts are exact, also among equal scores, and never more than was asked for.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -217,3 +218,22 @@ def _rank(groups: Tensor) -> Tensor:
         rank[i + 1 :] += first
         rank[i] += first.logical_not_().sum(0, dtype=torch.uint8)
     return rank.t()
+
+
+def has_pattern(weight: Tensor, pattern: "Pattern") -> bool:
+    """Whether a weight (out, in) has the zeros of a pattern, whatever the scope was in which weights competed.
+
+    Of an unstructured pattern rounding may lose less than one weight a row or a column. More zeros are allowed.
+    """
+    if isinstance(pattern, NM):
+        return pattern.satisfied(weight)
+    zeros = weight.numel() - int(weight.count_nonzero())
+    return zeros > pattern.sparsity * weight.numel() - max(weight.shape)
+
+
+def thinned(matrix: Tensor, count: int) -> Tensor:
+    """About `count` entries of a matrix (rows, columns), as many from each column: a stride that shares no factor."""
+    stride = max(1, matrix.numel() // max(1, count))
+    while math.gcd(stride, matrix.shape[1]) > 1:
+        stride += 1
+    return matrix.flatten()[::stride]

@@ -175,8 +175,9 @@ class Stats:
         for stream, gram in (("", self.gram), ("the dense model's ", self.drift_gram)):
             if gram is not None and (bad := int((~gram.diagonal().isfinite()).sum())):
                 raise ValueError(
-                    f"{stream}activations entering {name} contain NaN or Inf ({bad} of {self.width} columns); "
-                    "run the model in float32 or bfloat16, or look at the block before"
+                    f"{stream}activations entering {name} contain NaN or Inf, or are so large that their squares "
+                    f"overflow ({bad} of {self.width} columns); run the model in float32 or bfloat16, or look at the "
+                    "block before"
                 )
 
     def check_weight(self, weight: Tensor, init: Tensor | None = None) -> None:

@@ -6,10 +6,11 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from sparsekit.maths import NM, Pattern, Scope, Stats
+from sparsekit.maths import NM, Pattern, Scope, Stats, thinned
 from sparsekit.solvers.refit import refit
 
 _EXACT = 2**16  # the largest matrix of which every support is exact; of others only the last
+_THINNED = 17  # one in so many decides the threshold on the way
 _EVERY = 3  # iterations between two looks at the support
 _RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # for a change above this fraction of the support, this factor
 _LOWER, _LARGEST = 5.0, 1e6
@@ -107,8 +108,7 @@ def _largest(score: Tensor, pattern: Pattern, per: Scope) -> Tensor:
     """The support on the way: of a large matrix up to a threshold from a sample, as selecting is half of the work."""
     if per != "matrix" or isinstance(pattern, NM) or score.numel() <= _EXACT:
         return pattern.keep(score, per=per)
-    stride = next(prime for prime in (17, 19, 23, 1) if prime == 1 or score.shape[1] % prime)  # all columns
-    sample = score.flatten()[::stride]
+    sample = thinned(score, score.numel() // _THINNED)
     return score > sample.kthvalue(max(1, pattern.pruned(len(sample)))).values
 
 

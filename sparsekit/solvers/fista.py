@@ -9,7 +9,7 @@ import torch
 from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
-from sparsekit.maths import NM, Pattern, Scope, Stats
+from sparsekit.maths import NM, Pattern, Scope, Stats, has_pattern, thinned
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
@@ -24,6 +24,7 @@ _STARTS: dict[str, Callable[[Tensor, Stats, Pattern], Tensor]] = {
 }
 _SAMPLE = 2**16
 _POWER_STEPS = 50
+_CONVERGED = 1e-12  # share of the first step's gain at which conjugate gradients end for a row
 _MARGIN = 1.02  # power iterations approach the largest eigenvalue from below; a step must not exceed its inverse
 
 
@@ -62,7 +63,9 @@ def fista(
     The defaults are not the paper's, but what measured best for their cost; recipes/fista_paper.yaml is the paper's.
 
     start: where to begin without init: "sparsegpt", "wanda", "magnitude" or "dense".
-    iterations: K, at most, in a round; a round ends before when no more than `tolerance` (Frobenius) changed.
+    iterations: K, at most, in a round; a round ends before when no more than `tolerance` of the dense weight's norm
+        (Frobenius, in the coordinates that are solved for) changed. The paper's 1e-6 is absolute, so that it depends on
+        the units of inputs.
     penalty: lambda of the first round.
     search: "geometric": bisect the logarithm of lambda, in units of the |W_ij| H_jj that would fall to the pattern if
         inputs were uncorrelated; "arithmetic": lambda itself, in absolute units, as in the paper.
@@ -104,7 +107,9 @@ def fista(
         rowwise and (per == "row" or isinstance(pattern, NM)),
     )
     origin = begin.to(gram) * scale
-    best = _round(problem, origin, origin.abs(), pattern, per)
+    # what has the pattern, in whatever scope weights competed there, is not rounded in this one; by rows it must be
+    sparse = has_pattern(begin, pattern) and (isinstance(pattern, NM) or not problem.rowwise)
+    best = _round(problem, origin, origin.abs(), pattern, per, sparse)
     unit = _unit(problem, pattern) if search == "geometric" else 1.0
     low, high, level = (torch.full_like(best.error, value) for value in (*bracket, penalty))  # (out or 1, 1)
     missed, gain = torch.zeros_like(level), torch.full_like(level, math.inf)
@@ -162,8 +167,10 @@ def _best(old: _Point, new: _Point) -> _Point:
     return _Point(*(torch.where(better, theirs, ours) for theirs, ours in zip(new, old, strict=True)))
 
 
-def _round(problem: _Quadratic, answer: Tensor, score: Tensor, pattern: Pattern, per: Scope) -> _Point:
-    support = pattern.keep(score, per=per)
+def _round(
+    problem: _Quadratic, answer: Tensor, score: Tensor, pattern: Pattern, per: Scope, sparse: bool = False
+) -> _Point:
+    support = answer != 0 if sparse else pattern.keep(score, per=per)
     answer = answer.masked_fill(~support, 0)
     slope = problem.slope(answer)
     return _Point(answer, slope, support, problem.error(answer, slope))
@@ -179,7 +186,7 @@ def _fista(
     """
     threshold = (penalty / problem.largest).to(problem.dense)  # (out or 1, 1)
     now, now_slope = point, point_slope = best.answer, best.slope
-    momentum = now.new_ones(len(now), 1)
+    momentum, size = now.new_ones(len(now), 1), problem.dense.norm()
     for _ in range(iterations):
         step = torch.add(point, point_slope, alpha=-1 / problem.largest)
         new = step.clamp(-threshold, threshold).neg_().add_(step)  # soft shrinkage
@@ -192,7 +199,7 @@ def _fista(
         point = torch.addcmul(new, along, moved)
         point_slope = torch.lerp(new_slope, now_slope, -along)  # affine: no second product
         now, now_slope = new, new_slope
-        if moved.norm() < tolerance:
+        if moved.norm() < tolerance * size:
             break
     return now, now_slope, step.abs_()
 
@@ -206,15 +213,24 @@ def _refit(problem: _Quadratic, point: _Point, iterations: int) -> _Point:
     answer, slope = point.answer.clone(), point.slope.clone()
     direction = torch.zeros_like(answer)
     before: Tensor = torch.zeros_like(answer[:, :1])
+    # below this a slope is the rounding error of products of this width
+    noise = 4 * torch.finfo(answer.dtype).eps ** 2 * len(diagonal) * (problem.dense.square() @ diagonal).unsqueeze(1)
+    first, active = noise, torch.ones_like(before, dtype=torch.bool)
     for _ in range(iterations):
         downhill = (slope * inverse).neg_()
         drop = -(slope * downhill).sum(1, keepdim=True)  # (out, 1)
+        first = torch.maximum(first, drop)
+        active &= (drop > _CONVERGED * first) & (drop > noise)
+        if not active.any():
+            break
         direction = torch.addcmul(downhill, _ratio(drop, before), direction)
         product = direction @ problem.gram
-        length = _ratio(drop, (direction * product).sum(1, keepdim=True))
+        length = _ratio(drop, (direction * product).sum(1, keepdim=True)) * active
         answer.addcmul_(length, direction)
         slope.addcmul_(length, product)
         before = drop
+    if not active.all():  # the running slope has drifted by as much as is left of it
+        slope = problem.slope(answer)
     return _Point(answer, slope, point.support, problem.error(answer, slope))
 
 
@@ -222,8 +238,7 @@ def _unit(problem: _Quadratic, pattern: Pattern) -> Tensor:
     """The lambda that leaves the pattern's sparsity when inputs are uncorrelated (out or 1, 1)."""
     size = (problem.dense * problem.gram.diagonal()).abs_()
     if not problem.rowwise:
-        size = size.reshape(1, -1)
-        size = size[:, :: -(-size.shape[1] // _SAMPLE)]  # a selection among all would cost as much as a product
+        size = thinned(size, _SAMPLE)[None]  # a selection among all would cost as much as a product
     return size.kthvalue(max(1, round(pattern.sparsity * size.shape[1])), dim=1, keepdim=True).values
 
 

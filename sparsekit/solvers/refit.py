@@ -30,7 +30,7 @@ def refit(
         once overfits: with 6k tokens on q, o, up and down of a SmolLM2-135M block, 50% and 2:4, the error on other
         tokens was equal (q) or lower (the rest, up to 5%), in fewer iterations.
     iterations: at most; a warning says when the tolerance was not reached.
-    tolerance: stop once an iteration lowers the objective by less than this fraction of it.
+    tolerance: a row stops once an iteration lowers its objective by less than this fraction of it.
 
     Source: the mask of any paper, least squares on its support; ALPS (Meng et al. 2024) ends with the same system.
     Cost: one product (out, in) x (in, in) an iteration. Raises ValueError for a weight or init that is not finite or
@@ -48,7 +48,7 @@ def refit(
     ridge = float(damping * diagonal.mean())
     precondition = 1 / (diagonal + ridge).where(diagonal + ridge > 0, 1)  # (in,)
     pull = 0 if stats.drift_cross is None else dense @ stats.drift_cross  # (out, in)
-    constant = 0.0 if stats.drift_gram is None else float((dense @ stats.drift_gram * dense).sum(dtype=torch.float64))
+    constant = 0 if stats.drift_gram is None else (dense @ stats.drift_gram * dense).sum(1, True, dtype=torch.float64)
 
     def damped(rows: Tensor) -> Tensor:
         return torch.addmm(rows, rows, gram, beta=ridge)
@@ -58,27 +58,30 @@ def refit(
 
     product = damped(answer - dense)
     start = objective(product)
-    first = left = float(start.sum()) + constant
-    smallest = torch.finfo(gram.dtype).eps * first
+    left = start + constant  # (out, 1): every row is a problem of its own, and ends by itself
+    smallest = torch.finfo(gram.dtype).eps * left
+    active = torch.ones_like(left, dtype=torch.bool)
     residual = (pull - product).mul_(support)
     direction = residual * precondition
-    slope = (residual * direction).sum(1, keepdim=True)  # (out, 1): every row is a problem of its own
+    slope = (residual * direction).sum(1, keepdim=True)
     for _ in range(iterations):
         product = damped(direction).mul_(support)
-        step = _ratio(slope, (direction * product).sum(1, keepdim=True))
+        step = _ratio(slope, (direction * product).sum(1, keepdim=True)) * active
         answer.addcmul_(step, direction)
         residual.addcmul_(step, product, value=-1)
-        gain = float((step * slope).sum())
-        left -= gain
-        if gain <= max(tolerance * left, smallest):
+        gain = step * slope
+        left = left - gain
+        active &= gain > torch.maximum(tolerance * left, smallest)
+        if not active.any():
             break
         scaled = residual * precondition
         previous, slope = slope, (residual * scaled).sum(1, keepdim=True)
         direction.mul_(_ratio(slope, previous)).add_(scaled)
     else:
         warnings.warn(
-            f"refit stopped after {iterations} iterations, the last of which lowered the objective by "
-            f"{gain / max(left, smallest):.1e} of it (tolerance {tolerance:g}); raise iterations, tolerance or damping",
+            f"refit stopped after {iterations} iterations, the last of which lowered the objective of "
+            f"{int(active.sum())} of {len(active)} rows by up to {float((gain / left.clamp(min=1e-300)).max()):.1e} of "
+            f"it (tolerance {tolerance:g}); raise iterations, tolerance or damping",
             stacklevel=2,
         )
     better = objective(damped(answer - dense)) <= start  # rounding can undo a row that had nothing to gain
