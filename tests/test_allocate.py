@@ -151,7 +151,7 @@ def test_rearrange_as_published_where_the_sides_are_equal():
     given = rearrange(linears, 0.5, groups, alpha=0.7, beta=0.6)
     first = 0.5 + 0.5 * 0.3 / 3  # eq. 2
     for b, share in enumerate([first, first, first, 0.35]):
-        change = 0.6 * (1 - share)
+        change = 0.6 * (1 - 0.5)  # the sparsity of the model
         assert given[f"{b}.q"] == given[f"{b}.v"] == pytest.approx(share * (1 - change))  # eq. 3
         assert given[f"{b}.o"] == given[f"{b}.fc1"] == pytest.approx(share)
         assert given[f"{b}.fc2"] == pytest.approx(share * (1 + change))  # eq. 4
@@ -180,7 +180,7 @@ def test_rearrange_says_what_cannot_be():
     rearrange(two, 0.9, groups[:2], alpha=0.8891)
     with pytest.raises(ValueError, match="in a model of one block no other takes over; give alpha: 1"):
         rearrange({"a": 4}, 0.5, [[["a"]]])
-    with pytest.raises(ValueError, match="beta is -1; give a number from 0 to 1"):
+    with pytest.raises(ValueError, match="beta is -1; at a sparsity of 0.5 give a number from 0 to 2"):
         rearrange(two, 0.5, groups[:2], beta=-1)
 
 

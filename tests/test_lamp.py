@@ -188,3 +188,23 @@ def test_it_is_better_than_its_solver_alone(name, pattern, models):
         found.append(perplexity(model, *texts.values(), batch=16))
     alone, paper, both = found
     assert both < paper < alone, found
+
+
+def test_the_recipes_batch_changes_nothing():
+    """How many sequences are computed together elsewhere: a step of training has as many as `lamp` says."""
+    models = [build("Llama"), build("Llama")]
+    for model, together in zip(models, (1, 4), strict=True):
+        work = context(model, TOKENS, Path(), pattern="70%", batch=together)
+        module, data, callbacks = lamp(work, epochs=2, batch=2)
+        assert [len(chunk) for chunk in data.inputs] == [2] * (len(TOKENS) // 2) + [1] * (len(TOKENS) % 2)
+        Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(module, data)
+    assert same_bits(*models)

@@ -246,3 +246,20 @@ def test_chunks_are_checked():
     name = next(iter(masks))
     with pytest.raises(ValueError, match="is not zero outside its mask"):
         reconstruct(block, inputs, targets, masks={name: ~masks[name]})
+
+
+def test_one_token_of_little_energy_does_not_take_over():
+    """Its weight is one over its energy, which of one scaled by 0.001 is a million others'."""
+    found = {}
+    for scale in (1.0, 0.03, 0.001):
+        block, inputs, targets, masks = pruned_block()
+        targets = [target.clone() for target in targets]
+        others = [target.clone() for target in targets]
+        targets[0][0, 5] *= scale
+        reconstruct(block, inputs, targets, masks=masks, learning_rate=1e-3, epochs=4, held_out=0.0)
+        keep = torch.ones(targets[0].shape[:2], dtype=torch.bool)
+        keep[0, 5] = False
+        out = [block(chunk) for chunk in inputs]
+        parts = [(out[0][keep], others[0][keep])] + list(zip(out[1:], others[1:], strict=True))
+        found[scale] = sum(float((a - b).square().sum()) for a, b in parts)
+    assert found[0.03] < 1.2 * found[1.0] and found[0.001] < 1.2 * found[1.0]

@@ -13,7 +13,7 @@ def rearrange(
     groups: list[list[list[str]]],
     *,
     alpha: Annotated[float, Ge(0), Le(1)] = 0.7,
-    beta: Annotated[float, Ge(0), Le(1)] = 0.7,
+    beta: Annotated[float, Ge(0)] = 0.7,
 ) -> dict[str, float]:
     """Spare the last block, and in every block what comes first; remove more where it can be made up for.
 
@@ -28,7 +28,8 @@ def rearrange(
 
     alpha: from 0 to 1, which changes nothing; the paper's best are 0.6 to 0.75 for language models, 0.8 to 0.9 for
         vision.
-    beta: b in units of 1 - s, from 0, which changes nothing, to 1; the paper's best are 0.6 to 0.8.
+    beta: b in units of 1 - s, with the s of the model; from 0, which changes nothing, to 1 / s, where the last linears
+        of a block have none left. The paper's best are 0.6 to 0.8.
 
     Raises:
         ValueError: the other blocks cannot take over what the last one keeps.
@@ -39,15 +40,16 @@ def rearrange(
     >>> rearrange({"qkv": 100, "o": 100, "fc2": 100}, 0.5, [[["qkv"], ["o"], ["fc2"]]], alpha=1, beta=0.5)
     {'qkv': 0.375, 'o': 0.5, 'fc2': 0.625}
     """
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; give a number from 0 to 1")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; give a number from 0 to 1")
+    if not 0 <= beta * sparsity <= 1:
+        raise ValueError(f"beta is {beta}; at a sparsity of {sparsity:.4g} give a number from 0 to {1 / sparsity:.4g}")
     blocks = [block for block in groups if block]
     given: dict[str, float] = {}
     for block, share in zip(
         blocks, _between([_size(linears, block) for block in blocks], sparsity, alpha), strict=True
     ):
-        given |= _within(block, linears, share, beta * (1 - share))
+        given |= _within(block, linears, share, beta * (1 - sparsity))
     return conserve(given, linears, sparsity)
 
 

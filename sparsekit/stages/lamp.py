@@ -20,6 +20,8 @@ from sparsekit.train import reconstruct
 from sparsekit.walk import BlockStream, OneShot, Walk
 
 RETRIES = 2
+TOKENS = 256  # of a step, about
+TOGETHER = 4096  # tokens of a step that are computed at once, at most
 
 
 def _a_grid(settings: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def lamp(
     learning_rate: Annotated[float, Gt(0)] | None = None,
     trainable: Literal["all", "low-rank", "norms-and-biases"] = "all",
     rank: Annotated[int, Ge(1)] = 16,
-    batch: Annotated[int, Ge(1)] = 1,
+    batch: Annotated[int, Ge(1)] | None = None,
     held_out: Annotated[float, Ge(0), Lt(1)] = 0.05,
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.1,
     patience: Annotated[int, Ge(1)] = 3,
@@ -69,8 +71,10 @@ def lamp(
         turn: later blocks make up for rounding as they do for pruning.
     learning_rate: its peak; null: by the block's sparsity, see `rate_for`. A quarter of it is tried where it betters
         nothing.
-    epochs, trainable (all, low-rank, norms-and-biases), rank, batch, held_out, warmup, patience, per_token: see
-        `reconstruct`
+    batch: sequences in a step; null: as many as have 256 tokens, one at least. The recipe's calibration.batch does not
+        count here, which is how many are computed together elsewhere.
+    epochs, trainable (all, low-rank, norms-and-biases), rank, held_out (a share of the sequences), warmup, patience,
+        per_token: see `reconstruct`
 
     Besides the linears it changes norms and biases. Memory beside a layer-wise walk: a second set of activations, and
     for one block a float32 copy, gradients and AdamW's two moments. Raises ValueError for a solver that is not there,
@@ -84,7 +88,10 @@ def lamp(
     grid = None
     if quantize is not None:
         grid = OneShot(context.solver({"quantize": quantize}), context.patterns, context.seed, continues=True)
-    stream = context.stream(LampStream, error_correction="model")
+    length = math.prod(context.tokens.shape[1:]) if context.tokens.ndim == 2 else TOKENS  # a picture is a step
+    batch = batch or max(1, TOKENS // length)
+    together = batch if batch * length <= TOGETHER else 1
+    stream = context.stream(LampStream, error_correction="model", batch=together)
     train = Lamp(
         OneShot(context.solver(solver), context.patterns, context.seed),
         after=after,
@@ -96,7 +103,7 @@ def lamp(
         epochs=epochs,
         trainable=trainable,
         rank=rank,
-        batch=batch,
+        batch=-(-batch // together),
         held_out=held_out,
         warmup=warmup,
         patience=patience,

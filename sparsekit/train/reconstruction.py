@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {  # the ranges of `reconstruct`
     **dict.fromkeys(("held_out", "warmup"), Fraction),
     "weight_decay": NotNegative,
 }
+FLOOR = 0.1  # share of the tokens' mean energy, in logarithms, below which none is looked at more closely
 CLIP = 1.0  # largest norm of a gradient, the error beginning at 1
 
 
@@ -68,8 +69,9 @@ def reconstruct(
         ends worse on them than it began, in its own dtype. 0: the training chunks choose.
     patience: epochs without a better state after which it ends. rank: of low-rank. seed: of the order of the chunks.
     per_token: each token's error is relative to the energy of its own target, as what comes next normalises token by
-        token. The plain mean (false) looks at little but the first token of each sequence, whose activations are
-        hundreds of times larger in many models.
+        token; to a tenth of the energies' geometric mean at least, so that a token of little energy counts no more
+        than tenfold. The plain mean (false) looks at little but the first token of each sequence, whose activations
+        are hundreds of times larger in many models.
     team: processes that have the same block and other chunks. Gradients and errors are sums over all of them, each
         takes as many chunks as the one that has the fewest, and all end with the same block.
 
@@ -157,15 +159,19 @@ def _split(count: int, held_out: float) -> tuple[list[int], list[int]]:
     return sorted(set(range(count)) - set(testing)), testing
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Task:
-    """A block, what enters it and what should leave it, in this process and in others."""
+    """A block, what enters it and what should leave it, in this process and in others.
+
+    floor: energy of a token, a mean square, to which errors are relative at least
+    """
 
     block: Block
     inputs: Chunks
     targets: Chunks
     team: Team
     per_token: bool
+    floor: float = 0.0
 
     def pairs(self, order: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """The chunks in an order of one's own; the next pair is read while the caller works on this one."""
@@ -196,24 +202,30 @@ class _Task:
         squares = difference.square()
         if not self.per_token:
             return squares
-        energy = y.to(difference).square().mean(-1, keepdim=True)
+        energy = y.to(difference).square().mean(-1, keepdim=True).clamp(min=self.floor)
         return squares * torch.where(energy > 0, 1 / energy, 0)
 
     def mean_square(self) -> float:
-        """Of the targets; raises ValueError for chunks that do not fit together."""
+        """Of the targets, relative as errors are; sets `floor`. ValueError for chunks that do not fit together."""
         if len(self.inputs) != len(self.targets):
             raise ValueError(
                 f"there are {len(self.inputs)} chunks of inputs and {len(self.targets)} of targets; give equally many"
             )
-        energy, elements = 0.0, 0.0
+        energies = []
         for index, (x, y) in enumerate(self.pairs(range(len(self.inputs)))):
             if x.shape != y.shape:
                 raise ValueError(f"chunk {index}: inputs {tuple(x.shape)}, targets {tuple(y.shape)}; make them equal")
             if not (x.isfinite().all() and y.isfinite().all()):
                 raise ValueError(f"chunk {index} contains NaN or Inf, so a block cannot be trained on it")
-            energy, elements = energy + float(self.weighed(y.double(), y).sum()), elements + y.numel()
-        energy, elements = self.sum(energy, elements)
-        return energy / max(elements, 1) or 1.0
+            energies.append(y.float().square().mean(-1).flatten().double().cpu())
+        energy = torch.cat(energies or [torch.zeros(0)])
+        if self.per_token:
+            there = energy[energy > 0].log()
+            logs, count = self.sum(float(there.sum()), len(there))
+            self.floor = FLOOR * math.exp(logs / max(count, 1)) if count else 0.0
+            energy = energy / energy.clamp(min=self.floor or 1.0)
+        total, count = self.sum(float(energy.sum()), len(energy))
+        return total / max(count, 1) or 1.0
 
     def squared(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The squared error (a sum) of the block with these parameters on one chunk, in float32 or wider."""
