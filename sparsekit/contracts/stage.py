@@ -45,6 +45,7 @@ class Effect:
     reads: what it can be given: "text", "images"
     processes: "many" if it shares its work with other processes, "one" if it runs alone
     gradients: it needs gradients with respect to the model's own parameters
+    corrections: the values of the recipe's `error_correction` that it works with; all where it says none
     """
 
     prunes: bool = False
@@ -57,6 +58,7 @@ class Effect:
     reads: tuple[Literal["text", "images"], ...] = ("text",)
     processes: Literal["one", "many"] = "one"
     gradients: bool = False
+    corrections: tuple[str, ...] = ()
 
 
 def declares(effect: Effect | Callable[[Mapping[str, Any]], Effect]) -> Callable[[F], F]:

@@ -87,6 +87,13 @@ def _between_stages(recipe: Recipe) -> list[str]:
             f"{recipe._tree.place(('pattern',))}: `pattern` is {recipe.pattern}, and no stage prunes weights to it: "
             "remove it, or add a stage that does"
         )
+    asked = recipe.error_correction
+    problems += [
+        f"{place}, works with error_correction {' or '.join(effect.corrections)}, and the recipe's is {asked}: choose "
+        f"{effect.corrections[0]}, or another stage"
+        for place, effect in zip(places, effects, strict=True)
+        if effect.corrections and asked not in effect.corrections
+    ]
     pruned = recipe.from_ is not None and (Path(recipe.from_) / "masks.safetensors").is_file()
     return problems + _lost(recipe.stages, effects, places, f"from: {recipe.from_}" if pruned else "")
 

@@ -38,7 +38,15 @@ def _effect(options: Mapping[str, Any]) -> Effect:
     grid = (
         Quantization.of(settings) if settings is not None else None if options["after"] else grid_of(options["solver"])
     )
-    return Effect(prunes=True, moves=True, start="dense", grid=grid, reads=("text", "images"), gradients=True)
+    return Effect(
+        prunes=True,
+        moves=True,
+        start="dense",
+        grid=grid,
+        reads=("text", "images"),
+        gradients=True,
+        corrections=("prefix",),
+    )
 
 
 @declares(_effect)
@@ -85,6 +93,10 @@ def lamp(
             f"error_correction is {context.error_correction!r}; lamp corrects errors between blocks itself and "
             "needs prefix"
         )
+    if all(pattern.sparsity == 0 for pattern in context.patterns.values()):
+        raise ValueError("the pattern removes nothing, so that there is nothing to make up for: leave lamp out")
+    if len(context.tokens) < 2:
+        raise ValueError("lamp trains on some sequences and holds others out: give calibration at least 2 samples")
     grid = None
     if quantize is not None:
         grid = OneShot(context.solver({"quantize": quantize}), context.patterns, context.seed, continues=True)

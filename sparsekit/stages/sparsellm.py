@@ -20,8 +20,18 @@ from sparsekit.train import FeedForward, Found, prune_jointly
 from sparsekit.walk import BlockStream, OneShot, Walk, leave_dense
 
 
+CORRECTIONS = ("prefix", "none")
+
+
 def _effect(options: Mapping[str, Any]) -> Effect:
-    return Effect(prunes=True, moves=True, start="dense", grid=grid_of(options["solver"]), reads=("text", "images"))
+    return Effect(
+        prunes=True,
+        moves=True,
+        start="dense",
+        grid=grid_of(options["solver"]),
+        reads=("text", "images"),
+        corrections=CORRECTIONS,
+    )
 
 
 @declares(_effect)
@@ -56,7 +66,7 @@ def sparsellm(
     Source: Bai et al. 2024, SparseLLM: Towards Global Pruning of Pre-trained Language Models, Eq. 4 to 13.
     Raises ValueError for an error correction other than prefix and none.
     """
-    if context.error_correction not in ("prefix", "none"):
+    if context.error_correction not in CORRECTIONS:
         raise ValueError(
             f"sparsellm cannot have error_correction {context.error_correction}: its target is the block's own "
             "dense output on the same inputs; choose prefix or none"
