@@ -297,7 +297,9 @@ def test_greedy_removal_measures_anew(kinds):
             order.append(min(losses, key=losses.get))
             kept[order[-1]] = False
     assert scores.argsort()[: len(order)].tolist() == order
-    assert torch.equal(choose(units, scores, 0.6, budgets="joint"), kept)
+    gone = ~choose(units, scores, 0.6, budgets="joint")
+    assert gone[order[:-1]].all()  # the last may be passed over for a smaller one that is enough
+    assert 0.6 <= units.removed(~gone) <= units.removed(kept)
 
 
 def test_block_influence_by_hand():

@@ -49,6 +49,19 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Have a module run another function as its forward; what is given back puts there what was there before."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+
+    def undo() -> None:
+        del module.forward
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
+
+    return undo
+
+
 class _Stop(Exception):
     """Control flow, not an error: what was wanted has been seen; the rest of the forward pass is not needed."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block, Linear, _modules, _Stop
+from sparsekit.model.blocks import Block, Linear, _modules, _Stop, put_forward
 from sparsekit.model.vision import sees_images
 
 
@@ -143,15 +143,14 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
     for block in blocks:
         block.arguments.clear()
     for start in range(0, len(tokens), batch):
-        for block in blocks:
-            block.module.forward = stand_in(block)  # type: ignore[method-assign]
+        undo = [put_forward(block.module, stand_in(block)) for block in blocks]
         try:
             _run(model, tokens[start : start + batch], use_cache=False)
         except _Stop:
             pass
         finally:
-            for block in blocks:
-                del block.module.forward
+            for each in undo:
+                each()
         yield caught.pop()
 
 

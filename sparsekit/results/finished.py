@@ -17,7 +17,6 @@ from sparsekit.results.manifest import (
 from sparsekit.results.stored import Masks
 from sparsekit.results.verification import Verification, verify
 
-
 HASHING = 2  # files at a time
 
 

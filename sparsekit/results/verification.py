@@ -15,7 +15,6 @@ from sparsekit.results.settings_proof import prove_settings
 from sparsekit.results.soundness import bad_values, unsound
 from sparsekit.results.structure_proof import prove_structure
 
-
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 

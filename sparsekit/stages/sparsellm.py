@@ -19,7 +19,6 @@ from sparsekit.system import ActivationStore, tight
 from sparsekit.train import FeedForward, Found, prune_jointly
 from sparsekit.walk import BlockStream, OneShot, Walk, leave_dense
 
-
 CORRECTIONS = ("prefix", "none")
 
 

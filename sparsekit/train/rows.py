@@ -85,7 +85,7 @@ class Batches:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Tokens and labels, each (batch, length), the numbers of their rows (batch,), and positions where there are."""
+        """Tokens and labels (batch, length), the numbers of their rows (batch,), and positions where there are any."""
         while self.position < self.count:
             self.position += 1
             chosen = self.chosen(self.position - 1)
@@ -119,8 +119,8 @@ class Batches:
         self.position = state["position"]
 
     def _digest(self) -> str:
-        parts = (part.numpy().tobytes() for part in (self.rows.ids, self.rows.labels, self.rows.positions) if part is not None)
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        parts = (self.rows.ids, self.rows.labels, self.rows.positions)
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts if part is not None)).hexdigest()
 
 
 def check_training_source(settings: str | Mapping[str, Any] | None) -> dict[str, Any]:

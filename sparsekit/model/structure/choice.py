@@ -32,8 +32,8 @@ def choose(
 
     shape: free, the best of the whole model; uniform, the same number in each block, the best of each
     budgets: separate, of heads (or whole attentions) the nearest number to their share goes that leaves channels (or
-        MLPs) something to do, and of these as few as bring the total to `remove`; joint, the lowest scores of both kinds go, which must be comparable; a unit that would go beyond `remove` is passed
-        over for smaller ones
+        MLPs) something to do, and of these as few as bring the total to `remove`; joint, the lowest scores of both
+        kinds go, which must be comparable; a unit that would go beyond `remove` is passed over for smaller ones
     least: units that every part keeps, of those with several
 
     Raises:
@@ -108,7 +108,7 @@ def _enough(parameters: Tensor, goal: int, units: Units, done: int = 0) -> int:
 
 
 def _between(number: int, sizes: list[int], goal: int, later: int) -> int:
-    """The number of units nearest to `number` that leaves to later kinds no less than nothing and no more than they hold.
+    """The number of units nearest to `number` that leaves to later kinds something to do, and no more than they hold.
 
     sizes: parameters of the units in the order in which they go; goal: parameters that must go in all
     """
