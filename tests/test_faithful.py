@@ -4,10 +4,14 @@ import pytest
 import torch
 
 from sparsekit.maths import NM, Stats, Unstructured, thinned
+from sparsekit.solvers.alps import alps
 from sparsekit.solvers.fista import fista
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
+
+
+GRID = (None, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def layer(out: int, width: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,3 +86,36 @@ def test_refit_of_some_rows_is_that_of_all() -> None:
     whole = refit(weight, stats, pattern, begin)
     parts = torch.cat([refit(w, stats, pattern, b) for w, b in zip(weight.split(16), begin.split(16), strict=True)])
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [alps, refit])
+def test_damping_follows_the_tokens_an_input(solver) -> None:
+    """Held-out error is near that of the best of a grid, whether tokens are few or many; a constant is not."""
+    weight, every = layer(64, 128, 24576, seed=3)
+    held = every[16384:]
+    for tokens in (4, 16, 64, 128):
+        stats = Stats.of(every[: tokens * 128])
+        more = (wanda(weight, stats, NM(2, 4)),) if solver is refit else ()
+        found = {d: exact(solver(weight, stats, NM(2, 4), *more, damping=d), weight, held) for d in GRID}
+        assert found[None] <= (1.15 if tokens == 4 else 1.05) * min(found.values()), (tokens, found)
+    assert found[None] < found[0.1]  # of 128 tokens an input
+
+
+def test_a_ridge_by_column_is_not_made_by_a_few_huge_inputs() -> None:
+    """One channel is ten thousand times larger on one token of 200: the mean of the diagonal is that channel."""
+    weight, every = layer(256, 256, 1200, seed=4)
+    inputs, held = every[:200].clone(), every[200:]
+    inputs[7, 5] *= 10_000
+    stats, pattern = Stats.of(inputs), Unstructured(0.6)
+    by_mean, by_column = (
+        exact(alps(weight, stats, pattern, ridge=ridge), weight, held) for ridge in ("mean", "column")
+    )
+    assert by_column < 0.8 * by_mean
+    assert by_column < exact(wanda(weight, stats, pattern), weight, held)
+
+
+def test_alps_of_a_gram_of_low_rank_without_damping() -> None:
+    weight, inputs = layer(32, 64, 8)
+    stats = Stats.of(inputs)
+    for sparsity in (0.001, 0.5):
+        assert alps(weight, stats, Unstructured(sparsity), damping=0.0).isfinite().all()

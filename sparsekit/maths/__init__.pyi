@@ -16,4 +16,5 @@ from .pattern import has_pattern as has_pattern
 from .pattern import parse as parse
 from .pattern import thinned as thinned
 from .statistics import PANEL as PANEL
+from .statistics import Ridge as Ridge
 from .statistics import Stats as Stats

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Hashable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 PANEL = 2**19  # elements of a panel of rows
+Ridge = Literal["mean", "column"]
 
 
 class Stats:
@@ -125,6 +126,19 @@ class Stats:
         """B = W sum x_d x' (out, in), the linear term of the quadratic that every layer-wise method minimises."""
         product = weight @ self.gram
         return product if self.drift_cross is None else product.addmm_(weight, self.drift_cross)
+
+    def ridge(self, damping: float | None = None, by: Ridge = "mean") -> Tensor:
+        """A ridge for every input (in,), so that a solution does not follow what these tokens show by chance.
+
+        damping: in units of the Gram's diagonal; None: 2 / tokens an input, from 0.01 to 1, as the fewer there are, the
+            more of what they show is chance. By measurement (docs/methods.md).
+        by: "mean", of the diagonal's mean, alike for all inputs; "column", of each input's own energy, for inputs of
+            which a few are so large that they make the mean
+        """
+        if damping is None:
+            damping = min(1.0, max(0.01, 2 * self.width / max(1, self.count)))
+        diagonal = self.gram.diagonal()
+        return damping * (diagonal if by == "column" else diagonal.mean().expand_as(diagonal))
 
     @torch.no_grad()
     def energy(self, dense_weight: Tensor) -> float:

@@ -6,14 +6,14 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from sparsekit.maths import NM, Pattern, Scope, Stats, thinned
+from sparsekit.maths import NM, Pattern, Ridge, Scope, Stats, thinned
 from sparsekit.solvers.refit import refit
 
 _EXACT = 2**16  # the largest matrix of which every support is exact; of others only the last
 _THINNED = 17  # one in so many decides the threshold on the way
 _EVERY = 3  # iterations between two looks at the support
 _RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # for a change above this fraction of the support, this factor
-_LOWER, _LARGEST = 5.0, 1e6
+_LOWER, _SMALLEST, _LARGEST = 5.0, 1e-3, 1e6  # below that a Gram of low rank would have no inverse in float32
 _SETTLED = (30, 3e-4)  # after so many iterations a change below this fraction of the support is the last
 
 
@@ -24,13 +24,14 @@ def alps(
     pattern: Pattern,
     init: Tensor | None = None,
     *,
-    damping: Annotated[float, Ge(0)] = 0.1,
+    damping: Annotated[float, Ge(0)] | None = None,
+    ridge: Ridge = "mean",
     iterations: Annotated[int, Ge(1)] = 9,
     rho: Annotated[float, Gt(0)] = 0.5,
     pace: Annotated[float, Gt(0)] = 2.0,
     per: Scope = "matrix",
 ) -> Tensor:
-    """Minimise ||V x - W x_d||^2 + ridge ||V - W||^2 over support and weights, ridge = damping * mean(diag(gram)).
+    """Minimise ||V x - W x_d||^2 + sum r_j (V_ij - W_ij)^2 over support and weights, r from damping times diag(gram).
 
     In units where the damped Gram H has diagonal 1, and with B the linear term, ADMM on V = D, D with the pattern:
         V = (B - Y + rho D) (H + rho)^-1;  D = the largest of |V + Y / rho|, the rest 0;  Y += rho (V - D).
@@ -39,7 +40,8 @@ def alps(
     support, on which `refit` then finds the weights: kept weights change.
 
     init: an earlier answer to start from in place of W; the result is another one, not always a better one.
-    damping: 0.1 and not the paper's 0.01, as the support is fitted to the calibration tokens as well: see methods.md.
+    damping: the paper's is 0.01; null: 2 / tokens an input, from 0.01 to 1, as the support is fitted to the calibration
+        tokens as well, and to few of them too closely: see methods.md. ridge: see `Stats.ridge`
     iterations, rho, pace: the paper's are 300, 0.1 and 1, which stop by themselves after 30 to 40 iterations and lower
         the error on other tokens by 1.5 percent more in over three times the time.
     per: where weights compete: "matrix" (the paper's), "row", or a number of columns.
@@ -53,34 +55,36 @@ def alps(
     """
     stats.check_weight(weight, init)
     pattern.check(stats.width, "this layer")
-    if not damping >= 0 or iterations < 1 or not rho > 0 or not pace > 0:
+    if (damping is not None and not damping >= 0) or iterations < 1 or not rho > 0 or not pace > 0:
         raise ValueError(
             "damping must be at least 0, iterations at least 1, rho and pace above 0, "
             f"not {damping}, {iterations}, {rho} and {pace}"
         )
-    damped, norm = stats.cached(("alps", damping), lambda: _normalised(stats.gram, damping))
+    added = stats.ridge(damping, ridge)  # (in,)
+    damped, norm = stats.cached(("alps", damping, ridge), lambda: _normalised(stats.gram, added))
     dense = weight.to(stats.gram)
-    ridge = float(damping * stats.gram.diagonal().mean())
-    linear = stats.target(dense).add_(dense, alpha=ridge).div_(norm)  # (out, in)
+    linear = stats.target(dense).addcmul_(dense, added).div_(norm)  # (out, in)
     start = (dense if init is None else init.to(dense)) * norm
-    free = _admm(start, linear, damped, pattern, iterations, rho, pace, per)
+    first = stats.cached(("alps", damping, ridge, rho), lambda: _inverse(damped, rho))
+    free = _admm(start, linear, damped, first, pattern, iterations, rho, pace, per)
     kept = (free / norm).masked_fill_(~pattern.keep(free.abs(), per=per), 0)
-    return refit(weight, stats, pattern, kept.to(weight.dtype), damping=damping)
+    return refit(weight, stats, pattern, kept.to(weight.dtype), damping=damping, ridge=ridge)
 
 
 def _admm(
     start: Tensor,
     linear: Tensor,
     damped: Tensor,
+    inverse: Tensor,
     pattern: Pattern,
     iterations: int,
     rho: float,
     pace: float,
     per: Scope,
 ) -> Tensor:
-    """The last V, in normalised units."""
+    """The last V, in normalised units. inverse: of `damped` with the first rho"""
     sparse, dual = start, torch.zeros_like(start)
-    inverse, before, raised = _inverse(damped, rho), None, False
+    before, raised = None, False
     free = start
     for iteration in range(1, iterations + 1):
         free = torch.sub(linear, dual).add_(sparse, alpha=rho) @ inverse
@@ -98,8 +102,10 @@ def _admm(
         if raised or moved > _RAISE[1][0]:
             factor = next(factor for above, factor in _RAISE if moved > above)
             rho, raised = min(rho * factor**pace, _LARGEST), True
+        elif rho <= _SMALLEST:
+            break
         else:  # so strong a penalty that the first support never moved
-            rho, before, sparse, dual = rho / _LOWER, None, start, torch.zeros_like(start)
+            rho, before, sparse, dual = max(rho / _LOWER, _SMALLEST), None, start, torch.zeros_like(start)
         inverse = _inverse(damped, rho)
     return free
 
@@ -112,9 +118,9 @@ def _largest(score: Tensor, pattern: Pattern, per: Scope) -> Tensor:
     return score > sample.kthvalue(max(1, pattern.pruned(len(sample)))).values
 
 
-def _normalised(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def _normalised(gram: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
     """H (in, in), the damped Gram with diagonal 1, and the norms (in,) by which it was divided on both sides."""
-    diagonal = gram.diagonal() + damping * gram.diagonal().mean()
+    diagonal = gram.diagonal() + added
     norm = diagonal.sqrt() + 1e-8
     damped = gram / norm
     damped.div_(norm.unsqueeze(1)).diagonal().copy_(diagonal / norm**2)

@@ -7,7 +7,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from sparsekit.maths import Pattern, Stats
+from sparsekit.maths import Pattern, Ridge, Stats
 
 
 @torch.no_grad()
@@ -17,18 +17,19 @@ def refit(
     pattern: Pattern,
     init: Tensor,
     *,
-    damping: Annotated[float, Ge(0)] = 0.1,
+    damping: Annotated[float, Ge(0)] | None = None,
+    ridge: Ridge = "mean",
     iterations: Annotated[int, Ge(1)] = 100,
     tolerance: Annotated[float, Ge(0)] = 1e-3,
 ) -> Tensor:
-    """Minimise ||V x - W x_d||^2 + ridge ||V - W||^2 over V with the zeros of `init`, starting from it.
+    """Minimise ||V x - W x_d||^2 + sum r_j (V_ij - W_ij)^2 over V with the zeros of `init`, starting from it.
 
     Conjugate gradients with the diagonal as preconditioner, projected on the support, all rows at once. What is zero in
     `init` stays zero, bit for bit; `pattern` is not looked at. No row ends above its start in this objective.
 
-    damping: the ridge in units of the mean diagonal of the Gram. 0.1 and not SparseGPT's 0.01, as a whole row fitted at
-        once overfits: with 6k tokens on q, o, up and down of a SmolLM2-135M block, 50% and 2:4, the error on other
-        tokens was equal (q) or lower (the rest, up to 5%), in fewer iterations.
+    damping: of the ridge r, in units of the diagonal of the Gram; null: 2 / tokens an input, from SparseGPT's 0.01 to 1.
+        A whole row fitted at once overfits where tokens are few.
+    ridge: see `Stats.ridge`
     iterations: at most; a warning says when the tolerance was not reached.
     tolerance: a row stops once an iteration lowers its objective by less than this fraction of it.
 
@@ -37,7 +38,7 @@ def refit(
     does not fit the statistics.
     """
     stats.check_weight(weight, init)
-    if not damping >= 0 or iterations < 1 or not tolerance >= 0:
+    if (damping is not None and not damping >= 0) or iterations < 1 or not tolerance >= 0:
         raise ValueError(
             "damping and tolerance must be at least 0 and iterations at least 1, "
             f"not {damping}, {tolerance} and {iterations}"
@@ -45,13 +46,13 @@ def refit(
     gram, dense, answer = stats.gram, weight.to(stats.gram), init.to(stats.gram, copy=True)
     support = init != 0
     diagonal = gram.diagonal()
-    ridge = float(damping * diagonal.mean())
-    precondition = 1 / (diagonal + ridge).where(diagonal + ridge > 0, 1)  # (in,)
+    added = stats.ridge(damping, ridge)  # (in,)
+    precondition = 1 / (diagonal + added).where(diagonal + added > 0, 1)
     pull = 0 if stats.drift_cross is None else dense @ stats.drift_cross  # (out, in)
     constant = 0 if stats.drift_gram is None else (dense @ stats.drift_gram * dense).sum(1, True, dtype=torch.float64)
 
     def damped(rows: Tensor) -> Tensor:
-        return torch.addmm(rows, rows, gram, beta=ridge)
+        return torch.addmm(rows * added, rows, gram)
 
     def objective(product: Tensor) -> Tensor:
         return ((answer - dense) * (product - 2 * pull)).sum(1, keepdim=True, dtype=torch.float64)  # (out, 1)
