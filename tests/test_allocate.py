@@ -180,7 +180,7 @@ def test_rearrange_says_what_cannot_be():
     rearrange(two, 0.9, groups[:2], alpha=0.8891)
     with pytest.raises(ValueError, match="in a model of one block no other takes over; give alpha: 1"):
         rearrange({"a": 4}, 0.5, [[["a"]]])
-    with pytest.raises(ValueError, match="beta is -1; at a sparsity of 0.5 give a number from 0 to 2"):
+    with pytest.raises(ValueError, match=r"beta is -1; at a sparsity of 0\.5 give a number from 0 to 2"):
         rearrange(two, 0.5, groups[:2], beta=-1)
 
 

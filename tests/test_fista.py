@@ -271,7 +271,7 @@ def test_inputs_that_are_all_zero():
     ("options", "said"),
     [
         ({"start": "alps"}, "start is one of sparsegpt, wanda, magnitude, dense, not 'alps'"),
-        ({"search": "golden"}, "search is geometric or arithmetic"),
+        ({"search": "golden"}, "search is geometric, arithmetic or relative"),
         ({"bracket": (0.3, 0.8)}, "with the penalty between"),
         ({"bracket": (0.05,)}, "bracket is two numbers"),
         ({"bracket": (0.0, 0.8)}, "cannot begin its bracket at 0"),

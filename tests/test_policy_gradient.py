@@ -110,8 +110,8 @@ def test_the_published_baseline_is_equation_8_and_the_published_codes_mean(small
         assert (found / 2).tolist() == pytest.approx([loss - delta for loss in losses])  # mean of two = sum over K - 1
 
 
-def test_losses_that_are_no_numbers(small, capsys):
-    """Neither a lost mask nor a lost step moves anything; where all are lost the start's mask is chosen, and it is said."""
+def test_losses_that_are_no_numbers(small):
+    """Neither a lost mask nor a lost step moves anything; where all are lost the start's mask is chosen, and told."""
     module = learner(small, baseline="leave-one-out", masks=4, antithetic=True)
     found = module._advantages(torch.tensor([1.0, torch.inf, 3.0, torch.nan], dtype=torch.float64), TEXT)
     assert found.tolist() == [-4.0, 0.0, 4.0, 0.0]

@@ -260,6 +260,6 @@ def test_one_token_of_little_energy_does_not_take_over():
         keep = torch.ones(targets[0].shape[:2], dtype=torch.bool)
         keep[0, 5] = False
         out = [block(chunk) for chunk in inputs]
-        parts = [(out[0][keep], others[0][keep])] + list(zip(out[1:], others[1:], strict=True))
+        parts = [(out[0][keep], others[0][keep]), *zip(out[1:], others[1:], strict=True)]
         found[scale] = sum(float((a - b).square().sum()) for a, b in parts)
     assert found[0.03] < 1.2 * found[1.0] and found[0.001] < 1.2 * found[1.0]

@@ -171,8 +171,8 @@ def test_flap_by_hand(family):
 @pytest.mark.parametrize("family", ["Llama", "OPT"])
 def test_the_joint_budget_is_that_of_flap(family, remove):
     """The published rule: units in descending order, each weighing as many channels as it has parameters; cut where the
-    sum is nearest to what is kept. Ours is the same but for a head at the cut, which would remove too much or too little:
-    channels next to it in the order go, or stay, in its place."""
+    sum is nearest to what is kept. Ours is the same but for a head at the cut, which would remove too much or too
+    little: channels next to it in the order go, or stay, in its place."""
     model = build(family)
     units = find_units(model, worked(model).blocks, FINE)
     scores = torch.randn(len(units), generator=torch.Generator().manual_seed(3))

@@ -243,7 +243,7 @@ def test_what_goes_is_within_one_channel_of_what_was_asked():
         }
         model = families.build("Llama", "meta", settings)
         units = find_units(model, find_blocks(model))
-        scores = torch.rand(len(units), generator=torch.Generator().manual_seed(draw.randrange(999)), dtype=torch.float64)
+        scores = torch.rand(len(units), generator=torch.Generator().manual_seed(draw.randrange(999))).double()
         scores[units.of("heads")] *= draw.choice([0.1, 1.0, 10.0])
         remove = draw.uniform(0.03, 0.6)
         for shape, budgets in (("free", "separate"), ("free", "joint"), ("uniform", "separate")):
@@ -264,6 +264,7 @@ def test_what_goes_is_within_one_channel_of_what_was_asked():
                 for channels in [max(0, -(-channels // step) * step)]
                 if channels <= most["channels"]
             )
-            assert over < sizes["channels"] * step or over == pytest.approx(reachable), (settings, remove, shape, budgets)
-            reached += over < sizes["channels"] * step
+            within = over < sizes["channels"] * step
+            assert within or over == pytest.approx(reachable), (settings, remove, shape, budgets)
+            reached += within
     assert reached > 400

@@ -15,7 +15,7 @@ from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
 
 Start = Literal["sparsegpt", "wanda", "magnitude", "dense"]
-Search = Literal["geometric", "arithmetic"]
+Search = Literal["geometric", "arithmetic", "relative"]
 _STARTS: dict[str, Callable[[Tensor, Stats, Pattern], Tensor]] = {
     "sparsegpt": sparsegpt,
     "wanda": wanda,
@@ -68,7 +68,8 @@ def fista(
         the units of inputs.
     penalty: lambda of the first round.
     search: "geometric": bisect the logarithm of lambda, in units of the |W_ij| H_jj that would fall to the pattern if
-        inputs were uncorrelated; "arithmetic": lambda itself, in absolute units, as in the paper.
+        inputs were uncorrelated; "arithmetic": lambda itself, in absolute units, as in the paper; "relative": the same
+        in units of the largest entry of W H, the least lambda of which nothing but zeros is the answer.
     bracket: where the search stays, [0, M] in the paper.
     rounding: xi.
     rounds: at most.
@@ -108,9 +109,14 @@ def fista(
     )
     origin = begin.to(gram) * scale
     # what has the pattern, in whatever scope weights competed there, is not rounded in this one; by rows it must be
-    sparse = has_pattern(begin, pattern) and (isinstance(pattern, NM) or not problem.rowwise)
-    best = _round(problem, origin, origin.abs(), pattern, per, sparse)
-    unit = _unit(problem, pattern) if search == "geometric" else 1.0
+    ready = has_pattern(begin, pattern) and (isinstance(pattern, NM) or not problem.rowwise)
+    best = _round(problem, origin, origin.abs(), pattern, per, ready)
+    units: dict[str, Callable[[], Tensor | float]] = {
+        "geometric": lambda: _unit(problem, pattern),
+        "relative": lambda: _largest(problem),
+        "arithmetic": lambda: 1.0,
+    }
+    unit = units[search]()
     low, high, level = (torch.full_like(best.error, value) for value in (*bracket, penalty))  # (out or 1, 1)
     missed, gain = torch.zeros_like(level), torch.full_like(level, math.inf)
     for _ in range(rounds):
@@ -242,6 +248,12 @@ def _unit(problem: _Quadratic, pattern: Pattern) -> Tensor:
     return size.kthvalue(max(1, round(pattern.sparsity * size.shape[1])), dim=1, keepdim=True).values
 
 
+def _largest(problem: _Quadratic) -> Tensor:
+    """The lambda of which zero is the solution: the largest entry of the slope there (out or 1, 1)."""
+    slope = problem.slope(torch.zeros_like(problem.dense)).abs_()
+    return slope.amax(1, keepdim=True) if problem.rowwise else slope.max().view(1, 1)
+
+
 def _scaled(stats: Stats, precondition: bool, damping: float) -> tuple[Tensor, Tensor, float]:
     """The Gram with its ridge in scaled coordinates, the scale (in,) and the largest eigenvalue."""
     diagonal = stats.gram.diagonal() * (1 + damping)
@@ -275,8 +287,8 @@ def _check(
 ) -> None:
     if start not in _STARTS:
         raise ValueError(f"start is one of {', '.join(_STARTS)}, not {start!r}")
-    if search not in ("geometric", "arithmetic"):
-        raise ValueError(f"search is geometric or arithmetic, not {search!r}")
+    if search not in ("geometric", "arithmetic", "relative"):
+        raise ValueError(f"search is geometric, arithmetic or relative, not {search!r}")
     if len(bracket) != 2 or not 0 <= bracket[0] <= penalty <= bracket[1] < math.inf:
         raise ValueError(
             f"bracket is two numbers from 0 up with the penalty between them, not {list(bracket)} for {penalty}"

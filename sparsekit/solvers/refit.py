@@ -27,8 +27,8 @@ def refit(
     Conjugate gradients with the diagonal as preconditioner, projected on the support, all rows at once. What is zero in
     `init` stays zero, bit for bit; `pattern` is not looked at. No row ends above its start in this objective.
 
-    damping: of the ridge r, in units of the diagonal of the Gram; null: 2 / tokens an input, from SparseGPT's 0.01 to 1.
-        A whole row fitted at once overfits where tokens are few.
+    damping: of the ridge r, in units of the diagonal of the Gram; null: 1.5 / tokens an input, from SparseGPT's 0.01 to
+        0.3. A whole row fitted at once overfits where tokens are few.
     ridge: see `Stats.ridge`
     iterations: at most; a warning says when the tolerance was not reached.
     tolerance: a row stops once an iteration lowers its objective by less than this fraction of it.

@@ -42,7 +42,6 @@ class Rows:
     def __getitem__(self, chosen: Any) -> "Rows":
         return Rows(*(None if part is None else part[chosen] for part in (self.ids, self.labels, self.positions)))  # type: ignore[arg-type]
 
-
     def to(self, device: torch.device) -> "Rows":
         """The same on a device."""
         return Rows(*(None if part is None else part.to(device) for part in (self.ids, self.labels, self.positions)))  # type: ignore[arg-type]
@@ -245,9 +244,7 @@ def _divided(documents: Iterator[Example], length: int, first: int | None) -> Ge
         ids, labels = ids[full:], labels[full:]
 
 
-def _whole(
-    documents: Iterator[Example], length: int, filler: list[int], together: bool
-) -> Generator[Row, None, None]:
+def _whole(documents: Iterator[Example], length: int, filler: list[int], together: bool) -> Generator[Row, None, None]:
     """Rows of whole documents: each goes into the first of the open rows that has room; the fullest makes place."""
     rows: list[Row] = []
     cut = mute = 0
