@@ -202,3 +202,19 @@ def test_parts_whose_output_is_zero():
     ffn = FeedForward("relu", ffn.gate * 0, ffn.down, None, ffn.gate_bias * 0)
     found, _ = solve(ffn, NM(2, 4))
     assert all(weight.isfinite().all() for weight in found.weights.values())
+
+
+def test_the_last_iterate_is_taken_as_published():
+    """Every answer of the solver is taken: none is compared with the weight before, and the last epoch's is kept."""
+    ffn, answers = part("silu", True), []
+
+    def spy(weight, stats, pattern):
+        answers.append(wanda(weight, stats, pattern))
+        return answers[-1]
+
+    found = solve(ffn, NM(2, 4), solver=spy, epochs=3, settle=False, last=True)[0]
+    assert found.epoch == 3 and len(answers) == 4 * 3  # four prunings of three linears
+    for role, answer in zip(ffn.weights, answers[-3:], strict=True):
+        assert torch.equal(found.weights[role], answer)
+    safe = solve(ffn, NM(2, 4), solver=wanda, epochs=3, settle=False)[0]
+    assert min(safe.errors) == safe.errors[safe.epoch] <= found.errors[-1]

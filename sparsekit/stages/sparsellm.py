@@ -45,6 +45,7 @@ def sparsellm(
     epochs: Annotated[int, Ge(0)] = 4,
     damping: Annotated[float, Ge(0)] = 0.01,
     settle: bool | None = None,
+    last: bool = False,
     first_half_only: bool = False,
 ) -> Fit:
     """Prune each feed-forward part towards its dense output, not towards the dense outputs of its linears.
@@ -56,10 +57,12 @@ def sparsellm(
     alpha, beta, gamma: penalties on the outputs of gate and up, on the output of down, and on the hidden activations
     relative: they are in units of the dense energies; false: as in the paper, where the repository has 0.1 each for OPT
         and 5 each for LLaMA
-    epochs: of the alternation; 0 is the solver alone
+    epochs: of the alternation; 0 is the solver alone. The published K steps are K - 1 here, as the first prunes alone
     damping: the ridge that stands for the paper's pseudo-inverse, in units of the Gram's mean diagonal
     settle: down is pruned once more for what the sparse gate and up give it; false is the paper, null where there are
         at least 4 calibration tokens for each input of down, as fewer would be overfitted
+    last: take every new weight, and those of the last epoch, as published; false: a weight that fits its target less
+        well is not taken, and the epoch of the lowest error is kept
     first_half_only: leave the second half of the blocks dense, as in the paper's tables
 
     Source: Bai et al. 2024, SparseLLM: Towards Global Pruning of Pre-trained Language Models, Eq. 4 to 13.
@@ -84,6 +87,7 @@ def sparsellm(
         epochs=epochs,
         damping=damping,
         settle=settle,
+        last=last,
     )
     return Fit(Walk(stream), stream, [joint])
 

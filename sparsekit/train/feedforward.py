@@ -75,6 +75,7 @@ def prune_jointly(
     epochs: int = 4,
     damping: float = 0.01,
     settle: bool | None = None,
+    last: bool = False,
     add_up: Callable[[list[Tensor]], object] = lambda sums: None,
 ) -> Found:
     """Prune a feed-forward part as a whole by alternating minimisation (SparseLLM, Eq. 4 to 13) of
@@ -95,6 +96,7 @@ def prune_jointly(
     settle: in every epoch `down` is pruned once more, for what the sparse gate and up really give it; not in the paper.
         It fits the calibration tokens so well that few of them mislead it: None means with 4 tokens or more for each
         input of `down`.
+    last: take every new weight, and the last epoch's, as published, whatever that does to the error
     add_up: adds up sums in place over processes that saw different tokens
 
     Cost of an epoch: the solver for each linear (`down` twice), four products of all tokens with each weight, one or
@@ -116,15 +118,15 @@ def prune_jointly(
         down, gain = weights["down"], 0.0
         if settle:
             fit = Fit(seen.given, seen.missed, damping)
-            down, gain = fit.better(dense["down"], down, solver, patterns["down"])
+            down, gain = fit.better(dense["down"], down, solver, patterns["down"], last)
         errors.append((seen.error - gain) / (energy["down"] or 1.0))
         objectives += seen.objectives
-        if errors[-1] <= min(errors):
+        if last or errors[-1] <= min(errors):
             best = Found(weights | {"down": down}, epoch, errors, objectives)
         if epoch < epochs:
             weights = {
                 role: Fit(seen.hidden if role == "down" else stats, seen.residual[role], damping).better(
-                    dense[role], weights[role], solver, patterns[role]
+                    dense[role], weights[role], solver, patterns[role], last
                 )[0]
                 for role in dense
             }
@@ -153,12 +155,12 @@ class Fit:
         return float((change * (2 * self.residual - change @ self.stats.gram)).sum(dtype=torch.float64))
 
     def better(
-        self, dense: Tensor, current: Tensor, solver: Callable[..., Tensor], pattern: Pattern
+        self, dense: Tensor, current: Tensor, solver: Callable[..., Tensor], pattern: Pattern, always: bool = False
     ) -> tuple[Tensor, float]:
-        """The solver's answer for the target, or `current` if that fits better; and what was gained."""
+        """The solver's answer for the target, or `current` if that fits better (unless always); what was gained."""
         new = solver(self.target(dense, current).contiguous(), self.stats, pattern)
         gain = self.gain(current, new)
-        return (new, gain) if gain > 0 else (current, 0.0)
+        return (new, gain) if always or gain > 0 else (current, 0.0)
 
     def _factor(self) -> tuple[Tensor, Tensor]:
         gram = self.stats.gram.clone()
