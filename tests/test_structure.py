@@ -268,3 +268,29 @@ def test_what_goes_is_within_one_channel_of_what_was_asked():
             assert within or over == pytest.approx(reachable), (settings, remove, shape, budgets)
             reached += within
     assert reached > 400
+
+
+def test_only_lists_with_an_entry_for_each_layer_lose_one():
+    """Three ends of text in a model of three layers are no entries of layers."""
+    model = families.build("Llama")
+    model.config.eos_token_id = [1, 2, 3]
+    model.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    blocks = find_blocks(model)
+    units = find_units(model, blocks, ["layers"])
+    cut(model, blocks, units, torch.tensor([True, False, True]))
+    assert model.config.eos_token_id == [1, 2, 3]
+    assert model.config.layer_types == ["full_attention", "full_attention"]
+
+
+def test_layers_that_know_their_number_stay():
+    settings = SETTINGS["GPT2"] | {"scale_attn_by_inverse_layer_idx": True}
+    model = families.build("GPT2", "meta", settings)
+    with pytest.raises(ValueError, match="divides attention by the layer's number"):
+        find_units(model, find_blocks(model), ["layers"])
+    assert len(find_units(model, find_blocks(model), ["heads"]))
+
+
+def test_uniform_has_nothing_to_do_among_whole_parts():
+    _, _, units = built("Llama", ("attention", "mlp"), "meta")
+    with pytest.raises(ValueError, match="each has one: give shape: free"):
+        choose(units, torch.rand(len(units)), 0.3, shape="uniform")

@@ -73,5 +73,4 @@ def _variance(stats: Stats) -> Tensor:
     """Of every input (in,), above zero."""
     square = stats.gram.diagonal() / max(1, stats.count)
     variance = square - stats.mean**2
-    smallest = torch.finfo(square.dtype).eps * square.max().clamp(min=1e-30)
-    return variance.clamp(min=float(smallest))
+    return torch.maximum(variance, torch.finfo(square.dtype).eps * square.clamp(min=1e-30))  # by column

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def slicegpt(context: Context, *, cut: Share = "25%") -> None:
     """
     model = context.model
     width = _check(model)
-    size = int((1 - share(cut)) * width) // 8 * 8
+    size = int((1 - Fraction(repr(share(cut)))) * width) // 8 * 8  # in floats 80 % of 640 would leave 127.99...
     if not size:
         raise ValueError(f"cut is {cut!r}, which leaves fewer than 8 of {width} directions; cut less")
     before = sum(parameter.numel() for parameter in model.parameters())

@@ -171,3 +171,12 @@ def test_mistakes(tmp_path):
         slicegpt(context(transformers.GPT2LMHeadModel(config), TEXT, tmp_path), cut="25%")
     with pytest.raises(ValueError, match=r"option `cut` is '130%'"):
         begin(slicegpt, context(build("Llama"), TEXT, tmp_path), cut="130%")
+
+
+def test_the_width_is_exact():
+    """80 % of 640 leaves 128; 1 - 0.8 in floats leaves 127.99..."""
+    from fractions import Fraction
+
+    from sparsekit.contracts import share
+
+    assert int((1 - Fraction(repr(share("80%")))) * 640) == 128 and int((1 - share("80%")) * 640) == 127

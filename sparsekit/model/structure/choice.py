@@ -41,6 +41,11 @@ def choose(
     """
     share(remove)
     check_shape(shape, budgets)
+    if shape == "uniform" and units.kinds != ["layers"] and all(part.count == 1 for part in units.parts):
+        raise ValueError(
+            f"shape uniform removes as many {' and '.join(units.kinds)} in every block, and each has one: give shape: "
+            "free"
+        )
     goal = math.ceil(remove * units.total - 1e-6)
     kept = torch.ones(len(units), dtype=torch.bool)
     safe = _best_of_each(units, scores, least)

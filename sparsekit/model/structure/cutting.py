@@ -11,6 +11,18 @@ from sparsekit.model.discovery import find_blocks
 from sparsekit.model.structure.nothing import Nothing
 from sparsekit.model.structure.units import Part, Units
 
+PER_LAYER = {  # fields of configs with an entry for each layer
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "sliding_windows",
+    "layer_rope_theta",
+    "rope_scaling_layers",
+    "activation_sparsity_pattern",
+    "indexer_types",
+    "attention_layers",
+}
 COUNTS = ("num_heads", "num_attention_heads")  # what attention modules call the number of their query heads
 
 
@@ -107,7 +119,8 @@ def _drop_layers(model: nn.Module, blocks: Sequence[Block], gone: set[int]) -> N
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     config.num_hidden_layers = len(left)
     for key, value in vars(config).items():
-        if isinstance(value, list) and len(value) == len(layers):  # one entry for each layer, such as layer_types
+        listed = key in PER_LAYER or key.endswith("_per_layer")  # others, such as several ends of text, may be as long
+        if listed and isinstance(value, list) and len(value) == len(layers):
             setattr(config, key, [value[index] for index in left])
 
 

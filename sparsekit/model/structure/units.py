@@ -103,9 +103,15 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
 
     Raises:
         ValueError: kinds that are unknown or cannot be removed together, or a block whose linears have other roles
-            than in LLaMA, Mistral, Qwen, Gemma, Phi, OPT, GPT-2 and GPT-NeoX.
+            than in LLaMA, Mistral, Qwen, Gemma, Phi, OPT, GPT-2 and GPT-NeoX; or layers that know their number.
     """
     check_kinds(kinds)
+    config: Any = getattr(model, "config", None)
+    if "layers" in kinds and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ValueError(
+            f"this {type(model).__name__} divides attention by the layer's number (scale_attn_by_inverse_layer_idx): "
+            "no layer can be removed without changing those after it, choose other units"
+        )
     parts = []
     for block in blocks:
         parameters = sum(parameter.numel() for parameter in block.module.parameters())
