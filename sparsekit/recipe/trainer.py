@@ -19,7 +19,6 @@ REFUSED = {
     **dict.fromkeys(
         ("enable_checkpointing", "default_root_dir"), "is not needed: committed blocks are what a run goes on from"
     ),
-    "strategy": "is not set by hand: processes share out blocks and sequences themselves; give `devices`",
     "accumulate_grad_batches": "is an option of the stages that train, `accumulate`: give it there",
 }
 
@@ -28,6 +27,15 @@ def _dotted(path: str) -> str:
     if not all(part.isidentifier() for part in path.split(".")) or "." not in path:
         raise ValueError(f'is "{path}", must be package.module.Class')
     return path
+
+
+def _strategy(name: str) -> str:
+    if name not in ("auto", "ddp"):
+        raise ValueError(
+            f'is "{name}", and can be auto or ddp, which are the same: every process has the whole model, walks share out '
+            "blocks, and stages that train average their gradients"
+        )
+    return name
 
 
 class ClassPath(Section):
@@ -45,6 +53,9 @@ class TrainerOptions(Section):
         default=1, description='how many, a list of numbers, or "auto"'
     )
     num_nodes: int = Field(default=1, gt=0, description="machines, each started by torchrun on a shared folder")
+    strategy: Annotated[str, AfterValidator(_strategy)] = Field(
+        default="auto", description="auto or ddp, the same: with several devices, the whole model in every process"
+    )
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] | None = Field(
         default=None, description="of stages that train the model; null: bf16-mixed where the accelerator has it"
     )
