@@ -32,8 +32,8 @@ def _dotted(path: str) -> str:
 def _strategy(name: str) -> str:
     if name not in ("auto", "ddp"):
         raise ValueError(
-            f'is "{name}", and can be auto or ddp, which are the same: every process has the whole model, walks share out '
-            "blocks, and stages that train average their gradients"
+            f'is "{name}", and can be auto or ddp, which are the same: every process has the whole model, walks share '
+            "out blocks, and stages that train average their gradients"
         )
     return name
 
