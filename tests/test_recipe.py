@@ -410,7 +410,7 @@ def test_every_key_is_documented() -> None:
     [
         ("{max_epochs: 3}", "`trainer.max_epochs` would end a walk before its last block"),
         ("{limit_train_batches: 2}", "`trainer.limit_train_batches` would leave blocks out"),
-        ("{strategy: fsdp}", "`trainer.strategy` is \"fsdp\", and can be auto or ddp"),
+        ("{strategy: fsdp}", '`trainer.strategy` is "fsdp", and can be auto or ddp'),
         ("{precision: 16}", "`trainer.precision` is 16, valid: 16-mixed, 32-true, bf16-mixed"),
         ("{gradient_clip_val: 0.0}", "`trainer.gradient_clip_val` is 0.0, must be greater than 0"),
         ("{callbacks: [{class_path: Timer}]}", '`trainer.callbacks.0.class_path` is "Timer", must be package'),

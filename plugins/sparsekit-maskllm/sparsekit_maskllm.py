@@ -191,7 +191,7 @@ class MaskLLM(LightningModule):
         context, best = self.outside[0], self._best()
         notes = context.notes["maskllm"] = {"steps": self.asked.steps, "groups": sum(len(each) for each in self.logits)}
         if len(self.testing):
-            kept = [[masks[name].to(self.device) for name in self.linears] for masks in (self.first, best)]
+            kept = [[masks[name].float().to(self.device) for name in self.linears] for masks in (self.first, best)]
             start, learned = (sum(float(self._loss(k, t[None].to(self.device))) for t in self.testing) for k in kept)
             notes["held_out"] = {"start": start / len(self.testing), "learned": learned / len(self.testing)}
             best = best if learned < start else self.first
