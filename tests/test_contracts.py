@@ -15,8 +15,17 @@ from test_run import fit, recipe
 
 import sparsekit
 from sparsekit import cli, registry
-from sparsekit.maths import parse
-from sparsekit.testing import check_allocator, check_criterion, check_exporter, check_metric, check_stage
+from sparsekit.maths import NM, Unstructured, parse
+from sparsekit.testing import (
+    check_allocator,
+    check_criterion,
+    check_exporter,
+    check_metric,
+    check_stage,
+    fuzz_criterion,
+    fuzz_solver,
+    fuzz_stage,
+)
 
 EXAMPLES = Path(__file__).parent / "examples"
 SHORT = {"steps": 2, "length": 16, "batch": 2, "source": "python-docs", "checks": 1}
@@ -47,6 +56,36 @@ def test_every_criterion(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in registry.names("stages") if name in STAGES])
 def test_every_stage(name: str) -> None:
     check_stage(registry.load("stages", name), tokenizer=Letters(), **STAGES[name])
+
+
+@pytest.mark.parametrize("name", registry.names("solvers"))
+def test_every_solver_stands_hostile_layers(name: str) -> None:
+    fuzz_solver(registry.load("solvers", name), [NM(2, 4), Unstructured(0.5)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", registry.names("solvers"))
+def test_every_solver_stands_hostile_layers_and_patterns(name: str) -> None:
+    fuzz_solver(registry.load("solvers", name), seed=1)
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names("criteria") if name != "bonsai"])
+def test_every_criterion_stands_hostile_models(name: str) -> None:
+    fuzz_criterion(registry.load("criteria", name))
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names("stages") if name in STAGES])
+def test_every_stage_stands_hostile_models(name: str) -> None:
+    fuzz_stage(registry.load("stages", name), tokenizer=Letters(), **STAGES[name])
+
+
+def test_the_fuzz_finds_what_is_wrong() -> None:
+    def halves(weight: Any, stats: Any, pattern: Any) -> Any:
+        """Divide by the Gram's diagonal, which may be zero."""
+        return (weight / stats.gram.diagonal()).masked_fill(~pattern.keep(weight.abs()), 0)
+
+    with pytest.raises(AssertionError, match="contains NaN or Inf"):
+        fuzz_solver(halves)
 
 
 def test_no_built_in_stage_is_forgotten() -> None:

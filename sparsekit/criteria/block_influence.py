@@ -26,6 +26,8 @@ def block_influence(context: Context, units: Units, *, remove: float) -> Tensor:
         sums = torch.zeros(2, device=stream.device)  # of cosines, of tokens
         for index, chunk in enumerate(stream.inputs):
             out = block(chunk)
+            if not out.isfinite().all():
+                raise ValueError(f"what leaves {block.name} contains NaN or Inf; run the model in float32 or bfloat16")
             cosines = cosine_similarity(chunk.to(stream.device).float(), out.float(), dim=-1)  # (sequences, length)
             sums += torch.stack([cosines.sum(), sums.new_tensor(cosines.numel())])
             stream.inputs[index] = out

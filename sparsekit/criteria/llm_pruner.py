@@ -127,7 +127,10 @@ def _gradients(
 def _backward(model: Any, tokens: Tensor) -> None:
     """Gradients of the loss of `tokens` (sequences, length), summed over sequences, each the mean over its tokens."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()  # (sequences, length - 1, vocabulary)
-    (cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) * len(tokens)).backward()
+    loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) * len(tokens)
+    if not loss.isfinite():
+        raise ValueError("the model's loss is NaN or Inf, so it has no gradients; run it in float32 or bfloat16")
+    loss.backward()
 
 
 def _kept(

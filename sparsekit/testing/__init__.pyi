@@ -4,6 +4,9 @@ from .contexts import context as context
 from .contexts import tiny_model as tiny_model
 from .contexts import tiny_tokens as tiny_tokens
 from .criterion import check_criterion as check_criterion
+from .fuzz import fuzz_criterion as fuzz_criterion
+from .fuzz import fuzz_solver as fuzz_solver
+from .fuzz import fuzz_stage as fuzz_stage
 from .results import check_exporter as check_exporter
 from .results import check_metric as check_metric
 from .solver import PATTERNS as PATTERNS

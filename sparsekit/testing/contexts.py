@@ -12,8 +12,8 @@ from sparsekit.model import discover
 from sparsekit.run import Context
 
 
-def tiny_model(seed: int = 0) -> nn.Module:
-    """A random LLaMA of three layers of width 32, with grouped heads; nothing is read from disk."""
+def tiny_model(seed: int = 0, kv_heads: int = 2) -> nn.Module:
+    """A random LLaMA of three layers of width 32, with four heads in groups; nothing is read from disk."""
     import transformers
 
     torch.manual_seed(seed)
@@ -22,7 +22,7 @@ def tiny_model(seed: int = 0) -> nn.Module:
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         vocab_size=96,
         max_position_embeddings=64,
     )

@@ -71,6 +71,11 @@ def _problem(shape: tuple[int, int], seed: int, case: str = "") -> tuple[Tensor,
     return weight, Stats.of(inputs, dense)
 
 
+def solved_twice(solver: Callable[..., Tensor], weight: Tensor, stats: Stats, pattern: Pattern) -> Tensor:
+    """A solver's answer, finite and of the weight's shape, the same twice; AssertionError where it is not."""
+    return _solve(solver, weight, stats, pattern, _check_signature(solver))
+
+
 def _solve(
     solver: Callable[..., Tensor], weight: Tensor, stats: Stats, pattern: Pattern, requires_init: bool | None
 ) -> Tensor:

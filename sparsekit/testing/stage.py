@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 
 from sparsekit.contracts import Effect, Fit
 from sparsekit.model.structure import Removal
@@ -31,21 +32,27 @@ def check_stage(stage: Callable[..., Any], *, pattern: str = "2:4", tokenizer: A
     assert parameters, "the first parameter is the context"
     for parameter in parameters[1:]:
         assert parameter.kind is parameter.KEYWORD_ONLY, f"option {parameter.name} is not keyword-only"
-    defaults = {p.name: p.default for p in parameters[1:]}
-    declared: Effect = effect(defaults | options) if callable(effect) else effect
     found = []
     for _ in range(2):
         with tempfile.TemporaryDirectory() as folder:
-            found.append(_run(stage, declared, Path(folder), pattern, tokenizer, options))
+            found.append(run_stage(stage, Path(folder), pattern, tokenizer, options, tiny_model()))
     assert found[0] == found[1], "two runs on the same model with the same seed gave different results"
 
 
-def _run(
-    stage: Callable[..., Any], effect: Effect, folder: Path, pattern: str, tokenizer: Any, options: dict[str, Any]
+def declared_effect(stage: Callable[..., Any], options: dict[str, Any]) -> Effect:
+    """What a stage declares that it does with these options."""
+    effect: Any = stage.effect  # type: ignore[attr-defined]
+    defaults = {p.name: p.default for p in list(inspect.signature(stage).parameters.values())[1:]}
+    declared: Effect = effect(defaults | options) if callable(effect) else effect
+    return declared
+
+
+def run_stage(
+    stage: Callable[..., Any], folder: Path, pattern: str, tokenizer: Any, options: dict[str, Any], model: nn.Module
 ) -> dict[str, str]:
-    """Run it as a recipe would; the digests of what it left."""
+    """Run a stage on a tiny model as a recipe would; the digests of what it left."""
+    effect = declared_effect(stage, options)
     torch.manual_seed(0)
-    model = tiny_model()
     here = context(model, tiny_tokens(), folder, pattern=pattern, tokenizer=tokenizer, batch=2)
     if not (effect.cuts or effect.resizes):
         here.commits.prepare(here.blocks)
