@@ -76,6 +76,8 @@ def test_mistakes(tmp_path: Path, text: str, said: str) -> None:
 def test_an_update_that_is_not_merged_is_not_left_behind_unsaid(tmp_path: Path) -> None:
     lora = LORA.replace("lora: {", "lora: {merge: false, ")
     run(tmp_path, "apart", f'model: {TINY}\npattern: "2:4"\nstages: [wanda, {lora}]\n')
+    report = json.loads((tmp_path / "apart" / "report.json").read_text())
+    assert "without the update in adapter/" in report["notes"]["adapter"]["figures"]  # the figures are not of it
     file = tmp_path / "on.yaml"
     file.write_text(f"from: {tmp_path / 'apart'}\nstages: [{LORA}]\n{MORE}output: {tmp_path / 'on'}\n")
     done = fit(file)

@@ -28,7 +28,7 @@ from sparsekit.measure import (
 )
 from sparsekit.model import channels_of, load_tokenizer, loading_code, locate
 from sparsekit.model import load as load_model
-from sparsekit.recipe import Recipe, to_yaml
+from sparsekit.recipe import Recipe, effect_of, to_yaml
 from sparsekit.results import (
     REPORT,
     clear_working_files,
@@ -46,6 +46,8 @@ from sparsekit.run.lock import locked
 from sparsekit.run.plan import Plan
 from sparsekit.system import Meter, hardware, human_size, session, versions, write_atomically, write_json
 from sparsekit.walk import count_committed
+
+BESIDE = "of the model without the update in adapter/, which was not merged"
 
 
 def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None) -> int:
@@ -161,6 +163,8 @@ def _fit(
     with meter.stage("verify"):
         patterns = {name: each["pattern"] for name, each in found["sparsity"]["per_linear"].items()}
         failures = result.prove(planned, output, cuts, patterns, changed)
+    if effect_of(recipe_.stages[-1]).unmerged:
+        found["notes"] = found.get("notes", {}) | {"adapter": {"figures": BESIDE}}
     found["exports"] = {}
     if not failures:
         found["exports"], failures = export(planned, found, output)
@@ -291,6 +295,8 @@ def _ready(planned: Plan, tokenizer: Any, first: int | None) -> Ready:
 def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
     console.print()
     console.print(closing_table(complete, str(output)))
+    if "adapter" in complete.get("notes", {}):
+        console.print(f"pruned is {BESIDE}", highlight=False)
     said = {sentence for sentences in complete["warnings"].values() for sentence in sentences}
     for sentence in sorted(said):
         count = sum(sentence in sentences for sentences in complete["warnings"].values())

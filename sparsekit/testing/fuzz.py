@@ -30,10 +30,10 @@ HOSTILE = (
 def fuzz_solver(solver: Callable[..., Tensor], patterns: Iterable[Pattern] = HOSTILE, seed: int = 0) -> None:
     """Raise AssertionError for the first hostile layer of which a solver gives no finite answer with the pattern.
 
-    Layers: few tokens and one, dead, constant and equal columns, ties, scales from 1e-6 to 1e6, one huge input, one row,
-    one column, weights of zeros, half precision's rounding, a dense stream far away. Every answer must be finite, have
-    the pattern (more zeros are fine where weights or inputs are zero), and be the same bits twice; a ValueError with a
-    sentence is an answer too, for whole layers of nothing.
+    Layers: few tokens and one, dead, constant and equal columns, ties, scales from 1e-6 to 1e6, one huge input, one
+    row, one column, weights of zeros, half precision's rounding, a dense stream far away. Every answer must be finite,
+    have the pattern (more zeros are fine where weights or inputs are zero), and be the same bits twice; a ValueError
+    with a sentence is an answer too, for whole layers of nothing.
     """
     for case, weight, stats in layers(seed):
         for pattern in patterns:

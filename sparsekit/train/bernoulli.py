@@ -54,9 +54,15 @@ class Budget:
     limit: float
 
     @cached_property
-    def where(self) -> Tensor:
+    def where(self) -> Tensor | slice:
         """The members' indices."""
-        return self.members.nonzero().flatten()
+        return slice(None) if self.members.all() else self.members.nonzero().flatten()
+
+    @cached_property
+    def weights(self) -> tuple[Tensor, Tensor, float, float]:
+        """The members' weights, their squares, their sum and the least of them."""
+        mine = self.weight[self.where]
+        return mine, mine.square(), float(mine.sum()), float(mine.min())
 
     def to(self, device: torch.device) -> "Budget":
         """The same on a device."""
@@ -71,13 +77,12 @@ class Budget:
 
         limit: another one than the budget's own
         """
-        mine, weight = values[self.where].double(), self.weight[self.where]
-        total = float(weight.sum())
+        mine, (weight, squares, total, smallest) = values[self.where].double(), self.weights
         limit = max(self.limit if limit is None else limit, low) * total
-        least, most = 0.0, float((mine.max() - low) / weight.min()) + 1
-        shift, squares = 0.0, weight.square()
+        least, most = 0.0, float(mine.max() - low) / smallest + 1
+        shift = 0.0
         for _ in range(HALVINGS):
-            shifted = mine - shift * weight if shift else mine
+            shifted = mine.sub(weight, alpha=shift)
             kept = shifted.clamp(low, high)
             excess = float(kept @ weight) - limit
             if abs(excess) <= EXACT * total or (excess < 0 and not shift):
@@ -86,7 +91,9 @@ class Budget:
             slope = float(squares @ (kept == shifted).double())
             ahead = shift + excess / slope if slope else least
             shift = ahead if least < ahead < most else (least + most) / 2
-        return values.index_copy(0, self.where, kept.to(values))
+        result = values.clone()
+        result[self.where] = kept.to(values)
+        return result
 
 
 def budgets(units: Units, groups: Groups, keep: Tensor, shape: str, joint: bool) -> list[Budget]:
