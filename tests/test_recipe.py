@@ -25,7 +25,7 @@ from sparsekit.recipe import (
 )
 from sparsekit.recipe.schema import names_of
 
-SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 GOOD = "model: m\npattern: 2:4\ncalibration: {source: python-docs}\nstages:\n  - wanda\n"
 Write = Callable[[str], Path]
 

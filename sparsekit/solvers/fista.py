@@ -60,7 +60,8 @@ def fista(
     by bisection. The best rounded answer is kept, so none is worse than the start (rounded, if it was not sparse) in
     ||V x - W x_d||^2 + damping sum G_jj (V_ij - W_ij)^2. More sparsity from a higher penalty is sure only for a
     diagonal Gram (the paper's theorem 1); the search relies on it for speed, never for the pattern or the best answer.
-    The defaults are not the paper's, but what measured best for their cost; recipes/fista_paper.yaml is the paper's.
+    The defaults are not the paper's, but what measured best for their cost; the paper's are in
+    recipes/papers/fistapruner.yaml.
 
     start: where to begin without init: "sparsegpt", "wanda", "magnitude" or "dense".
     iterations: K, at most, in a round; a round ends before when no more than `tolerance` of the dense weight's norm

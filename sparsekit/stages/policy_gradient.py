@@ -53,7 +53,7 @@ def policy_gradient(
     Every unit is kept with a probability s of its own. In a step some masks are drawn, the model's loss under each is
     measured on the same text, and s moves along the score-function estimate of the expected loss's gradient, then back
     into the budget. At the end the units with the highest s stay. The defaults are for small budgets, some thousand
-    forward passes; the paper's are in recipes/policy_gradient_paper.yaml.
+    forward passes; the paper's are in recipes/papers/policy_gradient_llama2.yaml.
 
     remove: share of the blocks' parameters, such as "30%"
     units: heads-and-channels, parts (whole attentions and MLPs), layers, or a list of the kinds
