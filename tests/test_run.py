@@ -283,7 +283,7 @@ def test_an_unfinished_run_is_continued_or_refused_with_the_difference(finished,
 
 @pytest.mark.parametrize("limit", [60_000, 700_000])
 def test_a_full_disk_keeps_the_committed_blocks(limit, finished, tmp_path):
-    """A limit on the size of files stands for the full disk: first no block fits, then all but the model do."""
+    """A limit on the size of files stands for the full disk: whatever does not fit, it is known before blocks are."""
     file = recipe(tmp_path)
     code = f"""
     import resource, sys

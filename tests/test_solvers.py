@@ -287,12 +287,12 @@ def test_refit_never_ends_above_its_start():
         return ((v - weight).double() @ hessian * (v - weight)).sum(1)
 
     for init in (sparsegpt(weight, stats, NM(2, 4)), wanda(weight, stats, NM(2, 4)), weight.clone()):
-        best = refit(weight, stats, NM(2, 4), init, iterations=500, tolerance=1e-7)
+        best = refit(weight, stats, NM(2, 4), init, damping=0.1, iterations=500, tolerance=1e-7)
         for start in (init, best):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 for iterations in (1, 5):
-                    end = refit(weight, stats, NM(2, 4), start, iterations=iterations, tolerance=0)
+                    end = refit(weight, stats, NM(2, 4), start, damping=0.1, iterations=iterations, tolerance=0)
                     assert (objective(end) <= objective(start) * (1 + 1e-5) + 1e-9).all()
 
 
@@ -305,7 +305,7 @@ def test_refit_of_the_dense_weight_meets_a_dense_stream():
     """On the full support the answer is W + W drift_cross H^-1, also from W itself."""
     weight, x, dense = problem(drift=0.3)
     stats = Stats.of(x, dense)
-    answer = refit(weight, stats, Unstructured(0), weight, iterations=2000, tolerance=0)
+    answer = refit(weight, stats, Unstructured(0), weight, damping=0.1, iterations=2000, tolerance=0)
     expected = weight + weight @ (dense - x).t() @ x @ torch.linalg.inv(damped(x.t() @ x, 0.1))
     torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-6)
 

@@ -79,7 +79,7 @@ def lamp(
         turn: later blocks make up for rounding as they do for pruning.
     learning_rate: its peak; null: by the block's sparsity, see `rate_for`. A quarter of it is tried where it betters
         nothing.
-    batch: sequences in a step; null: as many as have 256 tokens, one at least. The recipe's calibration.batch does not
+    batch: sequences in a step; null: as many as have 256 tokens, half of all at most. The recipe's calibration.batch does not
         count here, which is how many are computed together elsewhere.
     epochs, trainable (all, low-rank, norms-and-biases), rank, held_out (a share of the sequences), warmup, patience,
         per_token: see `reconstruct`
@@ -101,8 +101,13 @@ def lamp(
     if quantize is not None:
         grid = OneShot(context.solver({"quantize": quantize}), context.patterns, context.seed, continues=True)
     length = math.prod(context.tokens.shape[1:]) if context.tokens.ndim == 2 else TOKENS  # a picture is a step
-    batch = batch or max(1, TOKENS // length)
+    batch = batch or max(1, min(TOKENS // length, len(context.tokens) // 2))
     together = batch if batch * length <= TOGETHER else 1
+    if together >= len(context.tokens):
+        raise ValueError(
+            f"batch is {batch}, and there are {len(context.tokens)} sequences, of which some are held out: give a smaller "
+            "batch, or more samples"
+        )
     stream = context.stream(LampStream, error_correction="model", batch=together)
     train = Lamp(
         OneShot(context.solver(solver), context.patterns, context.seed),
