@@ -79,8 +79,8 @@ def lamp(
         turn: later blocks make up for rounding as they do for pruning.
     learning_rate: its peak; null: by the block's sparsity, see `rate_for`. A quarter of it is tried where it betters
         nothing.
-    batch: sequences in a step; null: as many as have 256 tokens, half of all at most. The recipe's calibration.batch does not
-        count here, which is how many are computed together elsewhere.
+    batch: sequences in a step; null: as many as have 256 tokens, half of all at most. The recipe's calibration.batch does
+        not count here, which is how many are computed together elsewhere.
     epochs, trainable (all, low-rank, norms-and-biases), rank, held_out (a share of the sequences), warmup, patience,
         per_token: see `reconstruct`
 
@@ -105,8 +105,8 @@ def lamp(
     together = batch if batch * length <= TOGETHER else 1
     if together >= len(context.tokens):
         raise ValueError(
-            f"batch is {batch}, and there are {len(context.tokens)} sequences, of which some are held out: give a smaller "
-            "batch, or more samples"
+            f"batch is {batch}, and there are {len(context.tokens)} sequences, of which some are held out: give a "
+            "smaller batch, or more samples"
         )
     stream = context.stream(LampStream, error_correction="model", batch=together)
     train = Lamp(
