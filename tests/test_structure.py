@@ -2,6 +2,7 @@
 
 import math
 import random
+from pathlib import Path
 
 import families
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsekit.model import find_blocks
-from sparsekit.model.structure import choose, find_units, masking
+from sparsekit.model.structure import Removal, Shape, choose, find_units, masking
 from sparsekit.model.structure.cutting import cut
 
 SETTINGS = {name: given for name, given in families.SETTINGS.items() if name != "Mixtral"} | {
@@ -294,3 +295,43 @@ def test_uniform_has_nothing_to_do_among_whole_parts():
     _, _, units = built("Llama", ("attention", "mlp"), "meta")
     with pytest.raises(ValueError, match="each has one: give shape: free"):
         choose(units, torch.rand(len(units)), 0.3, shape="uniform")
+
+
+@pytest.mark.parametrize("shape", ["free", "uniform"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma", "Gemma3", "Qwen3"])
+def test_queries_that_share_one_key_are_units_of_their_own(family, shape, tmp_path):
+    """Four query heads, one KV head: 30 % of each attention can go; masked, cut, stored and opened are the same."""
+    from transformers import AutoModelForCausalLM
+
+    from sparsekit.model import load as load_model
+    from sparsekit.model import load_tokenizer, save_model
+
+    model = families.build(family, settings=SETTINGS[family] | {"num_key_value_heads": 1, "head_dim": 8})
+    blocks = find_blocks(model)
+    units = find_units(model, blocks)
+    assert [part.count for part in units.parts if part.kind == "heads"] == [4] * len(blocks)
+    scores = torch.rand(len(units), generator=torch.Generator().manual_seed(2)).double()
+    kept = choose(units, scores, 0.3, shape=shape)
+    gone = [int((~kept[units.part == n]).sum()) for n, part in enumerate(units.parts) if part.kind == "heads"]
+    assert sum(gone) >= len(blocks) and max(gone) < 4
+    with masking(blocks, units) as mask, torch.no_grad():
+        mask(kept)
+        expected = model(TOKENS, use_cache=False).logits
+    removal = Removal(units.kinds, kept, {}, None, {})
+    removal.apply(model, blocks)
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS, use_cache=False).logits, expected, atol=1e-5, rtol=1e-4)
+        cached = model(TOKENS[:, 6:], past_key_values=model(TOKENS[:, :6], use_cache=True).past_key_values).logits
+        torch.testing.assert_close(cached, expected[:, 6:], atol=1e-5, rtol=1e-4)
+    tokenizer = load_tokenizer(Path(__file__).parent / "models" / "tiny-llama")
+    stored = save_model(model, tokenizer, tmp_path / "model", Shape.of(model, [(units, removal)]))
+    assert [layer.heads.of for layer in stored.layers] == [4] * len(blocks)
+    loaded, _ = load_model(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)
+    if stored.layout != "own":
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", trust_remote_code=stored.layout == "generated"
+        )
+        with torch.no_grad():
+            assert torch.equal(theirs(TOKENS, use_cache=False).logits, model(TOKENS, use_cache=False).logits)

@@ -25,7 +25,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Scoring:
     """What a criterion declares.
 
-    kinds: of units that it can score: heads (KV groups), channels (of the MLP), attention, mlp (whole parts), layers
+    kinds: of units that it can score: heads (KV groups, or queries that all share one key), channels (of the MLP),
+        attention, mlp (whole parts), layers
     removes: the kinds that it removes as a stage of its own unless the recipe says otherwise
     shape, budgets: how units compete then: "free" in the whole model or "uniform" within each block; with "separate"
         budgets for heads and channels, or one that is "joint"

@@ -39,7 +39,7 @@ def choose_layout(model: Any, shape: Shape) -> Layout:
             continue
         if rebuild.difference(built, model, spare=".bias") is None:
             return Layout("plain", _said(config, shape.config), config, zeros=_zeros(built, model))
-    each = {str(index): widths(model, layer) for index, layer in enumerate(shape.layers)}
+    each = {str(index): widths(model, layer, shape.queries) for index, layer in enumerate(shape.layers)}
     config = shape.config | {
         "num_hidden_layers": len(shape.layers),  # under this name too, which per_layer_config asks for
         "per_layer_config": {index: own for index, own in each.items() if own},
@@ -57,15 +57,22 @@ def choose_layout(model: Any, shape: Shape) -> Layout:
     return Layout("own", load, config | {"model_type": f"{modeling.PREFIX}_{shape.config['model_type']}"})
 
 
-def widths(model: Any, layer: Layer) -> dict[str, int]:
-    """The fields of the config that are others in this layer, as they must be there; 0: the part is gone."""
+def widths(model: Any, layer: Layer, queries: bool = False) -> dict[str, int]:
+    """The fields of the config that are others in this layer, as they must be there; 0: the part is gone.
+
+    queries: whether heads are query heads that all share one key
+    """
     config = model.config.get_text_config()
     found: dict[str, int] = {}
     if layer.heads is not None:
         name = config.attribute_map.get("num_attention_heads", "num_attention_heads")
         heads = getattr(config, name)
         groups = getattr(config, "num_key_value_heads", None) or heads
-        if layer.heads.kept != groups:
+        if queries:
+            if layer.heads.kept != heads:
+                found[name] = layer.heads.kept
+                found |= {} if layer.heads.kept else {"num_key_value_heads": 0}
+        elif layer.heads.kept != groups:
             found[name] = heads // groups * layer.heads.kept
             if hasattr(config, "num_key_value_heads"):
                 found["num_key_value_heads"] = layer.heads.kept
@@ -84,7 +91,7 @@ def head_dim(model: Any) -> dict[str, int]:
 
 def _plain(model: Any, shape: Shape) -> Iterator[dict[str, Any]]:
     """Configs that may say all of what the model is, the family's own first."""
-    first, *others = (widths(model, layer) for layer in shape.layers)
+    first, *others = (widths(model, layer, shape.queries) for layer in shape.layers)
     if any(other != first for other in others) or 0 in first.values():
         return
     if any("heads" in name for name in first) or "n_head" in first:

@@ -17,6 +17,7 @@ from sparsekit.model.folders import locate
 from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton
 from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.structure.shape import Shape
+from sparsekit.model.structure.units import BY_QUERY
 from sparsekit.model.tensors import Tensors, tied_names
 from sparsekit.model.weights import Weights
 from sparsekit.system import disk_errors, make_readable, sync
@@ -156,7 +157,8 @@ def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: boo
         return resized, _tokenizer(folder, resized)
     shape = Shape.read(folder)
     if shape is None or shape.layout == "plain":
-        return load_plain(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        plain, tokenizer = load_plain(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        return _counted(plain, shape), tokenizer
     if dtype is not None:
         shape = replace(shape, config=shape.config | {"dtype": dtype})
     model: Any = shape.build()
@@ -179,8 +181,15 @@ def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Modul
     check_layers(Path(folder))
     shape = Shape.read(folder)
     if shape is None or shape.layout == "plain":
-        return plain_skeleton(Path(folder), trust_remote_code=trust_remote_code)
+        return _counted(plain_skeleton(Path(folder), trust_remote_code=trust_remote_code), shape)
     return shape.build("meta")
+
+
+def _counted(model: nn.Module, shape: Shape | None) -> nn.Module:
+    """A model that says how its heads are counted, if some were cut out of it."""
+    if shape is not None:
+        setattr(model, BY_QUERY, shape.queries)
+    return model
 
 
 def loading_code(folder: str | Path) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparsekit.model.blocks import Block, Linear
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.structure.nothing import Nothing
-from sparsekit.model.structure.units import Part, Units
+from sparsekit.model.structure.units import BY_QUERY, Part, Units, by_query
 
 PER_LAYER = {  # fields of configs with an entry for each layer
     "layer_types",
@@ -35,6 +35,8 @@ def cut(model: nn.Module, blocks: Sequence[Block], units: Units, kept: Tensor) -
     """
     by_index = {block.index: block for block in blocks}
     for part, each in zip(units.parts, units.split(kept.bool()), strict=True):
+        if part.kind == "heads":
+            setattr(model, BY_QUERY, by_query(part))
         if part.kind != "layers" and not bool(each.all()):
             _narrow(by_index[part.block], part, each)
     pairs = zip(units.parts, units.split(kept), strict=True)
@@ -58,7 +60,7 @@ def _narrow(block: Block, part: Part, kept: Tensor) -> None:
         _keep(block.linears[name], rows=rows[kept].flatten().sort().values)
     _keep(output, columns=columns)
     if attention:
-        _count_heads(block.module.get_submodule(home), len(columns))
+        _count_heads(block.module.get_submodule(home), len(columns), one_key=by_query(part))
 
 
 def _remove(block: Block, part: Part, home: str, attention: bool) -> None:
@@ -96,13 +98,15 @@ def _keep(linear: Linear, rows: Tensor | None = None, columns: Tensor | None = N
         module.out_features, module.in_features = out, width
 
 
-def _count_heads(attention: Any, width: int) -> None:
-    """Tell an attention how many heads it has now. How many queries share a key does not change."""
+def _count_heads(attention: Any, width: int, one_key: bool) -> None:
+    """Tell an attention how many heads it has now. How many queries share a key changes only where all share one."""
     size = getattr(attention, "head_dim", None) or attention.head_size
     heads = width // int(size)
     for name in COUNTS:
         if hasattr(attention, name):
             setattr(attention, name, heads)
+    if one_key and hasattr(attention, "num_key_value_groups"):
+        attention.num_key_value_groups = heads
     if hasattr(attention, "num_key_value_heads"):
         attention.num_key_value_heads = heads // getattr(attention, "num_key_value_groups", 1)
     if hasattr(attention, "split_size"):  # GPT-2

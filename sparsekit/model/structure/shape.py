@@ -14,7 +14,7 @@ from sparsekit.model.blocks import Linear, is_linear
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.structure.cutting import cut
 from sparsekit.model.structure.origins import Cuts, Origin, dropped, trace
-from sparsekit.model.structure.units import Units, find_units
+from sparsekit.model.structure.units import BY_QUERY, Units, by_query, find_units
 
 STRUCTURE_FILE = "structure.json"
 VERSION = 1
@@ -41,7 +41,8 @@ class Layer:
     """A layer that is left.
 
     index: in the source model
-    heads: KV groups, or heads where there is no GQA; None: what does what is not known for this family
+    heads: KV groups, or query heads where there is no GQA, or one key for all; None: what does what is not known for
+        this family
     channels: of the MLP; None as with heads
     """
 
@@ -58,6 +59,7 @@ class Shape:
     biases: linears that have a bias, which by that config they have not
     changed: parameters whose values are not the source's
     parameters: how many; tied ones count once
+    queries: whether heads are query heads that all share one key
     layout, load: how the folder is stored and what opens it (see `storage.save`); empty before it is stored
     """
 
@@ -66,6 +68,7 @@ class Shape:
     biases: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     parameters: int = 0
+    queries: bool = False
     layout: str = ""
     load: str = ""
 
@@ -83,6 +86,7 @@ class Shape:
         """
         config = _config(model)
         full = rebuild.build(config, "meta")
+        setattr(full, BY_QUERY, getattr(model, BY_QUERY, None))
         first = _widths(full, full)
         gone = sum(len(dropped(units, removal)) for units, removal in cuts)
         layers = follow_cuts(before.layers if before else _whole(first, len(find_blocks(full)) + gone), cuts)
@@ -99,7 +103,8 @@ class Shape:
         path = find_blocks(model)[0].name.rpartition(".")[0]
         earlier = {name: Origin(name) for name in (before.changed if before else ())}
         others = {*trace(earlier, path, cuts), *changed} & set(_names(model))
-        shape = cls(tuple(layers), config, tuple(biases), tuple(sorted(others)), _parameters(model))
+        queries = _by_query(full)
+        shape = cls(tuple(layers), config, tuple(biases), tuple(sorted(others)), _parameters(model), queries)
         if found := rebuild.difference(shape.build(), model):
             raise ValueError(f"this {type(model).__name__} is not what its config and widths say: {found}")
         return shape
@@ -111,6 +116,7 @@ class Shape:
             ValueError: transformers refuses the config, or the counts do not fit it.
         """
         model = rebuild.build(self.config, device)
+        setattr(model, BY_QUERY, self.queries)
         for kind in COUNTED:
             counts = [getattr(layer, kind) for layer in self.layers]
             if any(count is not None and count.kept < count.of for count in counts):
@@ -126,7 +132,7 @@ class Shape:
         """Write structure.json into a folder."""
         content = {
             "version": VERSION,
-            **{key: getattr(self, key) for key in ("layout", "load", "parameters", "biases", "changed")},
+            **{key: getattr(self, key) for key in ("layout", "load", "parameters", "queries", "biases", "changed")},
             "layers": LAYERS,
             "config": self.config,
         }
@@ -151,6 +157,7 @@ class Shape:
             layers = tuple(_layer(entry) for entry in content["layers"])
             rest: dict[str, Any] = {key: tuple(content[key]) for key in ("biases", "changed")}
             rest |= {key: content[key] for key in ("config", "parameters", "layout", "load")}
+            rest["queries"] = content.get("queries", False)
             return cls(layers, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} does not describe a model: {type(error).__name__}: {error}") from error
@@ -177,6 +184,13 @@ def follow_cuts(layers: Sequence[Layer], cuts: Cuts) -> list[Layer]:
         gone = dropped(units, removal)
         left = [layer for index, layer in enumerate(left) if index not in gone]
     return left
+
+
+def _by_query(model: nn.Module) -> bool:
+    try:
+        return any(by_query(part) for part in find_units(model, find_blocks(model), ("heads",)).parts)
+    except ValueError:
+        return False
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -223,7 +237,14 @@ def _firsts(units: Units, counts: Sequence[Count]) -> Tensor:
             raise ValueError(
                 f"layer {part.block} would keep {counts[part.block].kept} {part.kind}, its config has {part.count}"
             )
-    return torch.cat([torch.arange(part.count) < counts[part.block].kept for part in units.parts])
+    return torch.cat(
+        [
+            # all are all, also where an earlier version counted a whole attention as one
+            torch.arange(part.count) < (count.kept if count.kept < count.of else part.count)
+            for part in units.parts
+            for count in [counts[part.block]]
+        ]
+    )
 
 
 def _entry(layer: Layer) -> dict[str, Any]:

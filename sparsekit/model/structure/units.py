@@ -150,6 +150,14 @@ def check_kinds(kinds: Sequence[str]) -> None:
         )
 
 
+BY_QUERY = "sparsekit_heads_by_query"  # on a model: how its heads were counted when some were cut out, so they go on
+
+
+def by_query(part: Part) -> bool:
+    """Whether the heads of an attention are its queries, which all share one key: q alone has rows of theirs."""
+    return [rows.shape[1] == part.columns.shape[1] for rows in part.inputs.values()] == [True]
+
+
 def _heads(model: nn.Module, block: Block, kind: str) -> Part:
     inputs, output, home = _roles(block, ATTENTIONS, "attention")
     module = block.module.get_submodule(home)
@@ -159,6 +167,9 @@ def _heads(model: nn.Module, block: Block, kind: str) -> Part:
     queries = output.shape[1] // size
     if len(inputs) == 3:
         groups = inputs[1].shape[0] // size
+        asked = getattr(model, BY_QUERY, None)
+        if groups == 1 and kind == "heads" and (queries > 1 if asked is None else asked):  # the key stays
+            return _part(block, kind, "heads", {inputs[0].name: _ranges(queries, size)}, output, _ranges(queries, size))
         each = queries // groups * size  # rows of q that share a row of k and v
         rows = {linear.name: _ranges(groups, linear.shape[0] // groups) for linear in inputs}
     else:
