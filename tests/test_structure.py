@@ -256,11 +256,12 @@ def test_what_goes_is_within_one_channel_of_what_was_asked():
             over = int(units.parameters[~kept].sum()) - remove * units.total
             assert over >= -1e-6 * units.total
             sizes = {kind: int(units.parameters[units.of(kind)].min()) for kind in ("heads", "channels")}
-            most = {"heads": (groups - 1) * layers or layers, "channels": (settings["intermediate_size"] - 1) * layers}
+            count = each if groups == 1 else groups
+            most = {"heads": (count - 1) * layers or layers, "channels": (settings["intermediate_size"] - 1) * layers}
             step = layers if shape == "uniform" else 1
             reachable = min(
                 heads * sizes["heads"] + channels * sizes["channels"] - remove * units.total
-                for heads in range(0, (most["heads"] if shape == "free" or groups > 1 else 0) + 1, step)
+                for heads in range(0, (most["heads"] if shape == "free" or count > 1 else 0) + 1, step)
                 for channels in [math.ceil((remove * units.total - heads * sizes["heads"]) / sizes["channels"] - 1e-9)]
                 for channels in [max(0, -(-channels // step) * step)]
                 if channels <= most["channels"]
