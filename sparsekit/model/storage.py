@@ -227,7 +227,7 @@ def _tokenizer(folder: Path, model: Any) -> Any:
 
     try:  # told the family, transformers does not look for a type in config.json that it cannot know
         return transformers.AutoTokenizer.from_pretrained(folder, config=model.config)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises no other type for a file that is damaged
         raise ValueError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
 
 

@@ -54,7 +54,7 @@ def verify_run(
         source = pool.submit(source_failures, manifest, against) if against is not None else None
         try:
             found = _as_claimed(run, manifest["claims"], pattern, against, options)
-        except (ValueError, OSError):
+        except Exception:  # whatever a damaged file makes of a library
             if not files.result():
                 raise
         if failures := files.result():  # of what was changed nothing is to be believed

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsekit.model import find_blocks, skeleton
@@ -28,8 +28,11 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(f"{folder} holds no {MASKS}: give the folder of a run that pruned weights")
         blocks = find_blocks(skeleton(folder / "model"))
         shapes = {name: linear.shape for block in blocks for name, linear in block.linears.items()}
-        with safe_open(self.file, framework="pt") as handle:
-            sizes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118 (no dict)
+        try:
+            with safe_open(self.file, framework="pt") as handle:
+                sizes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118 (no dict)
+        except SafetensorError as error:
+            raise ValueError(f"{self.file} is damaged: {error}; restore it") from error
         for name, size in sizes.items():
             if name not in shapes or size != [-(-math.prod(shapes[name]) // 8)]:
                 raise ValueError(f"{self.file} has a mask of {name} that does not fit the model beside it")
