@@ -122,10 +122,12 @@ class NM:
         """Whether every group of `weight` (out, in) has at least group - keep zeros."""
         if weight.shape[1] % self.group:
             return False
+        if not weight.numel():
+            return True
         zeros = (~weight.bool()).reshape(-1, self.group)
         # sums of bools would be int64, which takes ten times as long
         counts = zeros.view(torch.uint8).sum(1, dtype=torch.uint8) if self.group < 256 else zeros.sum(1)
-        return bool((counts >= self.group - self.kept).all())
+        return int(counts.min()) >= self.group - self.kept
 
     def check(self, width: int, name: str) -> None:
         """Raise ValueError when the group does not divide a layer of `width` input columns."""

@@ -43,6 +43,7 @@ def forked(
         status = 70
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored in the background
             signal.alarm(seconds)
             os.chdir(folder)
             said = os.open(output, os.O_CREAT | os.O_WRONLY)
