@@ -36,7 +36,7 @@ output: {output}
 """
 
 
-def build(folder: Path, width: int, blocks: int) -> Path:
+def build(folder: Path, width: int, blocks: int, vocabulary: int = 512, dtype: torch.dtype = torch.float32) -> Path:
     """A random LLaMA with blocks of 11.6 width^2 parameters, saved."""
     config = LlamaConfig(
         hidden_size=width,
@@ -44,11 +44,11 @@ def build(folder: Path, width: int, blocks: int) -> Path:
         num_hidden_layers=blocks,
         num_attention_heads=width // 32,
         num_key_value_heads=width // 32,
-        vocab_size=512,
+        vocab_size=vocabulary,
         max_position_embeddings=2048,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     return folder
 
 

@@ -9,6 +9,7 @@ process has once everything is imported; allowed are four times the largest tens
 """
 
 import argparse
+import math
 import multiprocessing
 import shutil
 import statistics
@@ -21,7 +22,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.memory import build
+from sparsekit.model import Checkpoint
 
 TOKENIZER = Path(__file__).parents[1] / "tests" / "models" / "tiny-llama"
 RECIPE = """\
@@ -34,29 +37,8 @@ output: {output}
 """
 
 
-def build(folder: Path, width: int, blocks: int) -> int:
-    """A random LLaMA, saved with a tokenizer; bytes of its largest tensor."""
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=8 * width // 3 // 8 * 8,
-        num_hidden_layers=blocks,
-        num_attention_heads=width // 128,
-        num_key_value_heads=width // 128,
-        vocab_size=32000,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TOKENIZER / name, folder / name)
-    return max(p.numel() * p.element_size() for p in model.parameters())
-
-
 def hashed(run: Path, source: Path) -> None:
     """Read and hash the weights of both sides, one after another."""
-    from sparsekit.model import Checkpoint
-
     for folder in (source, run / "model"):
         Checkpoint(folder).digest()
 
@@ -112,7 +94,10 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as home:
         source, output = Path(home) / "source", Path(home) / "run"
-        largest = build(source, given.width, given.blocks)
+        build(source, given.width, given.blocks, vocabulary=32000, dtype=torch.bfloat16)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(TOKENIZER / name, source / name)
+        largest = max(2 * math.prod(shape) for shape in Checkpoint(source).shapes.values())
         recipe = Path(home) / "recipe.yaml"
         recipe.write_text(RECIPE.format(source=source, output=output))
         run_recipe(load_recipe(recipe), console=Console(quiet=True))

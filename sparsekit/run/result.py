@@ -25,13 +25,13 @@ def save(planned: Plan, model: Any, tokenizer: Any, outcome: Outcome, output: Pa
     target = output / MODEL
     written = outcome.written if outcome.written is None or outcome.written.parent.parent == output else None
     source = planned.folder if planned.folder.is_dir() else None  # None: the model came in memory
-    shape = shape_of(planned, model, outcome.cuts, changed(outcome))
+    shape = None
     if outcome.written == target:  # a run that was killed after this
         shape = Shape.read(target)
     elif outcome.resized:
         told = partial(write_resized, model, stage=outcome.resized)
         write_model(model, tokenizer, target, source=source, weights=told)
-    elif shape is not None:
+    elif (shape := shape_of(planned, model, outcome.cuts, changed(outcome))) is not None:
         shape = save_model(model, tokenizer, target, shape, source=source, written=written)
     else:
         write_model(model, tokenizer, target, source=source, written=written)

@@ -24,7 +24,6 @@ _STARTS: dict[str, Callable[[Tensor, Stats, Pattern], Tensor]] = {
 }
 _SAMPLE = 2**16
 _POWER_STEPS = 50
-_CONVERGED = 1e-12  # share of the first step's gain at which conjugate gradients end for a row
 _MARGIN = 1.02  # power iterations approach the largest eigenvalue from below; a step must not exceed its inverse
 
 
@@ -112,12 +111,9 @@ def fista(
     # what has the pattern, in whatever scope weights competed there, is not rounded in this one; by rows it must be
     ready = has_pattern(begin, pattern) and (isinstance(pattern, NM) or not problem.rowwise)
     best = _round(problem, origin, origin.abs(), pattern, per, ready)
-    units: dict[str, Callable[[], Tensor | float]] = {
-        "geometric": lambda: _unit(problem, pattern),
-        "relative": lambda: _largest(problem),
-        "arithmetic": lambda: 1.0,
-    }
-    unit = units[search]()
+    unit: Tensor | float = 1.0
+    if search != "arithmetic":
+        unit = _unit(problem, pattern) if search == "geometric" else _largest(problem)
     low, high, level = (torch.full_like(best.error, value) for value in (*bracket, penalty))  # (out or 1, 1)
     missed, gain = torch.zeros_like(level), torch.full_like(level, math.inf)
     for _ in range(rounds):
@@ -222,12 +218,11 @@ def _refit(problem: _Quadratic, point: _Point, iterations: int) -> _Point:
     before: Tensor = torch.zeros_like(answer[:, :1])
     # below this a slope is the rounding error of products of this width
     noise = 4 * torch.finfo(answer.dtype).eps ** 2 * len(diagonal) * (problem.dense.square() @ diagonal).unsqueeze(1)
-    first, active = noise, torch.ones_like(before, dtype=torch.bool)
+    active = torch.ones_like(before, dtype=torch.bool)
     for _ in range(iterations):
         downhill = (slope * inverse).neg_()
         drop = -(slope * downhill).sum(1, keepdim=True)  # (out, 1)
-        first = torch.maximum(first, drop)
-        active &= (drop > _CONVERGED * first) & (drop > noise)
+        active &= drop > noise
         if not active.any():
             break
         direction = torch.addcmul(downhill, _ratio(drop, before), direction)
