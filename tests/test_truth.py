@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from test_run import KILLER, TINY, bits, fit, process, recipe
 
 from sparsekit.cli import main
+from sparsekit.maths import parse
 from sparsekit.model import Checkpoint
 from sparsekit.results import verify_run
 from sparsekit.results.manifest import read_manifest, seal
+from sparsekit.results.verification import _grouped, _negative_zeros
 from sparsekit.run.lock import LOCK, locked
+from sparsekit.system import pack
 
 Damage = Callable[[Path], object]
 LINEAR = "model.layers.1.mlp.up_proj.weight"
@@ -402,3 +405,21 @@ def test_a_file_that_no_library_can_read_is_told_by_the_manifest(name: str, fini
     (copy / name).write_bytes(content[: len(content) // 2])
     found = verify_run(copy, against=TINY)
     assert found.failures == [f"{name} is not what the run left"]
+
+
+@pytest.mark.parametrize("text", ["1:2", "2:4", "4:8", "1:8", "2:3", "8:16"])
+def test_groups_are_counted_in_packed_bits_as_in_the_weights(text):
+    pattern, generator = parse(text), torch.Generator().manual_seed(1)
+    weight = torch.randn(6, 3 * pattern.group, generator=generator)
+    weight[~pattern.keep(weight.abs())] = 0
+    assert _grouped(pack(weight.bool()), weight, pattern)
+    for row, column in ((0, 0), (3, 7), (5, weight.shape[1] - 1)):
+        spoiled = weight.clone()
+        spoiled[row, column - column % pattern.group :][: pattern.group] = 1.0
+        assert not _grouped(pack(spoiled.bool()), spoiled, pattern)
+
+
+def test_negative_zeros_are_counted_from_the_bits():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        weight = torch.tensor([[1.0, -0.0, 0.0, -2.0, -0.0, -torch.finfo(dtype).tiny]], dtype=dtype)
+        assert _negative_zeros(weight) == 2 and _negative_zeros(weight.abs()) == 0

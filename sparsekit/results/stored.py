@@ -39,9 +39,13 @@ class Masks(Mapping[str, Tensor]):
         self.shapes = {name: shapes[name] for name in sizes}
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self.shapes[name]
+        return unpack(self.packed(name), self.shapes[name])
+
+    def packed(self, name: str) -> Tensor:
+        """A mask as it is stored: eight weights to a byte."""
         with safe_open(self.file, framework="pt") as handle:
-            return unpack(handle.get_tensor(name), shape)
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -1,6 +1,6 @@
 """Prove from disk that a checkpoint is what it should be. Works on anybody's checkpoint folder."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from sparsekit.model import Linear, Tensors, find_blocks, opened, resized_by, ti
 from sparsekit.model.structure import Cuts, Shape
 from sparsekit.results.settings_proof import prove_settings
 from sparsekit.results.soundness import bad_values, unsound
+from sparsekit.results.stored import Masks
 from sparsekit.results.structure_proof import prove_structure
+from sparsekit.system import count_bits, pack, unpack
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
@@ -43,7 +45,7 @@ def verify(
     pattern: str | None = None,
     against: str | Path | None = None,
     *,
-    masks: Mapping[str, Tensor] | None = None,
+    masks: Masks | None = None,
     patterns: dict[str, str] | None = None,
     quantization: Quantization | None = None,
     trained: Collection[str] = (),
@@ -59,7 +61,7 @@ def verify(
     pattern: every linear of the blocks must have it ("2:4", "50%"; of an unstructured one's zeros, rounding may lose
         less than one a row or a column, whatever the scope of the mask was).
     patterns: name of a linear -> its own pattern; linears that are not named count as not pruned.
-    masks: name of a linear -> what was kept (out, in); a weight outside it must be zero.
+    masks: of the run; a weight outside them must be zero.
     quantization: every weight of the linears must lie on such a grid.
     trained: names of other parameters that a stage says it changed, such as norms and biases.
     changed: where it is known, all names whose values may differ from the source's; None: the weights of the blocks'
@@ -107,7 +109,8 @@ def verify(
         if name in weights and tensor.shape == state[name].shape and not tensor.is_complex():
             linear = weights[name]
             wanted = parse(patterns[linear]) if patterns is not None else asked
-            _linear(linears[linear], tensor, wanted, (masks or {}).get(linear), result)
+            mask = masks.packed(linear) if masks is not None and linear in masks else None
+            _linear(linears[linear], tensor, wanted, mask, result)
             if quantization is not None:
                 result.failures += _off_grid(linears[linear], tensor, quantization)
     result.failures = list(dict.fromkeys(result.failures))
@@ -160,22 +163,39 @@ def _linear(
 ) -> None:
     tensor = stored.t() if linear.transposed else stored  # (out, in)
     tensor = tensor.float() if tensor.element_size() == 1 else tensor  # an 8-bit float has few operations
-    kept = tensor.bool()  # true for NaN too
-    zeros = tensor.numel() - int(kept.count_nonzero())
+    kept = pack(tensor.bool())  # true for NaN too; all that follows reads a byte for eight weights
+    zeros = tensor.numel() - count_bits(kept)
     result.per_linear[linear.name] = {
         "sparsity": zeros / tensor.numel(),
         "pattern": str(pattern) if pattern else None,
         "zeros": zeros,
         "parameters": tensor.numel(),
     }
-    negative = zeros - (tensor.numel() - int(tensor.view(BITS[tensor.element_size()]).count_nonzero()))
-    if negative:
+    if negative := _negative_zeros(tensor):
         result.failures.append(f"{linear.name} holds {negative:,} times -0.0; a zero must be written as 0.0")
-    lost = int((kept > mask).count_nonzero()) if mask is not None else 0
+    lost = count_bits(kept & ~mask) if mask is not None else 0
     if lost:
         result.failures.append(f"{linear.name} has {lost:,} weights where its mask says zero")
     if isinstance(pattern, NM):
-        if tensor.shape[1] % pattern.group or not pattern.satisfied(kept):
+        if tensor.shape[1] % pattern.group or not _grouped(kept, tensor, pattern):
             result.failures.append(f"{linear.name} is not {pattern}: {zeros / tensor.numel():.2%} of it is zero")
     elif pattern is not None and zeros <= pattern.sparsity * tensor.numel() - max(tensor.shape):
         result.failures.append(f"{linear.name} has {zeros / tensor.numel():.2%} zeros, {pattern} was asked")
+
+
+def _negative_zeros(tensor: Tensor) -> int:
+    """How many numbers are -0.0: that of the smallest integer's bits, so that one look at the minimum tells of none."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return 0
+    bits = tensor.view(BITS[tensor.element_size()])
+    least = torch.iinfo(bits.dtype).min
+    return int((bits == least).count_nonzero()) if int(bits.amin()) == least else 0
+
+
+def _grouped(kept: Tensor, tensor: Tensor, pattern: NM) -> bool:
+    """Whether every group of a tensor has the pattern. kept: what is no zero of it, packed."""
+    if 8 % pattern.group:  # groups that do not lie within bytes
+        return pattern.satisfied(tensor)
+    every = torch.arange(256, dtype=torch.uint8)
+    bits = unpack(every, (256, 8)).view(256, -1, pattern.group)
+    return not bool((bits.sum(2) > pattern.kept).any(1)[kept.int()].any())

@@ -3,6 +3,7 @@ from .activations import give_back as give_back
 from .activations import tight as tight
 from .begin import begin_vector_maths as begin_vector_maths
 from .begin import session as session
+from .files import count_bits as count_bits
 from .files import disk_errors as disk_errors
 from .files import make_readable as make_readable
 from .files import pack as pack

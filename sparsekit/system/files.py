@@ -25,6 +25,11 @@ def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=count)).bool().view(shape)
 
 
+def count_bits(bits: Tensor) -> int:
+    """How many of the booleans that `pack` was given are true."""
+    return int(numpy.bitwise_count(bits.numpy()).sum())
+
+
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A file of safetensors, readable as the user's umask says; raises OSError where the disk is full."""
     with disk_errors(file):
