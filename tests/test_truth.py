@@ -413,7 +413,7 @@ def test_groups_are_counted_in_packed_bits_as_in_the_weights(text):
     weight = torch.randn(6, 3 * pattern.group, generator=generator)
     weight[~pattern.keep(weight.abs())] = 0
     assert _grouped(pack(weight.bool()), weight, pattern)
-    for row, column in ((0, 0), (3, 7), (5, weight.shape[1] - 1)):
+    for row, column in ((0, 0), (3, 3), (5, weight.shape[1] - 1)):
         spoiled = weight.clone()
         spoiled[row, column - column % pattern.group :][: pattern.group] = 1.0
         assert not _grouped(pack(spoiled.bool()), spoiled, pattern)
