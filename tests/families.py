@@ -36,7 +36,7 @@ GROUPS = {
     "GPT2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
     "GPTNeoX": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
     "Phi": [["q_proj", "k_proj", "v_proj", "fc1"], ["dense"], ["fc2"]],  # parallel: one normalised input for all
-    "Mixtral": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],  # fused experts are left as they are
+    "Mixtral": GATED[:2] + 4 * GATED[2:],
 }
 
 

@@ -10,7 +10,7 @@ import transformers
 from families import SETTINGS, build
 from safetensors.torch import load_file, save_file
 
-from sparsekit.model import Checkpoint, opened
+from sparsekit.model import Checkpoint, opened, split_experts
 
 TINY = Path(__file__).parent / "models" / "tiny-llama"
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "pad_token_id": 0}
@@ -38,6 +38,7 @@ def test_it_gives_what_from_pretrained_gives(family, bare, tmp_path):
     (model.base_model if bare else model).save_pretrained(tmp_path, max_shard_size="60KB")
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert len(Checkpoint(tmp_path).files) > 1
+    split_experts(loaded)
     found, state = opened(tmp_path), loaded.state_dict()
     assert not found.unused and not found.doubled and set(found.missing) == set(info["missing_keys"])
     tied = dict(loaded.all_tied_weights_keys)

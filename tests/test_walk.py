@@ -9,7 +9,7 @@ from families import SETTINGS, build, committing
 from lightning.pytorch import Trainer
 
 from sparsekit.maths import NM, Unstructured, chain
-from sparsekit.model import discover
+from sparsekit.model import discover, split_experts
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
@@ -21,10 +21,11 @@ HALF = NM(2, 4)
 TOKENS = torch.randint(1, 96, (5, 24), generator=torch.Generator().manual_seed(1))
 
 
-def prune(model, solver, pattern=HALF, *, mode="prefix", budget=10**9, commits=None, batch=2, stop_after=None):
+def prune(model, solver, pattern=HALF, *, mode="prefix", budget=10**9, commits=None, batch=2, stop_after=None, **more):
     """Walk over the model in memory; returns its blocks."""
     blocks = discover(model, TOKENS[:1, :8])
-    stream = BlockStream.over(model, blocks, TOKENS, batch=batch, budget=budget, error_correction=mode, commits=commits)
+    options = {"batch": batch, "budget": budget, "error_correction": mode, "commits": commits}
+    stream = BlockStream.over(model, blocks, TOKENS, **options, **more)
     patterns = {name: pattern for block in blocks for name in block.linears}
     trainer = Trainer(
         accelerator="cpu",
@@ -100,6 +101,7 @@ def test_inputs_and_targets_are_what_the_mode_says(mode):
 def test_every_family_gets_its_pattern(family):
     model = build(family)
     dense = copy.deepcopy(model)
+    split_experts(dense)
     untouched = {n: p.clone() for n, p in dense.named_parameters()}
     blocks = prune(model, sparsegpt)
     names = {f"{n}.weight" for block in blocks for n in block.linears}

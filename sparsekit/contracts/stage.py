@@ -103,6 +103,7 @@ class Context(Protocol):
     seed: of everything random
     error_correction, batch: of the recipe; batch: sequences that go through a block at once
     activations: bytes of activations that may be in memory; the rest goes to `scratch`, a folder of this process
+    statistics: bytes of a block's Gram matrices that may be in memory
     output: the folder of the run; checkpoints: where Lightning's checkpoints of this stage go
     team: the processes that work together
     notes: a stage's name -> what it saw, for the report; JSON
@@ -150,6 +151,11 @@ class Context(Protocol):
     @property
     def activations(self) -> int:
         """Bytes of activations in memory."""
+        ...
+
+    @property
+    def statistics(self) -> int:
+        """Bytes of a block's Gram matrices in memory."""
         ...
 
     @property

@@ -1,5 +1,6 @@
 from .blocks import Block as Block
 from .blocks import Linear as Linear
+from .blocks import decides as decides
 from .blocks import is_linear as is_linear
 from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import read_json as read_json
@@ -7,6 +8,11 @@ from .discovery import adopt as adopt
 from .discovery import discover as discover
 from .discovery import find_blocks as find_blocks
 from .discovery import first_inputs as first_inputs
+from .experts import Experts as Experts
+from .experts import as_linears as as_linears
+from .experts import join_experts as join_experts
+from .experts import joined as joined
+from .experts import split_experts as split_experts
 from .folders import locate as locate
 from .layouts import choose_layout as choose_layout
 from .loading import auto_class as auto_class

@@ -1,13 +1,16 @@
 """A block and its linears: the repeated unit of a model."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from sparsekit.model.experts import Experts
 
 
 class Linear:
@@ -71,6 +74,7 @@ class Block:
 
     groups: names of the linears that read the same tensor, in call order (q,k,v | o | gate,up | down)
     linears: name -> Linear
+    experts: name inside the module -> a module of experts, whose linears are among these
     skipped: name -> why sparsekit leaves it as it is
     arguments: batch size -> (positional, keyword) arguments that follow the hidden states
     masks: name -> the weights (out, in) that were kept, once the block is pruned; zeros alone would not tell, since a
@@ -86,6 +90,7 @@ class Block:
         self.module = module
         self.linears = {f"{name}.{inner}": Linear(f"{name}.{inner}", m) for inner, m in linears_of(module)}
         self.groups: list[list[str]] = []
+        self.experts = experts_of(module)
         self.skipped: dict[str, str] = {}
         self.masks: dict[str, Tensor] = {}
         self.records: dict[str, dict[str, Any]] = {}
@@ -121,12 +126,27 @@ class Block:
         out = functional_call(self.module, parameters, (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple) else out
 
+    def keep_only(self, names: Collection[str]) -> None:
+        """Let the block have these linears alone, in its groups too."""
+        self.linears = {name: linear for name, linear in self.linears.items() if name in names}
+        groups = ([name for name in group if name in names] for group in self.groups)
+        self.groups = [group for group in groups if group]
+
     def twin(self) -> "Block":
-        """A copy with its own weights; everything else is shared."""
+        """A copy with its own weights; everything else is shared. Its experts are watched with this block's tokens."""
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module)
-        twin.linears = {name: Linear(name, m) for name, m in zip(self.linears, _modules(twin.module), strict=True)}
+        inner = {f"{self.name}.{name}": module for name, module in linears_of(twin.module)}
+        twin.linears = {name: Linear(name, inner[name]) for name in self.linears}
+        twin.experts = experts_of(twin.module)
+        for name, experts in twin.experts.items():
+            experts.leader = self.experts[name]
         return twin
+
+    def watch(self, watched: bool) -> None:
+        """Tell the experts whether somebody looks at what enters their linears."""
+        for experts in self.experts.values():
+            experts.watched = watched
 
     @contextmanager
     def watching(self, groups: Iterable[int], see: Callable[[int, Tensor], None]) -> Iterator[None]:
@@ -139,11 +159,13 @@ class Block:
                 see(group, args[0])
 
             hooks.append(first.register_forward_pre_hook(hook))
+        self.watch(True)
         try:
             yield
         finally:
             for handle in hooks:
                 handle.remove()
+            self.watch(False)
 
     def until(self, hidden: Tensor, groups: list[int], see: Callable[[int, Tensor], None]) -> None:
         """Run only as far as the last of `groups`: what follows is not needed."""
@@ -159,6 +181,20 @@ class Block:
                 self(hidden)
             except _Stop:
                 return
+
+
+# a part of a name; gate_proj, half of a feed-forward part, is none
+DECIDES = re.compile(r"(^|[._])(router|gate|gating)([.]|$)")
+
+
+def decides(name: str) -> bool:
+    """Whether a linear, by its name inside the block, decides instead of computing: routers and gates of experts."""
+    return DECIDES.search(name) is not None
+
+
+def experts_of(module: nn.Module) -> dict[str, Experts]:
+    """The modules of experts inside a module, by name, in order of definition."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, Experts)}
 
 
 def linears_of(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -1,12 +1,14 @@
 """The repeated blocks of a model: found, not configured, for any transformer that calls them one after another."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block, Linear, _modules, _Stop, put_forward
+from sparsekit.model.blocks import Block, Linear, _modules, _Stop, decides, put_forward
+from sparsekit.model.experts import split_experts
 from sparsekit.model.vision import sees_images
 
 
@@ -43,12 +45,24 @@ def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
     """The model's blocks with their groups, seen in one forward pass of `tokens` (sequences, length), best a few.
 
     A vision model's are pixels (images, channels, height, width), here and in `first_inputs`. Works on the meta device
-    too. Linears that the pass does not reach are left as they are and named in `skipped`, and so are fused experts
-    (parameters with three dimensions): each expert sees only some tokens.
+    too. Linears that the pass does not reach are left as they are and named in `skipped`, and so are routers and
+    gates. Fused experts become linears (`split_experts`).
 
     Raises:
         ValueError: no blocks, a block runs more than once in a forward pass, or gives hidden states of another shape.
     """
+    split_experts(model)
+    try:
+        return _discover(model, tokens)
+    except (NotImplementedError, RuntimeError) as error:
+        if not tokens.is_meta or "meta" not in str(error).lower():
+            raise
+    # what the forward pass does depends on numbers, so it is given some: zeros, which take no memory before written to
+    stand_in = copy.deepcopy(model)._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
+    return adopt(model, _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype)))
+
+
+def _discover(model: nn.Module, tokens: Tensor) -> list[Block]:
     blocks = find_blocks(model)
     keep: list[Tensor] = []  # inputs stay alive, so that no two of them share an address
     hooks = []
@@ -83,26 +97,36 @@ def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
                     lambda _, args, block=block, name=name, seen=seen: reached(block, name, seen, args[0])
                 )
             )
+    for block in blocks:
+        block.watch(True)
     try:
         _run(model, tokens, use_cache=True)
     finally:
         for handle in hooks:
             handle.remove()
+        for block in blocks:
+            block.watch(False)
     for block in blocks:
         if runs[block.index] != 1:
             raise ValueError(f"{block.name} runs {runs[block.index]} times in a forward pass; it must run exactly once")
         found = {name for group in block.groups for name in group}
         for name in block.linears.keys() - found:
             block.skipped[name] = "not reached by the forward pass that looks for linears"
-        block.linears = {name: linear for name, linear in block.linears.items() if name in found}
+        for name in filter(decides, found):
+            block.skipped[name] = "it decides where tokens go, or how much passes"
+        block.keep_only(found - block.skipped.keys())
         for name, parameter in block.module.named_parameters():
-            if parameter.dim() == 3:
-                block.skipped[f"{block.name}.{name}"] = "fused experts: each sees only some of the tokens"
+            if parameter.dim() > 2:
+                inside = block.module.get_submodule(name.rpartition(".")[0])
+                convolution = isinstance(inside, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+                why = "a convolution" if convolution else f"{parameter.dim()} dimensions, in no form that is known"
+                block.skipped[f"{block.name}.{name}"] = why
     return blocks
 
 
 def adopt(model: nn.Module, known: list[Block]) -> list[Block]:
     """The blocks of `model` with the groups that were discovered in another copy of it, such as its skeleton."""
+    split_experts(model)
     blocks = find_blocks(model)
     for block, other in zip(blocks, known, strict=True):
         block.linears = {name: block.linears[name] for name in other.linears}

@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsekit.model import layouts
 from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.experts import split_experts
 from sparsekit.model.folders import locate
 from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton
 from sparsekit.model.resized import build_resized, resized_by
@@ -181,7 +182,9 @@ def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Modul
     check_layers(Path(folder))
     shape = Shape.read(folder)
     if shape is None or shape.layout == "plain":
-        return _counted(plain_skeleton(Path(folder), trust_remote_code=trust_remote_code), shape)
+        model = _counted(plain_skeleton(Path(folder), trust_remote_code=trust_remote_code), shape)
+        split_experts(model)
+        return model
     return shape.build("meta")
 
 

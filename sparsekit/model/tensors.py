@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.experts import joined, pieces_of
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -31,7 +32,8 @@ class Tensors(Mapping[str, Tensor]):
         from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
         self.stored, self.model = stored, model
-        needed = model.state_dict()
+        with joined(model):
+            needed = model.state_dict()
         transforms = get_model_conversion_mapping(model)
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         renamings: list[Any] = [each for each in transforms if not isinstance(each, WeightConverter)]
@@ -60,13 +62,38 @@ class Tensors(Mapping[str, Tensor]):
                 if name in self.made or name in self.direct:
                     self.doubled.append(name)
                 self.made[name], self.sizes[name] = first, tuple(tensor.shape)
+        self.parts: dict[str, tuple[str, Any]] = {}  # name of an expert's tensor -> what it is a part of, and which
+        self._split()
         patterns = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         self.ignored = [key for key in self.unused if any(each.search(key) for each in patterns)]
         self.unused = [key for key in self.unused if key not in set(self.ignored)]
         self._kept: tuple[str, dict[str, Tensor]] = ("", {})  # the group that was made last
+        self._whole: tuple[str, Tensor] = ("", torch.empty(0))  # what was taken apart last
+
+    def _split(self) -> None:
+        """Name the parts of fused experts, as the model has them, and not the whole."""
+        for whole, parts in pieces_of(self.model).items():
+            if whole not in self.sizes:
+                continue
+            size = self.sizes.pop(whole)
+            for name, pick in parts:
+                self.parts[name] = (whole, pick)
+                try:
+                    self.sizes[name] = tuple(pick(torch.empty(size, device="meta")).shape)
+                except (IndexError, RuntimeError):
+                    self.sizes[name] = ()  # of a whole that has another form
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name, in the dtype of the file."""
+        if name in self.parts:
+            whole, pick = self.parts[name]
+            if self._whole[0] != whole:
+                self._whole = (whole, self._one(whole))
+            part: Tensor = pick(self._whole[1])
+            return part
+        return self._one(name)
+
+    def _one(self, name: str) -> Tensor:
         if name in self.direct:
             return self.stored.tensor(self.direct[name])
         first = self.made[name]
@@ -76,14 +103,13 @@ class Tensors(Mapping[str, Tensor]):
         return self._kept[1][name]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.direct
-        yield from self.made
+        yield from self.sizes
 
     def __len__(self) -> int:
-        return len(self.direct) + len(self.made)
+        return len(self.sizes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.direct or name in self.made
+        return name in self.sizes
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor; no weight is read."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsekit.model.blocks import Block
 from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.experts import joined
 from sparsekit.model.shards import Shards, digest_of
 from sparsekit.model.tensors import Tensors, stored_form
 from sparsekit.system import disk_errors
@@ -51,7 +52,8 @@ class Weights:
         with disk_errors(self.folder), _default_generation(self.model):
             self.model.save_pretrained(self.folder, state_dict={})  # all but the weights: its config, and its code
         self.describe(self.folder)
-        state = self.model.state_dict(keep_vars=True)
+        with joined(self.model):
+            state = self.model.state_dict(keep_vars=True)
         bare = {name: torch.empty_like(tensor, device="meta") for name, tensor in (state | self.zeros).items()}
         self._shards, self._stored = Shards.lay_out(self.folder, self._form(bare)), None
         inside = tuple(f"{name}." for name in blocks)
@@ -64,7 +66,8 @@ class Weights:
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
-        state = block.module.state_dict(keep_vars=True)
+        with joined(block.module):
+            state = block.module.state_dict(keep_vars=True)
         return self._write(self._form({f"{block.name}.{name}": tensor for name, tensor in state.items()}))
 
     @torch.no_grad()

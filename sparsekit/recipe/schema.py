@@ -244,6 +244,11 @@ class Memory(Section):
         gt=0,
         description='of calibration activations in CPU memory, in bytes or as "4GB"; the rest is on disk',
     )
+    statistics: Annotated[int, BeforeValidator(values.in_bytes, json_schema_input_type=int | str)] = Field(
+        default=4 * 10**9,
+        gt=0,
+        description="of a block's Gram matrices at a time; where experts have more, they come in several turns",
+    )
 
 
 SECTIONS: dict[tuple[str | int, ...], type[Section]] = {

@@ -61,6 +61,14 @@ class _Report(_Part):
     verified: Literal[True] | list[str] = True
     error: dict[str, float] = {}
     structure: _Structure | None = None
+    exports: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    warnings: dict[str, list[str]] = {}
+    blocks: dict[str, dict[str, Any]] = {}
+    notes: dict[str, Any] = {}
+    samples: list[dict[str, str]] = []
+    versions: dict[str, Any] = {}
+    hardware: dict[str, Any] = {}
 
 
 def read_report(run: str | Path, *needs: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.maths import NM, Quantization, Unstructured, parse
-from sparsekit.model import Linear, Tensors, find_blocks, opened, resized_by, tied_names
+from sparsekit.model import Linear, Tensors, decides, find_blocks, opened, resized_by, tied_names
 from sparsekit.model.structure import Cuts, Shape
 from sparsekit.results.settings_proof import prove_settings
 from sparsekit.results.soundness import bad_values, unsound
@@ -85,6 +85,8 @@ def verify(
     linears = {linear.name: linear for block in find_blocks(stored.model) for linear in block.linears.values()}
     if patterns is not None:
         linears = {name: linear for name, linear in linears.items() if name in patterns}
+    else:
+        linears = {name: linear for name, linear in linears.items() if not decides(name)}
     weights = {f"{name}.weight": name for name in linears}
     cut = Shape.read(folder) is not None
     free = set(changed) if changed is not None else {*trained, *(weights if not cut or patterns else ())}

@@ -48,6 +48,7 @@ class Context:
     error_correction: str = "prefix"
     batch: int = 1
     activations: int = 4 * 10**9
+    statistics: int = 4 * 10**9
     commits: Commits = field(default=None)  # type: ignore[assignment]
     index: int = 0
     before: Any = None
@@ -89,6 +90,7 @@ class Context:
         settings: dict[str, Any] = {
             "batch": self.batch,
             "budget": self.activations,
+            "grams": self.statistics,
             "folder": self.scratch,
             "error_correction": self.error_correction,
             "dense_weight": self.dense_weight if self.index == 0 else None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsekit.data import Corpus, calibration_tokens, sample
 from sparsekit.measure import FirstToken, beginning, first_token
-from sparsekit.model import sees_images
+from sparsekit.model import as_linears, sees_images
 from sparsekit.model.structure import Shape
 from sparsekit.recipe import load_recipe
 from sparsekit.run import result
@@ -74,40 +74,41 @@ def prune(
         dense = copying.deepcopy(model) if copy else None
         model = copying.deepcopy(model) if copy else model
         model.to("cpu").eval()
-        source = from_memory(model, tokenizer, (lambda: copying.deepcopy(dense)) if dense is not None else None)
-        planned = make_plan(recipe, (_without_weights(model), source))
-        if tokens is not None:
-            planned.resolved["calibration"] |= {"source": IN_MEMORY}
-        tokens, first = _tokens(planned, model, tokenizer, tokens)
-        _check_tokens(tokens, planned)
-        before = digests(model)
-        held = None if resume is not None else tempfile.TemporaryDirectory(prefix="sparsekit-")
-        output = Path(resume) if resume is not None else Path(held.name)  # type: ignore[union-attr]
-        if resume is not None:
-            check_output(output, resume=True)
-            claim_output(output, fingerprint_of(planned, tokens))
-        console = Console(quiet=quiet)
-        with Meter() as meter:
-            if planned.postponed:
-                with meter.stage("allocate"):
-                    found = measured_patterns(planned, model, tokens, output / "activations")
-                    planned = replace(planned, patterns=found)
-            outcome = run_stages(planned, model, tokens, output, meter, console, first.token)
-        shape = Shape.of(model, outcome.cuts, changed=result.changed(outcome)) if outcome.cuts else None
-        report = {
-            "model": {"name": source.name, "class": type(model).__name__, "dtype": "auto"},
-            "recipe": planned.resolved,
-            "versions": versions(planned.packages()),
-            "hardware": hardware(),
-            "stages": meter.stages(),
-            **result.facts(planned, outcome, shape),
-            "bos": {"asked": recipe.bos, "used": first.used, "why": first.why},
-            "evaluation": {},
-            "verified": ["not verified yet"],
-        }
-        pruned = Pruned(planned, model, tokenizer, outcome, report, before, held)
-        report["verified"] = pruned.verify() or True
-        return pruned
+        with as_linears(model):
+            source = from_memory(model, tokenizer, (lambda: copying.deepcopy(dense)) if dense is not None else None)
+            planned = make_plan(recipe, (_without_weights(model), source))
+            if tokens is not None:
+                planned.resolved["calibration"] |= {"source": IN_MEMORY}
+            tokens, first = _tokens(planned, model, tokenizer, tokens)
+            _check_tokens(tokens, planned)
+            before = digests(model)
+            held = None if resume is not None else tempfile.TemporaryDirectory(prefix="sparsekit-")
+            output = Path(resume) if resume is not None else Path(held.name)  # type: ignore[union-attr]
+            if resume is not None:
+                check_output(output, resume=True)
+                claim_output(output, fingerprint_of(planned, tokens))
+            console = Console(quiet=quiet)
+            with Meter() as meter:
+                if planned.postponed:
+                    with meter.stage("allocate"):
+                        found = measured_patterns(planned, model, tokens, output / "activations")
+                        planned = replace(planned, patterns=found)
+                outcome = run_stages(planned, model, tokens, output, meter, console, first.token)
+            shape = Shape.of(model, outcome.cuts, changed=result.changed(outcome)) if outcome.cuts else None
+            report = {
+                "model": {"name": source.name, "class": type(model).__name__, "dtype": "auto"},
+                "recipe": planned.resolved,
+                "versions": versions(planned.packages()),
+                "hardware": hardware(),
+                "stages": meter.stages(),
+                **result.facts(planned, outcome, shape),
+                "bos": {"asked": recipe.bos, "used": first.used, "why": first.why},
+                "evaluation": {},
+                "verified": ["not verified yet"],
+            }
+            pruned = Pruned(planned, model, tokenizer, outcome, report, before, held)
+            report["verified"] = pruned.verify() or True
+            return pruned
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

@@ -6,10 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsekit.maths import parse
-from sparsekit.model import load
+from sparsekit.model import as_linears, load, opened, tied_names
 from sparsekit.model.structure import Shape
 from sparsekit.results import REPORT, read_report, seal, verify_run, write_manifest
 from sparsekit.results import masks as read_masks
@@ -102,6 +103,10 @@ class Pruned(Result):
         and, once saved, the checkpoint read back from disk is this model bit for bit. Of a model that structures were
         cut out of, tensors inside the blocks are not compared with those that came, whose shapes they no longer have.
         """
+        with as_linears(self.model):
+            return self._failures()
+
+    def _failures(self) -> list[str]:
         failures = []
         now = digests(self.model)
         changed = result.changed(self._outcome)
@@ -121,12 +126,13 @@ class Pruned(Result):
                 failures += _wrong_pattern(name, weight, patterns[name])
         if self.folder is not None:
             with session():
-                stored = digests(load(self.folder / "model")[0])
-            failures += [
-                f"{name} is another on disk than in memory"
-                for name in sorted(now.keys() | stored.keys())
-                if now.get(name) != stored.get(name)
-            ]
+                stored = opened(self.folder / "model")
+                state, copies = self.model.state_dict(), tied_names(self.model)
+                failures += [
+                    f"{name} is another on disk than in memory"
+                    for name in sorted({*state, *stored} - (copies.keys() - set(stored)))
+                    if name not in state or name not in stored or not _same_bits(state[name], stored[name])
+                ]
         return failures
 
     def save(self, folder: str | Path) -> Path:
@@ -180,6 +186,13 @@ def _kept(outcome: Any, block: Any) -> dict[str, Tensor]:
         return {}
     bits = outcome.masks.masks(block)
     return {name: unpack(bits[name], block.linears[name].shape) for name in bits if name in block.records}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    a, b = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(a, b)
 
 
 def _wrong_pattern(name: str, weight: Tensor, pattern: Any) -> list[str]:

@@ -99,6 +99,7 @@ def run_stages(
             error_correction=recipe.error_correction,
             batch=planned.batch,
             activations=recipe.memory.activations,
+            statistics=recipe.memory.statistics,
             commits=commits,
             index=index,
             before=outcome.masks,

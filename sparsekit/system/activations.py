@@ -69,7 +69,7 @@ class ActivationStore:
     def __init__(self, budget: int, folder: str | Path | None = None):
         self.budget = budget
         self.resident = 0  # bytes of the chunks in memory
-        self._parent = folder
+        self.parent = folder
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._chunks: list[Tensor | _OnDisk] = []
 
@@ -115,9 +115,9 @@ class ActivationStore:
             self.resident += chunk.nbytes
             return chunk
         if self._folder is None:
-            if self._parent is not None:
-                Path(self._parent).mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(dir=self._parent, prefix="activations-")
+            if self.parent is not None:
+                Path(self.parent).mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.TemporaryDirectory(dir=self.parent, prefix="activations-")
         file = Path(self._folder.name) / f"{index:06d}.bin"
         with file.open("wb") as handle:
             chunk.view(-1).view(torch.uint8).numpy().tofile(handle)

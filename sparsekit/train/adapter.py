@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from sparsekit.model import Linear
+from sparsekit.model import Linear, split_experts
 from sparsekit.system import pack, unpack, write_atomically, write_json, write_tensors
 from sparsekit.train.lowrank import ADAPTER, SparseLinear, attach_updates, factors
 
@@ -60,6 +60,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> dict[str, SparseLinear
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if config["peft_type"] != TYPE:
         raise ValueError(f"{folder} holds an adapter of type {config['peft_type']}: load it with peft itself")
+    split_experts(model)
     linears = [Linear(name, model.get_submodule(name)) for name in config["target_modules"]]
     with safe_open(folder / WEIGHTS, framework="pt") as handle:
         found = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (it is no dict)

@@ -176,7 +176,8 @@ def attach_updates(
     )
     config._register_custom_module({type(linear.module): SparseLinear for linear in linears})
     torch.manual_seed(seed)
-    inject_adapter_in_model(config, model, ADAPTER)  # freezes all else
+    # freezes all else. Within another module, since peft has its own mind of experts and of Mamba by the model's config
+    inject_adapter_in_model(config, nn.ModuleList([model]), ADAPTER)
     layers = {}
     for linear in linears:
         layer = model.get_submodule(linear.name)

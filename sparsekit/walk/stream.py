@@ -13,6 +13,7 @@ from sparsekit.maths import Stats
 from sparsekit.model import Block, Linear, first_inputs
 from sparsekit.system import ActivationStore, Team, give_back
 from sparsekit.walk.commits import Commits
+from sparsekit.walk.turns import Given, turns
 
 ERROR_CORRECTIONS = ("prefix", "none", "block", "model")
 
@@ -30,6 +31,7 @@ class BlockStream:
     dense_inputs: for `model`, a second store that holds the same chunks
     dense_weight: gives a linear's dense weight (out, in), read from the source when its block is reached; None: the
         weight that is there
+    grams: bytes of a block's Gram matrices at a time; where experts have more, they come in several turns
     commits: blocks that are committed there are restored instead of walked: resuming is starting further on
     team: the processes that walk together. With `block` each takes other blocks; `rounds` are those of this process.
         Else each has some of the inputs, sums run over all of them, and all are at the same block.
@@ -44,13 +46,14 @@ class BlockStream:
         error_correction: str = "prefix",
         dense_weight: Callable[[Linear], Tensor] | None = None,
         commits: Commits | None = None,
+        grams: int = 4 * 10**9,
         team: Team = Team(),  # noqa: B008 (frozen)
     ):
         if error_correction not in ERROR_CORRECTIONS:
             raise ValueError(f"error_correction is {error_correction!r}; it can be {', '.join(ERROR_CORRECTIONS)}")
         if (error_correction == "model") != (dense_inputs is not None):
             raise ValueError("dense_inputs belong to error_correction: model, and it needs them")
-        self.blocks, self.inputs, self.dense_inputs = blocks, inputs, dense_inputs
+        self.blocks, self.inputs, self.dense_inputs, self.grams = blocks, inputs, dense_inputs, grams
         self.error_correction, self.dense_weight, self.commits = error_correction, dense_weight, commits
         done = set() if commits is None else commits.done()
         remaining = [block for block in blocks if block.index not in done]
@@ -117,23 +120,29 @@ class BlockStream:
 
     @torch.no_grad()
     def statistics(self, block: Block) -> Iterator[tuple[list[str], Stats]]:
-        """Each group's linears and the one Stats they share, in call order.
+        """Each group's linears and the one Stats they share, in call order but for experts that come in a later turn.
 
-        The caller writes a group's new weights before it asks for the next group: with `block` and `model` they change
-        what the next group is given.
+        How many tokens each expert was sent is in the block's notes afterwards. The caller writes a group's new weights
+        before it asks for the next group: with `block` and `model` they change what the next group is given.
         """
+        for experts in block.experts.values():
+            experts.routed.zero_()
         if not self.coupled:
-            collected = self._collect(block)
-            for stats in collected:
-                self.team.sum(stats.parts())
-            for names in block.groups:
-                give_back()
-                yield names, collected.pop(0)  # a Gram lives no longer than its group needs it
+            for turn in self._collect(block):
+                for group in sorted(turn):
+                    self.team.sum(turn[group].parts())
+                for group in sorted(turn):
+                    give_back()
+                    yield block.groups[group], turn.pop(group)  # a Gram lives no longer than its group needs it
             return
         twin = block.twin()
         for group, names in enumerate(block.groups):
+            for experts in block.experts.values():
+                experts.routed.zero_()
             collected = [self._collect_pairs(block, twin, group)]
             self.team.sum(collected[0].parts())
+            if group == len(block.groups) - 1:  # earlier passes went over the same tokens
+                self._count(block)
             give_back()
             yield names, collected.pop()
         if block is not self.blocks[-1]:
@@ -145,19 +154,41 @@ class BlockStream:
         if self.error_correction in ("prefix", "model") and block is not self.blocks[-1]:
             _advance(block, self.inputs)
 
-    def _collect(self, block: Block) -> list[Stats]:
-        """One pass with the block dense; with `none` its outputs are the next block's inputs at once."""
+    def _collect(self, block: Block) -> Iterator[dict[int, Stats]]:
+        """One pass with the block dense; with `none` its outputs are the next block's inputs at once.
+
+        Experts whose Gram matrices do not fit beside the others come later, from what their module was given: a pruned
+        block does not change it, nor the weights of experts that are still to come.
+        """
+        groups, *later = turns(block, self.grams)
         collected: dict[int, Stats] = {}
         see = partial(_add, collected)
-        groups = list(range(len(block.groups)))
         outputs = self.error_correction == "none" and block is not self.blocks[-1]
-        for index, chunk in enumerate(self.inputs):
-            if outputs:
-                with block.watching(groups, see):
-                    self.inputs[index] = block(chunk)
-            else:
-                block.until(chunk, groups, see)
-        return [collected[group] for group in groups]
+        given = Given(block.experts if later else {}, self.inputs.budget, self.inputs.parent)
+        with given.watching():
+            for index, chunk in enumerate(self.inputs):
+                if outputs or later:
+                    with block.watching(groups, see):
+                        out = block(chunk)
+                    if outputs:
+                        self.inputs[index] = out
+                else:
+                    block.until(chunk, groups, see)
+        self._count(block)
+        yield collected
+        for groups in later:
+            collected.clear()
+            with block.watching(groups, see):
+                given.again(block.device)
+            yield collected
+        given.close()
+
+    def _count(self, block: Block) -> None:
+        """Note how many tokens each expert was sent."""
+        for name, experts in block.experts.items():
+            counts = experts.routed.to(self.device)
+            self.team.sum([counts])
+            block.notes.setdefault("tokens", {})[name] = counts.tolist()
 
     def _collect_pairs(self, block: Block, twin: Block, group: int) -> Stats:
         """One group's inputs in the pruned block beside those in the dense one."""
@@ -165,10 +196,12 @@ class BlockStream:
         same = self.dense_inputs is None and group == 0  # nothing before it has been pruned
         dense_chunks = iter(self.dense_inputs) if self.dense_inputs is not None else None
         for chunk in self.inputs:
+            mine: dict[int, Tensor] = {}
             dense: dict[int, Tensor] = {}
-            if not same:
+            block.until(chunk, [group], mine.__setitem__)
+            if not same:  # second: experts of the twin are given the tokens that the block's were given
                 twin.until(next(dense_chunks) if dense_chunks else chunk, [group], dense.__setitem__)
-            block.until(chunk, [group], partial(_add, collected, dense=dense))
+            _add(collected, group, mine[group], dense)
         return collected[group]
 
     def _read(self, block: Block) -> None:

@@ -1,0 +1,382 @@
+"""Experts that a model holds in parameters of three dimensions, shown as ordinary linears that share their memory.
+
+Everything that looks for linears finds those of each expert then: statistics, solvers, masks, training, proof. Nothing
+is copied: a linear's weight is a view of the parameter, which `joined` gives back for saving.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SHARE = 1.0  # other tokens that a watched expert is shown, in units of the tokens that one expert is given on average
+INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
+
+
+class Piece(NamedTuple):
+    """A part of a fused parameter: its own name inside the experts, the parameter's, and what takes it out of it."""
+
+    name: str
+    whole: str
+    pick: Callable[[Tensor], Tensor]
+
+
+class Experts(nn.Module):
+    """The experts of a fused module, as children "0", "1" ...: what a router sends tokens to.
+
+    watched: somebody looks at what enters the linears. Beside its own tokens each expert is given a few others then, of
+        which nothing is used: so that one which few tokens are sent to is not known by these alone
+    routed: how many tokens each expert was sent while it was watched
+    leader: while watched, tokens go where they went in these experts; None: where the router sends them
+    """
+
+    fused: Any  # not a child, whose parameters would count twice
+
+    def __init__(self, fused: nn.Module):
+        super().__init__()
+        self.__dict__["fused"] = fused
+        for name, child in fused.named_children():
+            self.add_module(name, child)
+        self.pieces = self.cut_up(fused)
+        for index in range(self.count):
+            mine = [piece for piece in self.pieces if piece.name.startswith(f"{index}.")]
+            self.add_module(str(index), _expert(mine))
+        self.look()
+        self.watched = False
+        self.routed = torch.zeros(self.count, dtype=torch.int64)
+        self.leader: Experts | None = None
+        self._sent: Any = None
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether this is a module of the kind."""
+        down = getattr(module, "down_proj", None)
+        return all(hasattr(module, name) for name in INTERFACE) and isinstance(down, Tensor) and down.dim() == 3
+
+    def cut_up(self, fused: Any) -> list[Piece]:
+        """The parts that its parameters consist of; sets `count`, the number of experts."""
+        self.count = len(fused.down_proj)
+        first = ("gate_up_proj", ("gate_proj", "up_proj")) if fused.has_gate else ("up_proj", ("up_proj",))
+        return _pieces(
+            self.count,
+            {first[0]: first[1], "down_proj": ("down_proj",)},
+            transposed=fused.is_transposed,
+            concatenated=fused.is_concatenated,
+            biases=fused.has_bias,
+        )
+
+    def look(self) -> None:
+        """Make every linear's parameters views of what the fused parameters are now."""
+        for piece in self.pieces:
+            whole = getattr(self.fused, piece.whole)
+            _put(self, piece.name, nn.Parameter(piece.pick(whole.detach()), requires_grad=whole.requires_grad))
+
+    def gated(self, expert: Any, rows: Tensor) -> Tensor:
+        """What enters an expert's last linear."""
+        fused = self.fused
+        if not fused.has_gate:
+            hidden: Tensor = fused.act_fn(expert.up_proj(rows))
+            return hidden
+        gate, up = expert.gate_proj(rows), expert.up_proj(rows)
+        both = torch.cat([gate, up], -1) if fused.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+        gated: Tensor = fused._apply_gate(both)
+        return gated
+
+    def run(self, index: int, rows: Tensor, others: Tensor | None) -> Tensor:
+        """An expert's outputs for rows. others: rows that it is shown besides."""
+        expert: Any = self.get_submodule(str(index))
+        shown = rows if others is None else torch.cat([rows, others])
+        out: Tensor = expert.down_proj(self.gated(expert, shown))[: len(rows)]
+        if getattr(self.fused, "has_post_expert_norm", False):
+            out = self.fused.post_expert_norm(out)
+        return out
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the fused module's: each token through the experts that it is sent to, weighted. On the meta device, where
+        nothing can be sent, every expert is given every token."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        total = torch.zeros_like(rows)
+        if rows.is_meta:
+            for index in range(self.count):
+                total = total + self.run(index, rows.clone(), None).to(total.dtype)
+            return total.view(hidden_states.shape)
+        sent = self._where(top_k_index)
+        for index in range(self.count):
+            tokens, place = torch.where(sent == index)
+            others = self._others(index, rows, sent.shape[-1])
+            if others is None and not len(tokens):
+                continue
+            self._count(index, len(tokens))
+            out = self.run(index, rows[tokens], others)
+            total.index_add_(0, tokens, (out * top_k_weights[tokens, place, None]).to(total.dtype))
+        return self.beyond(total, rows, sent, top_k_weights).view(hidden_states.shape)
+
+    def beyond(self, total: Tensor, rows: Tensor, sent: Tensor, weights: Tensor) -> Tensor:
+        """The total with what experts add that have no weights."""
+        return total
+
+    def _where(self, sent: Tensor) -> Tensor:
+        """Where tokens go, (tokens, experts of each)."""
+        if self.watched:
+            sent = sent if self.leader is None else self.leader._sent
+            self._sent = sent
+        return sent
+
+    def _count(self, index: int, tokens: int) -> None:
+        if self.watched:
+            self.routed[index] += tokens
+
+    def _others(self, index: int, rows: Tensor, each: int) -> Tensor | None:
+        """Rows from all over the text for a watched expert, the same ones every time."""
+        if not self.watched:
+            return None
+        count = max(1, min(len(rows), round(SHARE * len(rows) * each / self.count)))
+        chosen = torch.arange(count, device=rows.device) * len(rows) // count + index * len(rows) // self.count
+        return rows[chosen % len(rows)]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Experts":
+        for piece in self.pieces:
+            linear, kind = _place(self, piece.name)
+            linear._parameters[kind] = None
+        super()._apply(fn, recurse)  # what others have put beside the linears
+        self.fused._apply(fn, recurse)  # moved or cast as a whole
+        self.look()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Experts":
+        return type(self)(copy.deepcopy(self.fused, memo)).train(self.training)
+
+
+class Flat(Experts):
+    """DBRX: three matrices, experts below one another."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "DbrxExperts"
+
+    def cut_up(self, fused: Any) -> list[Piece]:
+        self.count, width = fused.num_experts, fused.ffn_hidden_size
+
+        def rows(index: int, turned: bool) -> Callable[[Tensor], Tensor]:
+            part = slice(index * width, (index + 1) * width)
+            return lambda whole: whole[part].t() if turned else whole[part]
+
+        names = (("gate_proj", "w1", False), ("up_proj", "v1", False), ("down_proj", "w2", True))
+        return [
+            Piece(f"{index}.{name}.weight", f"mlp.{whole}", rows(index, turned))
+            for index in range(self.count)
+            for name, whole, turned in names
+        ]
+
+    def __init__(self, fused: nn.Module):
+        super().__init__(fused)
+        del self.mlp
+
+    def look(self) -> None:
+        for piece in self.pieces:
+            whole = self.fused.get_parameter(piece.whole)
+            _put(self, piece.name, nn.Parameter(piece.pick(whole.detach()), requires_grad=whole.requires_grad))
+
+    def gated(self, expert: Any, rows: Tensor) -> Tensor:
+        gated: Tensor = self.fused.mlp.activation_fn(expert.gate_proj(rows)) * expert.up_proj(rows)
+        return gated
+
+
+class WithIdentities(Experts):
+    """LongCat: some experts give back what they are given, and have no weights that are used."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "LongcatFlashExperts" and module.gate_up_proj is not None
+
+    def cut_up(self, fused: Any) -> list[Piece]:
+        self.count = count = fused.num_routed_experts
+        found = _pieces(count, {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)})
+        spare = [Piece("spare", "gate_up_proj", lambda whole: whole[count:])]  # rows that nothing reads
+        return found + (spare if len(fused.gate_up_proj) > count else [])
+
+    def gated(self, expert: Any, rows: Tensor) -> Tensor:
+        gated: Tensor = self.fused.act_fn(expert.gate_proj(rows)) * expert.up_proj(rows)
+        return gated
+
+    def beyond(self, total: Tensor, rows: Tensor, sent: Tensor, weights: Tensor) -> Tensor:
+        share = (weights * (sent >= self.count)).sum(-1, keepdim=True)
+        return total + (rows * share).to(total.dtype)
+
+
+class Sorted(Experts):
+    """Llama 4: every expert is given all tokens, multiplied by the router's score, which is zero for those not sent."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "Llama4TextExperts"
+
+    def cut_up(self, fused: Any) -> list[Piece]:
+        self.count = fused.num_experts
+        names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+        return _pieces(self.count, names, transposed=True)
+
+    def gated(self, expert: Any, rows: Tensor) -> Tensor:
+        gated: Tensor = expert.up_proj(rows) * self.fused.act_fn(expert.gate_proj(rows))
+        return gated
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        parts = hidden_states.view(self.count, -1, hidden_states.shape[-1])
+        if parts.is_meta:
+            return torch.cat([self.run(index, rows.clone(), None) for index, rows in enumerate(parts)])
+        return torch.cat([self._of(index, rows, parts) for index, rows in enumerate(parts)])
+
+    def _of(self, index: int, rows: Tensor, parts: Tensor) -> Tensor:
+        tokens = rows.any(-1).nonzero().squeeze(1)
+        self._count(index, len(tokens))
+        others = None
+        if self.watched:  # each token as the expert that it is sent to has it
+            scores = parts.abs().amax(-1).argmax(0)
+            others = self._others(index, parts[scores, torch.arange(parts.shape[1])], 1)
+        out = torch.zeros_like(rows)
+        if len(tokens) or others is not None:
+            out[tokens] = self.run(index, rows[tokens], others).to(out.dtype)
+        return out
+
+
+class Parallel(Experts):
+    """JetMoE: one matrix for each expert; tokens come sorted by expert, with how many each has."""
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "JetMoeParallelExperts"
+
+    def cut_up(self, fused: Any) -> list[Piece]:
+        self.count = fused.num_experts
+        return [
+            Piece(f"{index}.weight", "weight", partial(torch.select, dim=0, index=index)) for index in range(self.count)
+        ]
+
+    def forward(self, inputs: Tensor, expert_size: Any) -> Tensor:  # type: ignore[override]
+        linears = [self.get_submodule(str(index)) for index in range(self.count)]
+        if inputs.is_meta:
+            return torch.stack([linear(inputs.clone()) for linear in linears]).sum(0)
+        sizes = self._where(expert_size)
+        out = []
+        for index, (linear, rows) in enumerate(zip(linears, inputs.split(sizes), strict=True)):
+            self._count(index, len(rows))
+            others = self._others(index, inputs, 1)
+            shown = rows if others is None else torch.cat([rows, others])
+            out.append(linear(shown)[: len(rows)])
+        return torch.cat(out)
+
+
+FORMS = (Experts, Flat, WithIdentities, Sorted, Parallel)
+
+
+def split_experts(model: nn.Module) -> None:
+    """Put `Experts` in the place of every module of fused experts whose form is known."""
+    for name, module in list(model.named_modules()):
+        form = next((form for form in FORMS if form.fits(module)), None)
+        if form is not None:
+            model.set_submodule(name, form(module))
+
+
+@contextmanager
+def as_linears(model: nn.Module) -> Iterator[None]:
+    """While this lasts, a model has `Experts` in the place of its own modules, if it did not have them already."""
+    had = any(isinstance(module, Experts) for module in model.modules())
+    split_experts(model)
+    try:
+        yield
+    finally:
+        if not had:
+            join_experts(model)
+
+
+def join_experts(model: nn.Module) -> None:
+    """Put the model's own modules back; their parameters are what the views were written to."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Experts):
+            model.set_submodule(name, module.fused)
+
+
+@contextmanager
+def joined(model: nn.Module) -> Iterator[None]:
+    """While this lasts, a model or a part of it has its own modules of experts."""
+    mine = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+    for name, module in mine:
+        model.set_submodule(name, module.fused)
+    try:
+        yield
+    finally:
+        for name, module in mine:
+            model.set_submodule(name, module)
+
+
+def pieces_of(model: nn.Module) -> dict[str, list[tuple[str, Callable[[Tensor], Tensor]]]]:
+    """A fused parameter's name -> names of the linears' parameters that it consists of, and what takes each out."""
+    found: dict[str, list[tuple[str, Callable[[Tensor], Tensor]]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for piece in module.pieces:
+                found.setdefault(f"{name}.{piece.whole}", []).append((f"{name}.{piece.name}", piece.pick))
+    return found
+
+
+def _pieces(
+    count: int,
+    names: dict[str, tuple[str, ...]],
+    *,
+    transposed: bool = False,
+    concatenated: bool = True,
+    biases: bool = False,
+) -> list[Piece]:
+    """names: a fused parameter (experts, out, in) -> the linears that its rows belong to.
+
+    transposed: (experts, in, out) is stored; concatenated: one linear's rows after the other's, else in turns
+    """
+
+    def pick(index: int, part: int, parts: int, weight: bool) -> Callable[[Tensor], Tensor]:
+        def take(whole: Tensor) -> Tensor:
+            one = whole[index]
+            one = one.t() if weight and transposed else one
+            size = len(one) // parts
+            return one[part * size : (part + 1) * size] if concatenated else one[part::parts]
+
+        return take
+
+    kinds = (("weight", ""), ("bias", "_bias")) if biases else (("weight", ""),)
+    return [
+        Piece(f"{index}.{linear}.{kind}", whole + end, pick(index, part, len(linears), kind == "weight"))
+        for index in range(count)
+        for whole, linears in names.items()
+        for part, linear in enumerate(linears)
+        for kind, end in kinds
+    ]
+
+
+def _expert(pieces: list[Piece]) -> nn.Module:
+    """Modules for the linears of one expert, whose parameters are still to come."""
+    if len(pieces) == 1:
+        return nn.Linear(0, 0, bias=False, device="meta")
+    expert = nn.Module()
+    for name in dict.fromkeys(piece.name.split(".")[1] for piece in pieces):
+        biased = any(piece.name.endswith(f"{name}.bias") for piece in pieces)
+        expert.add_module(name, nn.Linear(0, 0, bias=biased, device="meta"))
+    return expert
+
+
+def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    linear, kind = _place(module, name)
+    setattr(linear, kind, parameter)
+    if kind == "weight":
+        linear.out_features, linear.in_features = parameter.shape
+
+
+def _place(module: nn.Module, name: str) -> tuple[Any, str]:
+    """The module that holds a parameter, and what it calls it; below an adapter that stands in its place."""
+    inner, _, kind = name.rpartition(".")
+    linear: Any = module.get_submodule(inner) if inner else module
+    while hasattr(linear, "base_layer"):
+        linear = linear.base_layer
+    return linear, kind
