@@ -5,7 +5,7 @@ is copied: a linear's weight is a view of the parameter, which `joined` gives ba
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +31,8 @@ class Experts(nn.Module):
     watched: somebody looks at what enters the linears. Beside its own tokens each expert is given a few others then, of
         which nothing is used: so that one which few tokens are sent to is not known by these alone
     routed: how many tokens each expert was sent while it was watched
+    kept: the experts that tokens can be sent to, by their numbers; None: all. See `structure.experts`
+    observer: is told (expert, weights of its tokens, its outputs for them (tokens, hidden)); None: nobody asks
     leader: while watched, tokens go where they went in these experts; None: where the router sends them
     """
 
@@ -49,6 +51,8 @@ class Experts(nn.Module):
         self.watched = False
         self.routed = torch.zeros(self.count, dtype=torch.int64)
         self.leader: Experts | None = None
+        self.kept: list[int] | None = None
+        self.observer: Callable[[int, Tensor, Tensor], None] | None = None
         self._sent: Any = None
 
     @classmethod
@@ -101,19 +105,26 @@ class Experts(nn.Module):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         total = torch.zeros_like(rows)
         if rows.is_meta:
-            for index in range(self.count):
+            for index in self.chosen:
                 total = total + self.run(index, rows.clone(), None).to(total.dtype)
             return total.view(hidden_states.shape)
         sent = self._where(top_k_index)
-        for index in range(self.count):
-            tokens, place = torch.where(sent == index)
+        for number, index in enumerate(self.chosen):
+            tokens, place = torch.where(sent == number)
             others = self._others(index, rows, sent.shape[-1])
             if others is None and not len(tokens):
                 continue
             self._count(index, len(tokens))
             out = self.run(index, rows[tokens], others)
+            if self.observer is not None:
+                self.observer(index, top_k_weights[tokens, place], out)
             total.index_add_(0, tokens, (out * top_k_weights[tokens, place, None]).to(total.dtype))
         return self.beyond(total, rows, sent, top_k_weights).view(hidden_states.shape)
+
+    @property
+    def chosen(self) -> Sequence[int]:
+        """The experts that tokens can be sent to, in the router's order."""
+        return range(self.count) if self.kept is None else self.kept
 
     def beyond(self, total: Tensor, rows: Tensor, sent: Tensor, weights: Tensor) -> Tensor:
         """The total with what experts add that have no weights."""
@@ -225,10 +236,11 @@ class Sorted(Experts):
         return gated
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        parts = hidden_states.view(self.count, -1, hidden_states.shape[-1])
+        parts = hidden_states.view(len(self.chosen), -1, hidden_states.shape[-1])
+        pairs = zip(self.chosen, parts, strict=True)
         if parts.is_meta:
-            return torch.cat([self.run(index, rows.clone(), None) for index, rows in enumerate(parts)])
-        return torch.cat([self._of(index, rows, parts) for index, rows in enumerate(parts)])
+            return torch.cat([self.run(index, rows.clone(), None) for index, rows in pairs])
+        return torch.cat([self._of(index, rows, parts) for index, rows in pairs])
 
     def _of(self, index: int, rows: Tensor, parts: Tensor) -> Tensor:
         tokens = rows.any(-1).nonzero().squeeze(1)
@@ -240,6 +252,8 @@ class Sorted(Experts):
         out = torch.zeros_like(rows)
         if len(tokens) or others is not None:
             out[tokens] = self.run(index, rows[tokens], others).to(out.dtype)
+        if self.observer is not None:  # the score is in what it is given
+            self.observer(index, torch.ones(len(tokens), device=out.device), out[tokens])
         return out
 
 

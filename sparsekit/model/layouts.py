@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekit.model import modeling, rebuild
 from sparsekit.model.discovery import find_blocks
+from sparsekit.model.structure.experts import count_experts
 from sparsekit.model.structure.shape import Layer, Shape
 
 MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # what configs call it
@@ -78,7 +79,7 @@ def widths(model: Any, layer: Layer, queries: bool = False) -> dict[str, int]:
                 found["num_key_value_heads"] = layer.heads.kept
     if layer.channels is not None:
         name = next(name for name in MLP_WIDTHS if hasattr(config, name))
-        if layer.channels.kept != (getattr(config, name) or layer.channels.of):  # GPT-2 may say None
+        if layer.channels.kept != layer.channels.of:
             found[name] = layer.channels.kept
     return found
 
@@ -94,6 +95,11 @@ def _plain(model: Any, shape: Shape) -> Iterator[dict[str, Any]]:
     first, *others = (widths(model, layer, shape.queries) for layer in shape.layers)
     if any(other != first for other in others) or 0 in first.values():
         return
+    experts = {layer.experts.kept: layer.experts.of for layer in shape.layers if layer.experts is not None}
+    if any(kept < of for kept, of in experts.items()):
+        if len(experts) > 1:
+            return  # the config has one number for all
+        first[count_experts(model, find_blocks(model)).field] = next(iter(experts))
     if any("heads" in name for name in first) or "n_head" in first:
         first |= head_dim(model)
     text = shape.config.get("text_config", shape.config)

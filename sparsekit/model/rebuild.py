@@ -1,11 +1,14 @@
 """Models built from a config alone, without weights, and how one that was built differs from another."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from sparsekit.model.experts import split_experts
 
 # what modules hold that says nothing about a model's structure, or is not kept right by cutting
 STALE = ("training", "intermediate_size", "gradient_checkpointing", "name_or_path", "p")
@@ -21,15 +24,29 @@ def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
     """
     import transformers
 
-    given = dict(config)
+    given: dict[str, Any] = json.loads(json.dumps(config), object_hook=_number)
     kind = str(given.pop("model_type", None))
     try:
         made = transformers.AutoConfig.for_model(kind, **given)
         with torch.device(device) if device else _Unfilled():
-            return transformers.AutoModelForCausalLM.from_config(made).eval()
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(made).eval()
     except Exception as error:  # a config's numbers may be anything, and so is what its class then raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ValueError(f"transformers cannot build a {kind} of this config: {reason}") from error
+    split_experts(model)
+    return model
+
+
+def _number(found: dict[str, Any]) -> Any:
+    """JSON has no infinity; transformers writes {"__float__": "Infinity"}, which no class of configs reads."""
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """A model's config as JSON has it, without a path of this machine."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string())
+    config.pop("_name_or_path", None)
+    return config | {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
 
 
 def build_from(folder: Path) -> nn.Module:
@@ -38,7 +55,9 @@ def build_from(folder: Path) -> nn.Module:
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     with _Unfilled():
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
+    split_experts(model)
+    return model
 
 
 class _Unfilled(TorchFunctionMode):
@@ -91,8 +110,9 @@ def _parameters(built: nn.Module, model: nn.Module, spare: str | None) -> str | 
 
 def _buffers(built: nn.Module, model: nn.Module) -> str | None:
     one, other = dict(built.named_buffers()), dict(model.named_buffers())
+    stored = model.state_dict().keys()  # these have what is in the file
     for name in sorted(one.keys() | other.keys()):
-        if name not in one or name not in other or not _same(one[name], other[name]):
+        if name not in one or name not in other or (name not in stored and not _same(one[name], other[name])):
             return f"the buffer {name} would be another"
     return None
 

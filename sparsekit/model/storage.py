@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsekit.model import layouts
 from sparsekit.model.checkpoint import Checkpoint
-from sparsekit.model.experts import split_experts
+from sparsekit.model.experts import join_experts, split_experts
 from sparsekit.model.folders import locate
 from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton
 from sparsekit.model.resized import build_resized, resized_by
@@ -163,6 +163,7 @@ def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: boo
     if dtype is not None:
         shape = replace(shape, config=shape.config | {"dtype": dtype})
     model: Any = shape.build()
+    join_experts(model)
     _fill(model, Checkpoint(folder), model.dtype if dtype else None)
     if (folder / GENERATION).is_file():
         from transformers import GenerationConfig

@@ -13,6 +13,7 @@ from sparsekit.model import Block, adopt, discover
 from sparsekit.model.structure import Removal, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
 from sparsekit.run.allocation import sample_input
+from sparsekit.run.context import Context
 
 
 def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
@@ -64,10 +65,12 @@ def _removing(stage: Stage) -> tuple[list[str], float, str] | None:
         function: Any = registry.load("criteria", stage.name)
         given = options_of("criteria", stage.name, stage.options)
         kinds = kinds_of(given["units"] or list(function.scoring.removes))
+        Context.check_kinds(stage.name, kinds)
         return kinds, share(given["remove"]), given["shape"] or function.scoring.shape
     if not effect_of(stage).cuts:
         return None
     given = options_of("stages", stage.name, stage.options)
     if not {"units", "remove", "shape"} <= given.keys():  # the names that `contracts.removing` gives these three
         return None
-    return kinds_of(given["units"]), share(given["remove"]), given["shape"]
+    kinds = kinds_of(given["units"])
+    return kinds, share(given["remove"]), given["shape"] or ("uniform" if kinds == ["experts"] else "free")

@@ -148,7 +148,7 @@ class Pruned(Result):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is not empty; give a folder that does not exist yet")
         folder.mkdir(parents=True, exist_ok=True)
-        with session():
+        with session(), as_linears(self.model):
             result.save(self._planned, self.model, self._tokenizer or _NoTokenizer(), self._outcome, folder)
         self.folder = folder
         failures = self.verify()

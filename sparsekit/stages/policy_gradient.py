@@ -24,7 +24,7 @@ def policy_gradient(
     *,
     remove: Share,
     units: Kinds | list[str] = "heads-and-channels",
-    shape: Literal["free", "uniform"] = "free",
+    shape: Literal["free", "uniform"] | None = None,
     budgets: Literal["separate", "joint"] = "separate",
     initial: str | None = None,
     tokens: Count = 131072,
@@ -48,7 +48,7 @@ def policy_gradient(
     bias: bool = False,
     damping: Positive = 0.01,
 ) -> Fit:
-    """Learn which heads, channels or layers to remove by policy gradient; the model runs forward only.
+    """Learn which heads, channels, layers or experts to remove by policy gradient; the model runs forward only.
 
     Every unit is kept with a probability s of its own. In a step some masks are drawn, the model's loss under each is
     measured on the same text, and s moves along the score-function estimate of the expected loss's gradient, then back
@@ -56,11 +56,13 @@ def policy_gradient(
     forward passes; the paper's are in recipes/papers/policy_gradient_llama2.yaml.
 
     remove: share of the blocks' parameters, such as "30%"
-    units: heads-and-channels, parts (whole attentions and MLPs), layers, or a list of the kinds
-    shape: free, or uniform: as many units in each block, which plain transformers loads
+    units: heads-and-channels, parts (whole attentions and MLPs), layers, experts, or a list of the kinds
+    shape: free, or uniform: as many units in each block, which plain transformers loads; null: free, but of experts
+        uniform, since their config has one number for all blocks
     budgets: separate for heads and channels, as in the paper, or joint, weighed by parameters
     initial: the scores that s starts from, of any installed criterion that scores these units; null: wanda-sp for heads
-        and channels, else layer-perplexity. random, or random-progressive, which begins by removing 5 % and goes on
+        and channels, reap for experts, else layer-perplexity. random, or random-progressive, which begins by removing
+        5 % and goes on
     tokens: of calibration text for these scores and for least squares, at most
     projection: of scores to probabilities: sigmoid-norm (Eq. A10), sigmoid-rank, the same from ranks, for scores with
         outliers, or score-const (A11); null: sigmoid-norm for heads and channels, else sigmoid-rank
@@ -89,13 +91,13 @@ def policy_gradient(
     Source: Bypass Back-propagation: Optimization-based Structural Pruning for LLMs via Policy Gradient, Algorithm 1.
     """
     kinds = kinds_of(units)
-    start = initial or _initial(kinds)
+    start, form = initial or _initial(kinds), _shape(shape, kinds)
     text, testing = _texts(context.tokens, length, held_out)
     few = context.with_tokens(text[: max(1, tokens // text.shape[1])])
     cutting = few.cutting(
         remove,
         kinds,
-        shape=shape,
+        shape=form,
         budgets=budgets,
         compensate=_fine(kinds) if compensate is None else compensate,
         bias=bias,
@@ -114,7 +116,7 @@ def policy_gradient(
         masks=masks,
         batch=batch,
         learning_rate=learning_rate or (0.05 if _fine(kinds) else 0.2),
-        shape=shape,
+        shape=form,
         budgets=budgets,
         projection=projection or ("sigmoid-norm" if _fine(kinds) else "sigmoid-rank"),
         across=across,
@@ -137,7 +139,7 @@ def policy_gradient(
 
 def _check(options: Mapping[str, Any]) -> None:
     kinds = kinds_of(options["units"])
-    check_shape(options["shape"], options["budgets"])
+    check_shape(_shape(options["shape"], kinds), options["budgets"])
     initial = options["initial"] or _initial(kinds)
     if initial not in RANDOM:
         try:
@@ -164,7 +166,13 @@ def _fine(kinds: list[str]) -> bool:
 
 
 def _initial(kinds: list[str]) -> str:
+    if kinds == ["experts"]:
+        return "reap"
     return "wanda-sp" if _fine(kinds) else "layer-perplexity"
+
+
+def _shape(asked: str | None, kinds: list[str]) -> str:
+    return asked or ("uniform" if kinds == ["experts"] else "free")
 
 
 def _texts(tokens: Tensor, length: int, held_out: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 from .allocator import check_allocator as check_allocator
 from .contexts import begin as begin
 from .contexts import context as context
+from .contexts import tiny_experts as tiny_experts
 from .contexts import tiny_model as tiny_model
 from .contexts import tiny_tokens as tiny_tokens
 from .criterion import check_criterion as check_criterion

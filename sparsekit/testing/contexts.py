@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.maths import Pattern, parse
-from sparsekit.model import discover
+from sparsekit.model import discover, split_experts
 from sparsekit.run import Context
 
 
@@ -31,6 +31,31 @@ def tiny_model(seed: int = 0, kv_heads: int = 2) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(10)  # so that a prediction depends on what is read
+    return model
+
+
+def tiny_experts(seed: int = 0) -> nn.Module:
+    """A random mixture of experts (Mixtral) of two layers of width 32, with eight experts of which a token has two."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.MixtralConfig(
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=96,
+        max_position_embeddings=64,
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    split_experts(model)
     return model
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from sparsekit.contracts import Decision, Scoring, share
-from sparsekit.model.structure import choose, find_units
-from sparsekit.testing.contexts import context, tiny_model, tiny_tokens
+from sparsekit.model.structure import TOGETHER, choose, find_units
+from sparsekit.testing.contexts import context, tiny_experts, tiny_model, tiny_tokens
 from sparsekit.walk import digests
 
 
@@ -34,7 +34,7 @@ def check_criterion(criterion: Callable[..., Any], *, remove: str | float = "30%
         assert parameter.name == "remove" or parameter.default is not parameter.empty, (
             f"option {parameter.name} has no default"
         )
-    for kinds in ({"heads", "channels"}, {"attention", "mlp"}, {"layers"}):
+    for kinds in TOGETHER:
         if known := kinds & set(scoring.kinds):
             _check_kinds(criterion, sorted(known), scoring, share(remove), options)
 
@@ -42,7 +42,7 @@ def check_criterion(criterion: Callable[..., Any], *, remove: str | float = "30%
 def _check_kinds(
     criterion: Callable[..., Any], kinds: list[str], scoring: Scoring, remove: float, options: dict[str, Any]
 ) -> None:
-    model = tiny_model()
+    model = tiny_model() if kinds != ["experts"] else tiny_experts()
     before, hooks = digests(model), _hooks(model)
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def _check_kinds(
     assert torch.equal(scores, found[1].scores), f"{where}: two calls on one model gave different scores"
     assert digests(model) == before, f"{where}: the criterion changed the model"
     assert _hooks(model) == hooks, f"{where}: hooks of the criterion are left in the model"
-    shape = scoring.shape if "heads" in kinds or "channels" in kinds else "free"
+    shape = scoring.shape if {"heads", "channels", "experts"} & set(kinds) else "free"
     kept = found[0].kept
     if kept is None:
         budgets = scoring.budgets if shape == "free" else "separate"

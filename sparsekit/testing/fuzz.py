@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sparsekit.contracts import Decision
 from sparsekit.maths import NM, Pattern, Stats, Unstructured, has_pattern
-from sparsekit.model.structure import find_units
+from sparsekit.model import Experts
+from sparsekit.model.structure import TOGETHER, find_units
 from sparsekit.testing.contexts import context, tiny_model, tiny_tokens
 from sparsekit.testing.solver import solved_twice
 from sparsekit.testing.stage import run_stage
@@ -96,9 +97,9 @@ def fuzz_criterion(criterion: Callable[..., Any], **options: Any) -> None:
     """
     scoring = criterion.scoring  # type: ignore[attr-defined]
     for case, model in models():
-        for kinds in ({"heads", "channels"}, {"attention", "mlp"}, {"layers"}):
+        for kinds in TOGETHER:
             known = sorted(kinds & set(scoring.kinds))
-            if not known:
+            if not known or (known == ["experts"] and not any(isinstance(m, Experts) for m in model.modules())):
                 continue
             with TemporaryDirectory() as folder:
                 here = context(model, tiny_tokens(), folder, batch=2, index=1)

@@ -10,6 +10,7 @@ from .findings import prune_linear as prune_linear
 from .moments import Moments as Moments
 from .moments import walked as walked
 from .progress import WalkProgress as WalkProgress
+from .routing import by_expert as by_expert
 from .stream import BlockStream as BlockStream
 from .structural import Cutting as Cutting
 from .structural import Remove as Remove

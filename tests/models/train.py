@@ -1,4 +1,4 @@
-"""Train the two tiny models of this folder: `python tests/models/train.py llama` (or `opt`). See README.md."""
+"""Train the tiny language models of this folder: `python tests/models/train.py llama` (`opt`, `moe`). See README.md."""
 
 import argparse
 import json
@@ -53,6 +53,25 @@ def build(family: str, width: int, layers: int) -> transformers.PreTrainedModel:
                 num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
+                tie_word_embeddings=True,
+            )
+        )
+    if family == "moe":
+        return transformers.Qwen3MoeForCausalLM(
+            transformers.Qwen3MoeConfig(
+                **SIZES,
+                hidden_size=width,
+                intermediate_size=width * 5 // 2,
+                moe_intermediate_size=width * 3 // 8,
+                num_experts=16,
+                num_experts_per_tok=2,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=width // 4,
+                norm_topk_prob=True,
+                output_router_logits=True,  # the loss has the term that evens out the experts' tokens
+                router_aux_loss_coef=0.01,
                 tie_word_embeddings=True,
             )
         )
@@ -124,10 +143,10 @@ def train(model: transformers.PreTrainedModel, tokens: Tensor, test: Tensor, arg
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("family", choices=["llama", "opt"])
+    parser.add_argument("family", choices=["llama", "opt", "moe"])
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, help="1200 for llama, 3000 for opt, which learns more slowly")
+    parser.add_argument("--steps", type=int, help="1200 for llama and moe, 3000 for opt, which learns more slowly")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--decay", type=float, default=0.3)
@@ -135,7 +154,7 @@ def main() -> None:
     parser.add_argument("--watch", type=int, default=0, help="print the held-out perplexity every so many steps")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    args.steps = args.steps or {"llama": 1200, "opt": 3000}[args.family]
+    args.steps = args.steps or {"llama": 1200, "opt": 3000, "moe": 1200}[args.family]
     torch.set_num_threads(1)  # the result depends on it, and two would wait for each other on a busy machine
     torch.use_deterministic_algorithms(True)
 
@@ -153,6 +172,8 @@ def main() -> None:
     versions |= {library.__name__: library.__version__ for library in (torch, transformers, tokenizers)}
     print(json.dumps(figures | versions, indent=1))
     folder = args.output or HERE / f"tiny-{args.family}"
+    if args.family == "moe":
+        model.config.output_router_logits = False
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
 

@@ -46,6 +46,10 @@ def choose(
             f"shape uniform removes as many {' and '.join(units.kinds)} in every block, and each has one: give shape: "
             "free"
         )
+    if shape != "uniform" and units.kinds == ["experts"]:
+        raise ValueError(
+            "a config has one number of experts for all blocks, so as many go from each: give shape: uniform, not free"
+        )
     goal = math.ceil(remove * units.total - 1e-6)
     kept = torch.ones(len(units), dtype=torch.bool)
     safe = _best_of_each(units, scores, least)
@@ -62,7 +66,7 @@ def choose(
             each, size = units.parts[parts[0]].count, units.parts[parts[0]].parameters
             if any(units.parts[number].count != each for number in parts):
                 raise ValueError(f"{kind} differ in number from block to block already, so no shape can be uniform")
-            most = each - least if each > 1 else 0
+            most = each - max(least, units.parts[parts[0]].least) if each > 1 else 0
             number = math.ceil((goal - done) / (size * len(parts)))
             if not last:
                 number = _between(round(remove * each), [size * len(parts)] * most, goal - done, later)
@@ -91,9 +95,9 @@ def _best_of_each(units: Units, scores: Tensor, least: int) -> Tensor:
     if units.kinds == ["layers"]:
         safe[_worst_first(units, scores, ~safe)[-1]] = True
     for number, part in enumerate(units.parts):
-        if part.count > 1 and least:
+        if part.count > 1 and (stay := max(least, part.least)):
             order = _worst_first(units, scores, units.part == number)
-            safe[order[-least:]] = True
+            safe[order[-stay:]] = True
     return safe
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, Linear
 from sparsekit.model.discovery import find_blocks
+from sparsekit.model.structure.experts import remove_experts
 from sparsekit.model.structure.nothing import Nothing
 from sparsekit.model.structure.units import BY_QUERY, Part, Units, by_query
 
@@ -37,7 +38,12 @@ def cut(model: nn.Module, blocks: Sequence[Block], units: Units, kept: Tensor) -
     for part, each in zip(units.parts, units.split(kept.bool()), strict=True):
         if part.kind == "heads":
             setattr(model, BY_QUERY, by_query(part))
-        if part.kind != "layers" and not bool(each.all()):
+        if part.experts is not None and not bool(each.all()):
+            block = by_index[part.block]
+            remove_experts(block, part.home.removeprefix(f"{block.name}."), part.experts, each)
+            for name, key in part.experts.outside:
+                setattr(model.get_submodule(name), key, int(each.sum()))
+        elif part.kind != "layers" and not bool(each.all()):
             _narrow(by_index[part.block], part, each)
     pairs = zip(units.parts, units.split(kept), strict=True)
     gone = {part.block for part, each in pairs if part.kind == "layers" and not each}

@@ -1,6 +1,6 @@
 """A model that runs as if some of its units were removed; no weight is copied or changed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, put_forward
+from sparsekit.model.structure.experts import with_fewer
 from sparsekit.model.structure.units import Part, Units
 
 
@@ -19,8 +20,9 @@ class Masked:
         while this is a dictionary
     """
 
-    def __init__(self, units: Units):
-        self.units = units
+    def __init__(self, units: Units, blocks: Mapping[int, Block]):
+        self.units, self.blocks = units, blocks
+        self._undo: list[Callable[[], None]] = []
         self.kept: list[Tensor | None] = [None] * len(units.parts)  # of each part; None: all are kept
         self.entering: dict[int, Tensor] | None = None
         self.begun: tuple[int, Tensor] | None = None
@@ -36,6 +38,17 @@ class Masked:
         """Keep the units where `kept` (units,) is true or 1."""
         parts = self.units.split(kept.bool())
         self.kept = [None if bool(each.all()) else each for each in parts]
+        self.restore()
+        for part, each in zip(self.units.parts, self.kept, strict=True):
+            if part.experts is not None and each is not None:
+                block = self.blocks[part.block]
+                home = part.home.removeprefix(f"{block.name}.")
+                self._undo.append(with_fewer(block, home, part.experts, each))
+
+    def restore(self) -> None:
+        """Have the routers know all experts again."""
+        while self._undo:
+            self._undo.pop()()
 
     def silence(self, number: int, part: Part, inputs: Tensor) -> Tensor | None:
         """The input of a part's output linear with the columns of removed units set to zero; None: as it is."""
@@ -54,13 +67,15 @@ def masking(blocks: Sequence[Block], units: Units) -> Iterator[Masked]:
     Layers, and attentions and MLPs of which nothing is left, are passed over, so that a mask costs what the model that
     it stands for costs.
     """
-    masked = Masked(units)
     by_index = {block.index: block for block in blocks}
+    masked = Masked(units, by_index)
     undo: list[Callable[[], Any]] = []
     for number, part in enumerate(units.parts):
         block = by_index[part.block]
         if part.kind == "layers":
             undo.append(_replaced(block.module, partial(_around_layer, masked, number, block.tuple_length)))
+            continue
+        if part.experts is not None:
             continue
         assert part.output is not None
         linear = block.linears[part.output].module
@@ -74,6 +89,7 @@ def masking(blocks: Sequence[Block], units: Units) -> Iterator[Masked]:
     try:
         yield masked
     finally:
+        masked.restore()
         for each in reversed(undo):
             each()
 

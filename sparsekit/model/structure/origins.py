@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from sparsekit.model.structure.experts import ExpertCount
 from sparsekit.model.structure.removal import Removal
 from sparsekit.model.structure.units import Part, Units
 
@@ -60,12 +61,30 @@ def _cut(traced: dict[str, Origin], path: str, units: Units, removal: Removal) -
     layers = dropped(units, removal)
     gone = {f"{path}.{index}." for index in layers}  # beginnings of names
     for part, kept in zip(units.parts, units.split(removal.kept), strict=True):
-        if part.kind != "layers" and not kept.any():
+        if part.experts is not None:
+            traced = _fewer(traced, part, part.experts, f"{path}.{part.block}.", kept)
+        elif part.kind != "layers" and not kept.any():
             gone |= _homes(part, f"{path}.{part.block}.")
         elif part.kind != "layers":
             _narrow(traced, part, kept)
     left = {name: each for name, each in traced.items() if not name.startswith(tuple(gone))}
     return {_renumbered(name, path, layers): each for name, each in left.items()}
+
+
+def _fewer(traced: dict[str, Origin], part: Part, count: ExpertCount, block: str, kept: Tensor) -> dict[str, Origin]:
+    """Experts that are left are numbered anew, and routers have a row for each of them."""
+    chosen = kept.nonzero().flatten()
+    new = {str(old): str(index) for index, old in enumerate(chosen.tolist())}
+    left = {}
+    for name, origin in traced.items():
+        number, _, rest = name.removeprefix(f"{part.home}.").partition(".")
+        if name.removeprefix(block) in count.rows:
+            left[name] = replace(origin, rows=_of(origin.rows, chosen))
+        elif not name.startswith(f"{part.home}.") or not number.isdigit():
+            left[name] = origin
+        elif number in new:
+            left[f"{part.home}.{new[number]}.{rest}"] = origin
+    return left
 
 
 def _homes(part: Part, block: str) -> set[str]:

@@ -18,7 +18,7 @@ from sparsekit.model.structure.units import BY_QUERY, Units, by_query, find_unit
 
 STRUCTURE_FILE = "structure.json"
 VERSION = 1
-COUNTED = ("heads", "channels")
+COUNTED = ("heads", "channels", "experts")
 PARTS = {"attention": "heads", "mlp": "channels"}  # whole parts -> the units that go with them
 LAYERS = "@layers"  # stands for the lines of layers while the rest is written
 
@@ -44,11 +44,13 @@ class Layer:
     heads: KV groups, or query heads where there is no GQA, or one key for all; None: what does what is not known for
         this family
     channels: of the MLP; None as with heads
+    experts: None where there are none
     """
 
     index: int
     heads: Count | None = None
     channels: Count | None = None
+    experts: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Shape:
         Raises:
             ValueError: the model is not what is left by these cuts, or cannot be built from its config and the counts.
         """
-        config = _config(model)
+        config = rebuild.config_of(model)
         full = rebuild.build(config, "meta")
         setattr(full, BY_QUERY, getattr(model, BY_QUERY, None))
         first = _widths(full, full)
@@ -94,7 +96,7 @@ class Shape:
             raise ValueError(f"the model has {len(find_blocks(full))} layers, and by its cuts {len(layers)}")
         for kind, widths in _widths(model, full).items():
             for layer, width in zip(layers, widths, strict=True):
-                if width != getattr(layer, kind).kept:
+                if width is not None and width != getattr(layer, kind).kept:
                     raise ValueError(
                         f"layer {layer.index} has {width} {kind}, and by the cuts {getattr(layer, kind).kept}"
                     )
@@ -193,12 +195,6 @@ def _by_query(model: nn.Module) -> bool:
         return False
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
-    config = json.loads(model.config.to_json_string())  # type: ignore[union-attr,operator]
-    config.pop("_name_or_path", None)  # a path of this machine
-    return config | {"dtype": str(model.dtype).removeprefix("torch."), "architectures": [type(model).__name__]}
-
-
 def _names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
@@ -207,26 +203,42 @@ def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _whole(widths: dict[str, list[int]], count: int) -> list[Layer]:
-    """Layers of the widths of the first one."""
-    counts = {kind: Count(tuple(range(each[0])), each[0]) for kind, each in widths.items()}
-    return [Layer(index, **counts) for index in range(count)]
+def _whole(widths: dict[str, list[int | None]], count: int) -> list[Layer]:
+    """Layers of these widths; of those that were dropped, as wide as the first that has any."""
+    layers = []
+    for index in range(count):
+        counts = {}
+        for kind, each in widths.items():
+            width = each[index] if index < len(each) == count else next(known for known in each if known is not None)
+            if width is not None:
+                counts[kind] = Count(tuple(range(width)), width)
+        layers.append(Layer(index, **counts))
+    return layers
 
 
-def _widths(model: nn.Module, full: nn.Module) -> dict[str, list[int]]:
-    """The kinds whose roles are known in this family -> how many units each layer has. full: the model before cuts"""
+def _widths(model: nn.Module, full: nn.Module) -> dict[str, list[int | None]]:
+    """The kinds whose roles are known in this family -> how many units each layer has, None where it has none.
+
+    full: the model before cuts
+    """
     modules = dict(model.named_modules())
-    found: dict[str, list[int]] = {}
+    blocks = find_blocks(full)
+    found: dict[str, list[int | None]] = {}
     for kind in COUNTED:
         try:
-            units = find_units(full, find_blocks(full), (kind,))
+            units = find_units(full, blocks, (kind,))
         except ValueError:
             continue  # none of them can have been cut
+        found[kind] = [None] * len(blocks)
         for part in units.parts:
+            if part.home:
+                experts: Any = modules[part.home]
+                found[kind][part.block] = experts.count
+                continue
             name, rows = next(iter(part.inputs.items()))
             module = modules.get(name)
             width = Linear(name, module).shape[0] if module is not None and is_linear(module) else 0
-            found.setdefault(kind, []).append(width // rows.shape[1])
+            found[kind][part.block] = width // rows.shape[1]
     return found
 
 

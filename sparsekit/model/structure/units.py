@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, Linear, linears_of
+from sparsekit.model.structure.experts import ExpertCount, count_experts
 from sparsekit.model.structure.nothing import Nothing
 
-KINDS = ("heads", "channels", "attention", "mlp", "layers")
-TOGETHER = ({"heads", "channels"}, {"attention", "mlp"}, {"layers"})  # kinds that may be removed together
+KINDS = ("heads", "channels", "attention", "mlp", "layers", "experts")
+TOGETHER = ({"heads", "channels"}, {"attention", "mlp"}, {"layers"}, {"experts"})  # kinds that may be removed together
 # what linears do, by the last part of their names: those that make a part's units, and the one that reads them
 ATTENTIONS = (
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "dense")),
@@ -36,6 +37,7 @@ class Part:
     output: the linear whose columns read them, o or down; None for a whole layer
     columns: of `output` (units, columns of each)
     parameters: that go with one unit, rows' biases included
+    home: of experts, the name of their module, and what else has a place for each of them; of others empty
     """
 
     block: int
@@ -45,6 +47,13 @@ class Part:
     inputs: dict[str, Tensor]
     output: str | None
     columns: Tensor
+    home: str = ""
+    experts: ExpertCount | None = None
+
+    @property
+    def least(self) -> int:
+        """How many must stay, whatever the scores: as many experts as each token is sent to."""
+        return 0 if self.experts is None else self.experts.least
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,10 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
             f"this {type(model).__name__} divides attention by the layer's number (scale_attn_by_inverse_layer_idx): "
             "no layer can be removed without changing those after it, choose other units"
         )
+    if "experts" in kinds:
+        counted = count_experts(model, blocks)
+        found = [_experts(block, home, counted) for block in blocks for home in block.experts]
+        return Units(tuple(found), sum(p.numel() for block in blocks for p in block.module.parameters()))
     parts = []
     for block in blocks:
         parameters = sum(parameter.numel() for parameter in block.module.parameters())
@@ -121,6 +134,15 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
             elif not _gone(block, attention := kind in ("heads", "attention")):
                 parts.append(_heads(model, block, kind) if attention else _channels(block, kind))
     return Units(tuple(parts), sum(p.numel() for block in blocks for p in block.module.parameters()))
+
+
+def _experts(block: Block, home: str, counted: ExpertCount) -> Part:
+    mine, experts = counted.of(block), block.experts[home]
+    tensors = dict(block.module.named_parameters()) | dict(block.module.named_buffers())
+    rows = sum(tensors[name][0].numel() for name in mine.rows if isinstance(tensors[name], nn.Parameter))
+    each = sum(p.numel() for p in experts.get_submodule("0").parameters()) + rows
+    nothing = torch.empty(experts.count, 0, dtype=torch.long)
+    return Part(block.index, "experts", experts.count, each, {}, None, nothing, f"{block.name}.{home}", mine)
 
 
 def _gone(block: Block, attention: bool) -> bool:
@@ -146,7 +168,8 @@ def check_kinds(kinds: Sequence[str]) -> None:
     """Raise ValueError unless these kinds of units exist and can be removed together."""
     if not kinds or not any(set(kinds) <= each for each in TOGETHER):
         raise ValueError(
-            f"units are {', '.join(kinds) or 'none'}; they can be heads and channels, attention and mlp, or layers"
+            f"units are {', '.join(kinds) or 'none'}; they can be heads and channels, attention and mlp, layers, "
+            "or experts"
         )
 
 
@@ -225,7 +248,8 @@ def _roles(
     homes: dict[str, dict[str, Linear]] = {}
     for inner, _ in linears_of(block.module):
         home, _, last = inner.rpartition(".")
-        if (full := f"{block.name}.{inner}") in block.linears:
+        expert = any(inner.startswith(f"{name}.") for name in block.experts)
+        if (full := f"{block.name}.{inner}") in block.linears and not expert:
             homes.setdefault(home, {})[last] = block.linears[full]
     for home, linears in homes.items():
         for inputs, outputs in known:

@@ -6,7 +6,7 @@ from typing import Any
 from sparsekit.results.page.charts import columns
 from sparsekit.results.page.heat import percent
 
-KINDS = {"parameters": "Parameters", "heads": "Heads (KV groups)", "channels": "MLP channels"}
+KINDS = {"parameters": "Parameters", "heads": "Heads (KV groups)", "channels": "MLP channels", "experts": "Experts"}
 NAMED = 6  # layers; of more, their number is told
 
 
