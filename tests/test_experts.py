@@ -175,7 +175,7 @@ def test_the_gram_is_that_of_the_experts_tokens_and_of_some_others(family):
             else:
                 everyone = list(tokens.reshape(-1, 32))
                 mine = [row for row, chosen in zip(everyone, sent[0], strict=True) if index in chosen]
-            count = len(everyone) * (1 if family == "Llama4Text" else 2) // 4
+            count = round(len(everyone) * 32 / TOKENS.numel())  # as many as inputs, of all tokens
             first = index * len(everyone) // 4
             rows += mine + [everyone[(i * len(everyone) // count + first) % len(everyone)] for i in range(count)]
             routed += len(mine)

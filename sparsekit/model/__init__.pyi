@@ -8,6 +8,7 @@ from .discovery import adopt as adopt
 from .discovery import discover as discover
 from .discovery import find_blocks as find_blocks
 from .discovery import first_inputs as first_inputs
+from .discovery import run_model as run_model
 from .experts import Experts as Experts
 from .experts import as_linears as as_linears
 from .experts import join_experts as join_experts
@@ -24,6 +25,8 @@ from .rebuild import difference as difference
 from .resized import resized_by as resized_by
 from .resized import restore_resized as restore_resized
 from .resized import write_resized as write_resized
+from .selecting import KINDS as KINDS
+from .selecting import meant as meant
 from .storage import GENERATION as GENERATION
 from .storage import load as load
 from .storage import loading_code as loading_code
@@ -37,6 +40,8 @@ from .tensors import tied_names as tied_names
 from .vision import channels_of as channels_of
 from .vision import height_and_width as height_and_width
 from .vision import patches as patches
+from .vision import predicts_text as predicts_text
 from .vision import sees_images as sees_images
+from .vision import unreadable as unreadable
 from .vision import vision_config as vision_config
 from .weights import Weights as Weights

@@ -140,7 +140,7 @@ class Block:
         twin.linears = {name: Linear(name, inner[name]) for name in self.linears}
         twin.experts = experts_of(twin.module)
         for name, experts in twin.experts.items():
-            experts.leader = self.experts[name]
+            experts.leader, experts.tokens = self.experts[name], self.experts[name].tokens
         return twin
 
     def watch(self, watched: bool) -> None:
@@ -168,7 +168,9 @@ class Block:
             self.watch(False)
 
     def until(self, hidden: Tensor, groups: list[int], see: Callable[[int, Tensor], None]) -> None:
-        """Run only as far as the last of `groups`: what follows is not needed."""
+        """Run only as far as the last of `groups`: what follows is not needed. Without groups nothing is run."""
+        if not groups:
+            return
         last = max(groups)
 
         def see_and_stop(group: int, inputs: Tensor) -> None:

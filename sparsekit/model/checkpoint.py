@@ -33,6 +33,7 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json", f"{self.folder} is no checkpoint: it has no config.json")
         self.files = self._resolved()
         self.where: dict[str, Path] = {}
+        self._open: tuple[Path, Any] | None = None  # the file that was read last
         self.doubled: list[str] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
@@ -84,8 +85,12 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`, read from disk now, on the CPU, in the dtype of the file."""
-        with _opened(self.where[name]) as handle:
-            return handle.get_tensor(name)
+        file = self.where[name]
+        with _damage(file):
+            if self._open is None or self._open[0] != file:  # reading a header of thousands of tensors takes its time
+                self._open = (file, safe_open(file, framework="pt"))
+            tensor: Tensor = self._open[1].get_tensor(name)
+        return tensor
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Several at once, from one memory map of each file; with a map for each tensor, pages would count twice."""
@@ -132,9 +137,15 @@ def _digest(files: list[Path]) -> str:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
+    with _damage(file), safe_open(file, framework="pt") as handle:
+        yield handle
+
+
+@contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    """A sentence for what safetensors says of a file that is no file of tensors any more."""
     try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
+        yield
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} is damaged or truncated ({os.path.getsize(file):,} bytes: {error}); fetch or write it again"

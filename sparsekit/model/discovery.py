@@ -1,6 +1,7 @@
 """The repeated blocks of a model: found, not configured, for any transformer that calls them one after another."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ from sparsekit.model.experts import split_experts
 from sparsekit.model.vision import sees_images
 
 
-def _run(model: Any, given: Tensor, *, use_cache: bool) -> None:
+def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
+    """One forward pass of tokens (sequences, length), or of pixels, for the sake of what hooks see."""
     if not sees_images(model):
-        model(input_ids=given, use_cache=use_cache)
+        known = inspect.signature(model.forward).parameters  # encoders have no cache
+        model(input_ids=given, **({"use_cache": use_cache} if "use_cache" in known else {}))
         return
     encode = getattr(model, "get_image_embeddings", model)  # what follows SAM's image encoder asks for points
     encode(pixel_values=given.to(model.dtype))
@@ -41,8 +44,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
 
 @torch.no_grad()
-def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
+def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list[Block]:
     """The model's blocks with their groups, seen in one forward pass of `tokens` (sequences, length), best a few.
+
+    routers: whether routers and gates count as linears like all others
 
     A vision model's are pixels (images, channels, height, width), here and in `first_inputs`. Works on the meta device
     too. Linears that the pass does not reach are left as they are and named in `skipped`, and so are routers and
@@ -53,16 +58,16 @@ def discover(model: nn.Module, tokens: Tensor) -> list[Block]:
     """
     split_experts(model)
     try:
-        return _discover(model, tokens)
+        return _discover(model, tokens, routers)
     except (NotImplementedError, RuntimeError) as error:
         if not tokens.is_meta or "meta" not in str(error).lower():
             raise
     # what the forward pass does depends on numbers, so it is given some: zeros, which take no memory before written to
     stand_in = copy.deepcopy(model)._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
-    return adopt(model, _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype)))
+    return adopt(model, _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype), routers))
 
 
-def _discover(model: nn.Module, tokens: Tensor) -> list[Block]:
+def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
     blocks = find_blocks(model)
     keep: list[Tensor] = []  # inputs stay alive, so that no two of them share an address
     hooks = []
@@ -100,7 +105,7 @@ def _discover(model: nn.Module, tokens: Tensor) -> list[Block]:
     for block in blocks:
         block.watch(True)
     try:
-        _run(model, tokens, use_cache=True)
+        run_model(model, tokens, use_cache=True)
     finally:
         for handle in hooks:
             handle.remove()
@@ -112,7 +117,7 @@ def _discover(model: nn.Module, tokens: Tensor) -> list[Block]:
         found = {name for group in block.groups for name in group}
         for name in block.linears.keys() - found:
             block.skipped[name] = "not reached by the forward pass that looks for linears"
-        for name in filter(decides, found):
+        for name in () if routers else filter(decides, found):
             block.skipped[name] = "it decides where tokens go, or how much passes"
         block.keep_only(found - block.skipped.keys())
         for name, parameter in block.module.named_parameters():
@@ -169,7 +174,7 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
     for start in range(0, len(tokens), batch):
         undo = [put_forward(block.module, stand_in(block)) for block in blocks]
         try:
-            _run(model, tokens[start : start + batch], use_cache=False)
+            run_model(model, tokens[start : start + batch], use_cache=False)
         except _Stop:
             pass
         finally:

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-SHARE = 1.0  # other tokens that a watched expert is shown, in units of the tokens that one expert is given on average
+OTHERS = (
+    1.0  # other tokens that a watched expert is shown, in units of its inputs: where it has far more of its own they
+)
+# count for little, and where it has fewer than inputs for most (benchmarks/experts.py)
 INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
 
 
@@ -30,6 +33,7 @@ class Experts(nn.Module):
 
     watched: somebody looks at what enters the linears. Beside its own tokens each expert is given a few others then, of
         which nothing is used: so that one which few tokens are sent to is not known by these alone
+    tokens: of the whole text, of which a pass brings some; None: a pass brings all
     routed: how many tokens each expert was sent while it was watched
     kept: the experts that tokens can be sent to, by their numbers; None: all. See `structure.experts`
     observer: is told (expert, weights of its tokens, its outputs for them (tokens, hidden)); None: nobody asks
@@ -49,6 +53,7 @@ class Experts(nn.Module):
             self.add_module(str(index), _expert(mine))
         self.look()
         self.watched = False
+        self.tokens: int | None = None
         self.routed = torch.zeros(self.count, dtype=torch.int64)
         self.leader: Experts | None = None
         self.kept: list[int] | None = None
@@ -111,7 +116,7 @@ class Experts(nn.Module):
         sent = self._where(top_k_index)
         for number, index in enumerate(self.chosen):
             tokens, place = torch.where(sent == number)
-            others = self._others(index, rows, sent.shape[-1])
+            others = self._others(index, rows)
             if others is None and not len(tokens):
                 continue
             self._count(index, len(tokens))
@@ -141,11 +146,12 @@ class Experts(nn.Module):
         if self.watched:
             self.routed[index] += tokens
 
-    def _others(self, index: int, rows: Tensor, each: int) -> Tensor | None:
-        """Rows from all over the text for a watched expert, the same ones every time."""
+    def _others(self, index: int, rows: Tensor) -> Tensor | None:
+        """Rows from all over the text for a watched expert, the same ones every time; at least one."""
         if not self.watched:
             return None
-        count = max(1, min(len(rows), round(SHARE * len(rows) * each / self.count)))
+        share = min(1.0, OTHERS * rows.shape[-1] / (self.tokens or len(rows)))
+        count = max(1, round(share * len(rows)))
         chosen = torch.arange(count, device=rows.device) * len(rows) // count + index * len(rows) // self.count
         return rows[chosen % len(rows)]
 
@@ -248,7 +254,7 @@ class Sorted(Experts):
         others = None
         if self.watched:  # each token as the expert that it is sent to has it
             scores = parts.abs().amax(-1).argmax(0)
-            others = self._others(index, parts[scores, torch.arange(parts.shape[1])], 1)
+            others = self._others(index, parts[scores, torch.arange(parts.shape[1])])
         out = torch.zeros_like(rows)
         if len(tokens) or others is not None:
             out[tokens] = self.run(index, rows[tokens], others).to(out.dtype)
@@ -278,7 +284,7 @@ class Parallel(Experts):
         out = []
         for index, (linear, rows) in enumerate(zip(linears, inputs.split(sizes), strict=True)):
             self._count(index, len(rows))
-            others = self._others(index, inputs, 1)
+            others = self._others(index, inputs)
             shown = rows if others is None else torch.cat([rows, others])
             out.append(linear(shown)[: len(rows)])
         return torch.cat(out)
@@ -372,11 +378,11 @@ def _pieces(
 def _expert(pieces: list[Piece]) -> nn.Module:
     """Modules for the linears of one expert, whose parameters are still to come."""
     if len(pieces) == 1:
-        return nn.Linear(0, 0, bias=False, device="meta")
+        return nn.Linear(1, 1, bias=False, device="meta")
     expert = nn.Module()
     for name in dict.fromkeys(piece.name.split(".")[1] for piece in pieces):
         biased = any(piece.name.endswith(f"{name}.bias") for piece in pieces)
-        expert.add_module(name, nn.Linear(0, 0, bias=biased, device="meta"))
+        expert.add_module(name, nn.Linear(1, 1, bias=biased, device="meta"))
     return expert
 
 

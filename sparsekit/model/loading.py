@@ -28,22 +28,34 @@ def load_plain(folder: Path, *, dtype: str | None = None, trust_remote_code: boo
 
 
 def auto_class(folder: Path) -> Any:
-    """The class of transformers that opens a checkpoint: of causal language models, or for a vision model of image
-    classification or mask generation (SAM)."""
+    """The class of transformers that opens a checkpoint: the one that its config's `architectures` names.
+
+    A causal language model is opened by AutoModelForCausalLM, a vision model that classifies or makes masks (SAM) by
+    the class for these; where nothing is named, the family's own task decides in this order.
+    """
     import transformers
     from transformers.models.auto import modeling_auto as known
 
+    tasks = (
+        (known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
+        (known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, transformers.AutoModelForImageClassification),
+        (known.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES, transformers.AutoModelForMaskGeneration),
+    )
     try:
-        kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError):
-        kind = None  # for transformers to complain about
-    if kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return transformers.AutoModelForCausalLM
-    if kind in known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        return transformers.AutoModelForImageClassification
-    if kind in known.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES:
-        return transformers.AutoModelForMaskGeneration
-    return transformers.AutoModelForCausalLM
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        kind, named = config.get("model_type"), config.get("architectures")
+    except (OSError, ValueError, AttributeError):
+        kind = named = None  # for transformers to complain about
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    for classes, auto in tasks:
+        own = classes.get(kind) if isinstance(kind, str) else None
+        if own is not None and (name is None or name == own or name in (own if isinstance(own, tuple | list) else ())):
+            return auto
+    found = getattr(transformers, name, None) if name is not None else None
+    ours = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if ours and getattr(getattr(found, "config_class", None), "model_type", None) == kind:
+        return found
+    return next((auto for classes, auto in tasks if kind in classes), transformers.AutoModelForCausalLM)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -54,7 +66,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     import transformers
 
-    if auto_class(folder) is not transformers.AutoModelForCausalLM:
+    opens = auto_class(folder)
+    images = (transformers.AutoModelForImageClassification, transformers.AutoModelForMaskGeneration)
+    if opens in images or getattr(opens, "main_input_name", "") == "pixel_values":
         return _image_processor(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -97,17 +111,21 @@ def plain_skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Modul
     """The model's structure on the meta device: modules and shapes, no weights read, no memory used.
 
     Raises:
-        ValueError: config.json names no causal language model, and no vision model, that transformers knows.
+        ValueError: config.json names no model that transformers knows.
     """
     import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        opens = auto_class(folder)
         with torch.device("meta"):
-            model = auto_class(folder).from_config(config, trust_remote_code=trust_remote_code)
+            if hasattr(opens, "from_config"):
+                model = opens.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                model = opens._from_config(config)
     except Exception as error:  # a config's numbers may be anything, and so is what its class then raises
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{folder} holds no causal language model, and no vision model, that transformers can build: {reason}"
+            f"{folder} holds no language model, and no vision model, that transformers can build: {reason}"
         ) from error
     return model.eval()

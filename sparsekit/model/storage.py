@@ -24,6 +24,8 @@ from sparsekit.model.weights import Weights
 from sparsekit.system import disk_errors, make_readable, sync
 
 GENERATION = "generation_config.json"
+# how a model of text and images reads its images: as it was
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def save_model(
@@ -108,7 +110,7 @@ def write_model(
 ) -> None:
     """Write a model as transformers does, aside, and move it into place when all of it is on the disk.
 
-    source: the checkpoint whose generation config is copied; None writes the model's own
+    source: the checkpoint whose generation config and processors are copied; None writes the model's own
     more: writes further files into the folder that it is given
     weights: writes config and weights into it; None: as a checkpoint of its family has them
     written: a folder in which config and weights are already, as `Weights` makes it; it becomes `folder`
@@ -128,6 +130,9 @@ def write_model(
             shutil.copyfile(source / GENERATION, aside / GENERATION)  # even if it is not valid
         elif source is None and (aside / GENERATION).is_file():
             model.generation_config.save_pretrained(aside)
+        for name in PROCESSORS if source is not None else ():
+            if (source / name).is_file() and not (aside / name).exists():  # type: ignore[operator]
+                shutil.copyfile(source / name, aside / name)  # type: ignore[operator]
         more(aside)
         for file in aside.iterdir():
             make_readable(file)
@@ -201,7 +206,14 @@ def loading_code(folder: str | Path) -> str:
     shape = Shape.read(folder)
     if (shape is not None and shape.layout == "own") or resized_by(folder):
         return f'import sparsekit\nmodel, tokenizer = sparsekit.load("{folder}")'
-    loader = auto_class(Path(folder)).__name__
+    opens = auto_class(Path(folder))
+    loader = opens.__name__
+    if loader != "AutoModelForCausalLM" and getattr(opens, "main_input_name", "pixel_values") != "pixel_values":
+        return (
+            f"from transformers import AutoTokenizer, {loader}\n"
+            f'model = {loader}.from_pretrained("{folder}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+        )
     if loader != "AutoModelForCausalLM":
         return (
             f"from transformers import AutoImageProcessor, {loader}\n"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from sparsekit.model.checkpoint import Checkpoint
 from sparsekit.model.experts import joined, pieces_of
 
+WHOLES = 4  # fused parameters of one module of experts: two weights, two biases
+
 
 class Tensors(Mapping[str, Tensor]):
     """The tensors of a model in a checkpoint, by their names in the model, read and converted one at a time.
@@ -68,7 +70,7 @@ class Tensors(Mapping[str, Tensor]):
         self.ignored = [key for key in self.unused if any(each.search(key) for each in patterns)]
         self.unused = [key for key in self.unused if key not in set(self.ignored)]
         self._kept: tuple[str, dict[str, Tensor]] = ("", {})  # the group that was made last
-        self._whole: tuple[str, Tensor] = ("", torch.empty(0))  # what was taken apart last
+        self._wholes: dict[str, Tensor] = {}  # what was taken apart last
 
     def _split(self) -> None:
         """Name the parts of fused experts, as the model has them, and not the whole."""
@@ -87,9 +89,11 @@ class Tensors(Mapping[str, Tensor]):
         """The tensor of that name, in the dtype of the file."""
         if name in self.parts:
             whole, pick = self.parts[name]
-            if self._whole[0] != whole:
-                self._whole = (whole, self._one(whole))
-            part: Tensor = pick(self._whole[1])
+            if whole not in self._wholes:
+                while len(self._wholes) >= WHOLES:
+                    del self._wholes[next(iter(self._wholes))]
+                self._wholes[whole] = self._one(whole)
+            part: Tensor = pick(self._wholes[whole])
             return part
         return self._one(name)
 

@@ -8,6 +8,22 @@ def sees_images(model: Any) -> bool:
     return getattr(model, "main_input_name", None) == "pixel_values"
 
 
+def predicts_text(model: Any) -> bool:
+    """Whether a model says of each token of a text which one comes next: perplexity and prompts have a meaning."""
+    whole: Any = getattr(model, "config", None)
+    return bool(model.can_generate()) and not getattr(whole, "is_encoder_decoder", False) and not sees_images(model)
+
+
+def unreadable(model: Any) -> str:
+    """Why neither text alone nor images alone go through a model, as a part of a sentence; empty: they do."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "has an encoder and a decoder, and its decoder reads what the encoder makes of another text"
+    given = getattr(model, "main_input_name", "input_ids")
+    if given not in ("input_ids", "pixel_values"):
+        return f"is given {given}, and neither text nor images"
+    return ""
+
+
 def channels_of(config: Any) -> int:
     """Colours that a vision model sees, by its configuration."""
     return int(getattr(vision_config(config), "num_channels", 3))

@@ -87,6 +87,11 @@ def _between_stages(recipe: Recipe) -> list[str]:
             f"{recipe._tree.place(('pattern',))}: `pattern` is {recipe.pattern}, and no stage prunes weights to it: "
             "remove it, or add a stage that does"
         )
+    if isinstance(recipe.pattern, dict) and recipe.allocation.name != "uniform":
+        problems.append(
+            f"{recipe._tree.place(('allocation',))}: `allocation` is {recipe.allocation.name}, which spreads one share "
+            "over all linears, and `pattern` gives each target its own: leave out one of the two"
+        )
     asked = recipe.error_correction
     problems += [
         f"{place}, works with error_correction {' or '.join(effect.corrections)}, and the recipe's is {asked}: choose "

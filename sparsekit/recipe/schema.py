@@ -281,9 +281,20 @@ class Recipe(Section):
         Model,
         BeforeValidator(lambda value: expand(("model",), value), json_schema_input_type=str | Model),
     ]
-    pattern: Annotated[str | None, BeforeValidator(values.pattern, json_schema_input_type=str | float)] = Field(
-        default=None, description='"50%" removed, or "2:4": keep 2 of 4; stages that remove structures need none'
+    pattern: Annotated[
+        str | dict[str, str] | None,
+        BeforeValidator(values.patterns, json_schema_input_type=str | float | dict[str, str | float]),
+    ] = Field(
+        default=None,
+        description='"50%" removed, or "2:4": keep 2 of 4; or what each target gets, the first that means a linear: '
+        '{attention: "50%", mlp: "2:4"}; stages that remove structures need none',
     )
+    targets: Annotated[list[str], AfterValidator(values.some)] | None = Field(
+        default=None,
+        description="the linears that are pruned, the others stay: parts of names such as q_proj or mlp.down_proj, "
+        "ranges such as `blocks 4-11`, or attention, mlp, experts, router; null: all but routers and gates",
+    )
+    ignore: list[str] = Field(default_factory=list, description="linears that stay as they are, named like targets")
     from_: Annotated[str | None, AfterValidator(lambda name: name if name is None else values.a_run(name))] = Field(
         default=None, alias="from", description="folder of a finished run, whose result the stages go on with"
     )

@@ -24,6 +24,31 @@ def pattern(value: Any) -> Any:
     )
 
 
+def patterns(value: Any) -> Any:
+    """A pattern, or one for each target."""
+    if not isinstance(value, dict):
+        return pattern(value)
+    if not value:
+        raise ValueError('is {}, must be a pattern, or one for each target, such as {attention: "50%", mlp: "2:4"}')
+    return {str(target): _of_target(target, each) for target, each in value.items()}
+
+
+def _of_target(target: Any, value: Any) -> Any:
+    try:
+        if value is None:
+            raise ValueError('is null, must be a pattern, such as "50%"')
+        return pattern(value)
+    except ValueError as error:
+        raise ValueError(f"of `{target}` {error}") from None
+
+
+def some(names: list[str]) -> list[str]:
+    """A list that is not empty."""
+    if not names:
+        raise ValueError("is [], so nothing would be pruned: name linears, or leave it out for all")
+    return names
+
+
 def in_bytes(value: Any) -> Any:
     """A number of bytes from a text such as "4GB"; a number stays."""
     if not isinstance(value, str):

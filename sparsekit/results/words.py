@@ -14,7 +14,10 @@ def quality_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def aim(report: dict[str, Any]) -> str:
     """What was done to the model, for titles: "pruned to 2:4", "30.0% of its parameters removed"."""
-    said = [f"pruned to {report['recipe']['pattern']}"] if report["sparsity"]["per_linear"] else []
+    pattern = report["recipe"]["pattern"]
+    if isinstance(pattern, dict):
+        pattern = ", ".join(f"{asked} ({target})" for target, asked in pattern.items())
+    said = [f"pruned to {pattern}"] if report["sparsity"]["per_linear"] else []
     if "structure" in report:
         said.insert(0, f"{removed_share(report['structure']):.1%} of its parameters removed")
     return " and ".join(said) or "trained"
@@ -36,7 +39,7 @@ def model_card(report: dict[str, Any], recipe: str, loading: str) -> str:
     if report["sparsity"]["per_linear"]:
         lines += [
             f"{report['sparsity']['total']:.2%} of the weights in the linears of its blocks are zero "
-            f"({report['sparsity']['zeros']:,} of {report['sparsity']['parameters']:,}). "
+            f"({report['sparsity']['zeros']:,} of {report['sparsity']['parameters']:,}). {_of_all(report)}"
             "Embeddings, the head and whatever no stage trains are the source model's.",
             "",
             "Zeros change neither the file's size nor the speed of ordinary kernels: they pay only where the hardware "
@@ -55,6 +58,18 @@ def model_card(report: dict[str, Any], recipe: str, loading: str) -> str:
     lines += ["## Load it", "", "```python", loading, "```", "", "## Recipe", "", "```yaml", recipe.strip()]
     lines += ["```", "", "Versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items())]
     return "\n".join(lines) + "\n"
+
+
+def _of_all(report: dict[str, Any]) -> str:
+    """The share of the whole model, which earlier versions did not tell."""
+    whole = report["sparsity"].get("whole")
+    return f"Of all weights of the model {whole['share']:.2%} are zero or gone. " if whole else ""
+
+
+def tokens_of_experts(report: dict[str, Any]) -> list[int]:
+    """How many calibration tokens each expert of each block was sent; empty where there are no experts."""
+    blocks = (report.get("blocks") or {}).values()
+    return [count for notes in blocks for counts in notes.get("tokens", {}).values() for count in counts]
 
 
 def _structure(structure: dict[str, Any]) -> str:
@@ -80,6 +95,10 @@ def closing_table(report: dict[str, Any], folder: str) -> Any:
         table.add_row(f"parameters, {proof}", f"{parameters['dense']:,}", f"{parameters['pruned']:,}")
     if report["sparsity"]["per_linear"]:
         table.add_row(f"sparsity of the pruned linears, {proof}", "", f"{report['sparsity']['total']:.2%}")
+        if "whole" in report["sparsity"]:
+            table.add_row("of all weights, zero or gone", "", f"{report['sparsity']['whole']['share']:.2%}")
+    if seen := tokens_of_experts(report):
+        table.add_row("tokens that an expert was sent", "", f"{min(seen):,} to {max(seen):,}")
     table.add_row("seconds, all stages", "", f"{sum(stage['seconds'] for stage in report['stages']):.0f}")
     peak = max(stage["peak_memory_bytes"] for stage in report["stages"])
     table.add_row("peak memory of the process", "", human_size(peak))

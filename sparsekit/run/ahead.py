@@ -4,16 +4,18 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit import registry
 from sparsekit.contracts import share
 from sparsekit.maths import NM, parse
-from sparsekit.model import Block, adopt, discover
+from sparsekit.model import Block, adopt
 from sparsekit.model.structure import Removal, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
-from sparsekit.run.allocation import sample_input
+from sparsekit.run.allocation import pattern_of
 from sparsekit.run.context import Context
+from sparsekit.run.selection import found_blocks
+from sparsekit.walk import check_walk
 
 
 def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
@@ -29,7 +31,8 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
     stages = recipe.stages
     if not any(effect_of(stage).cuts for stage in stages):
         return
-    pattern = parse(recipe.pattern) if recipe.pattern is not None else None
+    asked = recipe.pattern.values() if isinstance(recipe.pattern, dict) else [recipe.pattern or 0]
+    groups = [pattern for pattern in map(parse, asked) if isinstance(pattern, NM)]
     model = copy.deepcopy(model)
     blocks = adopt(model, blocks)
     for index, stage in enumerate(stages):
@@ -43,20 +46,33 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
         before = f"stage {index + 1}, `{stage.name}`"
         if shape == "free" and kinds != ["layers"]:
             narrow = [part for part in units.parts if part.output and part.columns.shape[1:].numel() == 1]
-            if isinstance(pattern, NM) and later and narrow and pattern.group > 1:
+            if groups and later and narrow:
                 raise ValueError(
-                    f"{before}, leaves any number of {narrow[0].kind} in a block, which the groups of {pattern.group} "
-                    f"of `{later.name}` need not divide: give it `shape: uniform`, or prune to a share such as 50%"
+                    f"{before}, leaves any number of {narrow[0].kind} in a block, which the groups of "
+                    f"{groups[0].group} of `{later.name}` need not divide: give it `shape: uniform`, or prune to a "
+                    "share such as 50%"
                 )
             return  # what is left is not known
         Removal(units.kinds, mask, {}, torch.zeros(len(units)), {}).apply(model, blocks)
-        blocks = discover(model, sample_input(model))
-        for block in blocks if pattern is not None and later else ():
+        blocks = found_blocks(recipe, model)
+        for block in blocks if recipe.pattern is not None and later else ():
             for name, linear in block.linears.items():
                 try:
-                    pattern.check(linear.shape[1], name)  # type: ignore[union-attr]
+                    parse(pattern_of(recipe, block, name)).check(linear.shape[1], name)
                 except ValueError as error:
                     raise ValueError(f"after {before}: {error}") from error
+
+
+def check_carried(recipe: Recipe, model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:
+    """Before anything heavy: that the blocks, one after another, compute what the model computes.
+
+    blocks: of the model, as they were found in its skeleton
+
+    Raises:
+        ValueError: they do not; see `walk.check_walk`.
+    """
+    if any(effect.prunes or effect.cuts or effect.resizes for effect in map(effect_of, recipe.stages)):
+        check_walk(model, adopt(model, blocks), tokens)
 
 
 def _removing(stage: Stage) -> tuple[list[str], float, str] | None:

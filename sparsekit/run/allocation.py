@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekit import registry
 from sparsekit.maths import Pattern, Unstructured, mixture, parse
-from sparsekit.model import Block, channels_of, height_and_width, sees_images, vision_config
+from sparsekit.model import Block, channels_of, height_and_width, meant, sees_images, vision_config
 from sparsekit.recipe import Recipe
 from sparsekit.run.methods import underscored
 
@@ -22,6 +22,13 @@ def sample_input(model: Any) -> Tensor:
         return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=model.device)
     size = height_and_width(vision_config(model.config).image_size)
     return torch.zeros(1, channels_of(model.config), *size, dtype=model.dtype, device=model.device)
+
+
+def pattern_of(recipe: Recipe, block: Block, name: str) -> str:
+    """What the recipe's `pattern` says of a linear: of several keys that mean it, the first."""
+    if not isinstance(recipe.pattern, dict):
+        return str(recipe.pattern)
+    return next(text for key, text in recipe.pattern.items() if meant(block, name, key))
 
 
 def allocate(
@@ -38,11 +45,13 @@ def allocate(
     """
     if recipe.pattern is None:
         return {}
-    pattern = parse(recipe.pattern)
     linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    asked_for = {name: parse(pattern_of(recipe, block, name)) for block in blocks for name in block.linears}
     for name, linear in linears.items():
-        pattern.check(linear.shape[1], name)
-    rule = recipe.allocation
+        asked_for[name].check(linear.shape[1], name)
+    if isinstance(recipe.pattern, dict):
+        return asked_for
+    pattern, rule = parse(recipe.pattern), recipe.allocation
     function = registry.load("allocators", rule.name)
     beside = {"groups": [block.groups for block in blocks], "dense": dense}
     asked = {name: beside[name] for name in registry.asks(function)}

@@ -40,10 +40,12 @@ from sparsekit.results import (
 )
 from sparsekit.results.page import write_page
 from sparsekit.run import plan, preview, result
+from sparsekit.run.ahead import check_carried
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of, measured_once
 from sparsekit.run.exporting import export
 from sparsekit.run.lock import locked
 from sparsekit.run.plan import Plan
+from sparsekit.run.preview import left_as_is
 from sparsekit.system import Meter, hardware, human_size, session, versions, write_atomically, write_json
 from sparsekit.walk import count_committed
 
@@ -140,6 +142,7 @@ def _fit(
     with meter.stage("load"):
         dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
         model, _ = load_model(planned.folder, dtype=dtype, trust_remote_code=trust)
+        check_carried(recipe_, model, planned.blocks, tokens)
     if measured and recipe_.evaluate.dense and process_rank() == 0:
         with meter.stage("evaluate dense"):
             console.print("measuring the dense model")
@@ -215,7 +218,7 @@ def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str
     try:
         with alone():
             found: dict[str, Any] = evaluate(model.to(planned.device), tokenizer, settings, ready)
-            if planned.recipe.evaluate.samples and not planned.images:
+            if planned.recipe.evaluate.samples and planned.predicts:
                 found["samples"] = samples(model, tokenizer)
             return found
     finally:
@@ -257,8 +260,8 @@ def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, co
 
 def _first_token(planned: Plan, tokenizer: Any, console: Console) -> FirstToken:
     """Whether the first token stands before every window, decided once for calibration, recovery and measuring."""
-    if planned.images:
-        return FirstToken(None, "published", "the model sees images")
+    if not planned.predicts:
+        return FirstToken(None, "published", "the model sees images" if planned.images else "it predicts no text")
     trust = planned.recipe.model.trust_remote_code
     text = planned.recipe.calibration.model_dump()
     dense = partial(load_model, planned.dense, trust_remote_code=trust)
@@ -301,8 +304,8 @@ def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
     for sentence in sorted(said):
         count = sum(sentence in sentences for sentences in complete["warnings"].values())
         console.print(f"[yellow]warning[/] ({count} linears): {escape(sentence)}", highlight=False)
-    for name, why in complete["skipped"].items():
-        console.print(f"left as it is: {name} ({why})", highlight=False, markup=False)
+    for sentence in left_as_is(complete["skipped"].items()):
+        console.print(sentence, highlight=False, markup=False)
     if complete["verified"] is not True:
         for failure in complete["verified"]:
             console.print(f"[bold red]verification failed[/]: {escape(failure)}", highlight=False)

@@ -17,6 +17,7 @@ from sparsekit.model import as_linears, sees_images
 from sparsekit.model.structure import Shape
 from sparsekit.recipe import load_recipe
 from sparsekit.run import result
+from sparsekit.run.ahead import check_carried
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of
 from sparsekit.run.plan import IN_MEMORY, Plan, make_plan, measured_patterns
 from sparsekit.run.pruned import Pruned
@@ -81,6 +82,7 @@ def prune(
                 planned.resolved["calibration"] |= {"source": IN_MEMORY}
             tokens, first = _tokens(planned, model, tokenizer, tokens)
             _check_tokens(tokens, planned)
+            check_carried(recipe, model, planned.blocks, tokens)
             before = digests(model)
             held = None if resume is not None else tempfile.TemporaryDirectory(prefix="sparsekit-")
             output = Path(resume) if resume is not None else Path(held.name)  # type: ignore[union-attr]

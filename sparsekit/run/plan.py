@@ -13,10 +13,22 @@ from torch import Tensor, nn
 
 from sparsekit import registry
 from sparsekit.maths import Pattern, Quantization
-from sparsekit.model import Block, Tensors, adopt, discover, locate, opened, patches, sees_images, vision_config
+from sparsekit.model import (
+    Block,
+    Tensors,
+    adopt,
+    locate,
+    opened,
+    patches,
+    predicts_text,
+    sees_images,
+    unreadable,
+    vision_config,
+)
 from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
 from sparsekit.run.ahead import check_cuts
-from sparsekit.run.allocation import allocate, sample_input
+from sparsekit.run.allocation import allocate
+from sparsekit.run.selection import found_blocks
 from sparsekit.run.sources import Source, from_folder
 from sparsekit.system import human_size
 from sparsekit.train import missing_loggers
@@ -60,6 +72,11 @@ class Plan:
     def length(self) -> int:
         """Tokens of a calibration sequence, or patches of an image."""
         return patches(self.model.config) if self.images else self.recipe.calibration.length
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model predicts text, so that it can be asked to."""
+        return predicts_text(self.model)
 
     @property
     def images(self) -> bool:
@@ -132,13 +149,15 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
         model = stored.model
         model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
         source = from_folder(folder, dense, trust_remote_code=recipe.model.trust_remote_code)
-    if sees_images(model):
+    if why := unreadable(model):
+        raise ValueError(f"{type(model).__name__} {why}: sparsekit cannot walk through it yet, so it is not pruned")
+    if sees_images(model) or not predicts_text(model):
         _refuse_text(recipe, model)
-    elif recipe.evaluate.accuracy:
+    if recipe.evaluate.accuracy and not sees_images(model):
         raise ValueError(
             f"{type(model).__name__} reads text, so evaluate.accuracy has nothing to measure; leave it out"
         )
-    blocks = discover(model, sample_input(model))
+    blocks = found_blocks(recipe, model)
     check_cuts(recipe, model, blocks)
     planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks), source)
     if planned.quantization is not None:
@@ -243,19 +262,23 @@ def _unmerged(recipe: Recipe) -> list[str]:
 
 
 def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
-    """Raise ValueError for what a recipe of a vision model asks for and only language models have."""
+    """Raise ValueError for what a recipe asks of a model that predicts no text, and only models have that do."""
+    name = type(model).__name__
+    what = "sees images" if sees_images(model) else "predicts no next token"
     for index, stage in enumerate(recipe.stages):
         if "images" not in effect_of(stage).reads:
             raise ValueError(
-                f"stage {index + 1}, `{stage.name}`, is for language models, and {type(model).__name__} sees images: "
-                "its weights are pruned by solvers, alone or in `lamp`"
+                f"stage {index + 1}, `{stage.name}`, is for causal language models, and {name} {what}: its weights are "
+                "pruned by solvers, alone or in `lamp`"
             )
     for key in ("perplexity", "tasks"):
         if getattr(recipe.evaluate, key):
-            raise ValueError(
-                f"evaluate.{key} is for language models, and {type(model).__name__} sees images: give "
-                "evaluate.accuracy, a folder of images with a folder for each class"
+            instead = (
+                "give evaluate.accuracy, a folder of images with a folder for each class"
+                if sees_images(model)
+                else "leave it out"
             )
+            raise ValueError(f"evaluate.{key} is for causal language models, and {name} {what}: {instead}")
 
 
 def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: Path) -> dict[str, Pattern]:

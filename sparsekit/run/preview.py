@@ -1,5 +1,6 @@
 """What `--dry-run` shows: the resolved recipe, blocks and groups, and what a run will need."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,15 +33,39 @@ def show_plan(planned: Plan, console: Console) -> None:
         kinds.setdefault(shapes, []).append(block)
     for shapes, alike in kinds.items():
         indices = _ranges([block.index for block in alike])
-        for number, group in enumerate(shapes):
+        for number, group in enumerate(_once(shapes, alike[0])):
             for name, (out, width), pattern in group:
                 said = later or (_text(pattern) if pattern else "")
                 table.add_row(indices, str(number + 1), name.lstrip("."), f"{out} x {width}", said)
     console.print(table)
-    for name, why in (pair for block in planned.blocks for pair in block.skipped.items()):
-        console.print(f"left as it is: {name} ({why})", markup=False)
+    for sentence in left_as_is(pair for block in planned.blocks for pair in block.skipped.items()):
+        console.print(sentence, markup=False)
     for what, value in estimates(planned).items():
         console.print(f"{what}: {value}", highlight=False, markup=False)
+
+
+def left_as_is(skipped: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """What is not pruned, a sentence for each reason. skipped: (name, why)"""
+    reasons: dict[str, list[str]] = {}
+    for name, why in skipped:
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        more = f" and {len(names) - 3:,} others" if len(names) > 3 else ""
+        yield f"left as it is: {', '.join(names[:3])}{more} ({why})"
+
+
+def _once(shapes: Any, block: Block) -> list[Any]:
+    """Groups of linears, those of experts that are alike named once, `experts.0-15`."""
+    first = {f".{home}.0.": f".{home}.0-{experts.count - 1}." for home, experts in block.experts.items()}
+    later = tuple(f".{home}.{index}." for home, e in block.experts.items() for index in range(1, e.count))
+    found = []
+    for group in shapes:
+        if group[0][0].startswith(later):
+            continue
+        for start, span in first.items():
+            group = tuple((name.replace(start, span, 1), *rest) for name, *rest in group)
+        found.append(group)
+    return found
 
 
 def estimates(plan: Plan) -> dict[str, str]:
@@ -63,7 +88,7 @@ def estimates(plan: Plan) -> dict[str, str]:
     found = {
         "weights on disk and in memory": human_size(parameters * dtype.itemsize),
         "one block, in float32": human_size(largest * 4),
-        "Grams of one block": human_size(grams * 4),
+        "Grams of one block": human_size(min(grams * 4, plan.recipe.memory.statistics)),
         "factorization of the widest Gram": human_size(2 * widest**2 * 4),
         "activations": f"{human_size(activations)}, of which at most {human_size(budget)} in memory",
     }
@@ -72,7 +97,7 @@ def estimates(plan: Plan) -> dict[str, str]:
     return found | {
         "forward work": f"{passes * 2 * tokens * pruned / 1e12:.2f} TFLOP in {passes} passes over {tokens:,} tokens",
         "Gram work": f"{gram_work / 1e12:.2f} TFLOP",
-        "weights to prune": f"{pruned:,} of {parameters:,}",
+        "weights to prune": f"{pruned:,} of {parameters:,} ({pruned / parameters:.1%})",
     }
 
 

@@ -92,7 +92,7 @@ def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any
     keys = ("sparsity", "pattern", "zeros", "parameters")
     found: dict[str, Any] = {
         "sparsity": {
-            "total": zeros / parameters,
+            "total": zeros / max(1, parameters),
             "zeros": zeros,
             "parameters": parameters,
             "per_linear": {name: {key: record[key] for key in keys} for name, record in records.items()},
@@ -106,6 +106,10 @@ def facts(planned: Plan, outcome: Outcome, shape: Shape | None) -> dict[str, Any
         found["notes"] = outcome.notes
     if shape is not None:
         found["structure"] = _structure(planned, outcome, shape)
+    counts = found.get("structure", {}).get("parameters")
+    whole = counts["dense"] if counts else sum(parameter.numel() for parameter in planned.model.parameters())
+    gone = whole - counts["pruned"] if counts else 0
+    found["sparsity"]["whole"] = {"parameters": whole, "gone": gone, "share": (zeros + gone) / whole}
     return found
 
 

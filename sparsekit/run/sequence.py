@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from sparsekit import registry
 from sparsekit.contracts import Effect, Fit, StageError
-from sparsekit.model import Block, adopt, discover, restore_resized
+from sparsekit.model import Block, adopt, restore_resized
 from sparsekit.model.structure import Removal, Units
 from sparsekit.recipe import Stage, effect_of, group_of, kind
 from sparsekit.results import MASKS, Before, weights_of
 from sparsekit.run import plugged
-from sparsekit.run.allocation import allocate, sample_input
+from sparsekit.run.allocation import allocate
 from sparsekit.run.context import Context
 from sparsekit.run.methods import configured
 from sparsekit.run.plan import Plan
 from sparsekit.run.removing import remove_by
 from sparsekit.run.segments import NOTES, RESIZED, commits_of, forget_from, last_whole
+from sparsekit.run.selection import found_blocks
 from sparsekit.run.together import Together, start
 from sparsekit.run.zeros import SourceZeros
 from sparsekit.system import Meter, commit, committed, meet, write_tensors
@@ -177,7 +178,7 @@ def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context:
         raise StageError(f"{called(stage)} declares that it cuts, and decided nothing: end it by `context.cutting`")
     outcome.cuts.append((removal.apply(context.model, context.blocks), removal))
     outcome.tell(stage.name, removal.notes)
-    outcome.blocks = discover(context.model, sample_input(context.model))  # of what is left
+    outcome.blocks = found_blocks(planned.recipe, context.model)  # of what is left
 
 
 def _resize(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context: Context) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le
 
 from sparsekit.contracts import Context, Count, Effect, Fit, Fraction, NotNegative, Positive, declares
-from sparsekit.model import Block, Linear
+from sparsekit.model import Block, Linear, meant
 from sparsekit.registry import suggest
 from sparsekit.train import (
     Stored,
@@ -67,7 +67,8 @@ def lora(
     rank, alpha (null: 2 rank), dropout: of the update
     variant: masked, as above, MaskLoRA of PERP; scale, W * (1 + s (B A)), zeros kept as they are; prune, plain LoRA
         whose update is masked when the model is validated and merged, at plain LoRA's cost
-    targets: which linears: names or parts of names such as q_proj, mlp, layers.3; null: all that the blocks have
+    targets: which linears: parts of names such as q_proj or layers.3, ranges such as `blocks 4-11`, or attention, mlp,
+        experts; null: all that the blocks have
     biases, norms: train those of the blocks too
     merge: false leaves the model as it is and writes the update beside it, into adapter/
     source: a name or a local file, or {source, its options, format}; null: the recipe's calibration text. JSON and
@@ -177,12 +178,9 @@ def select(blocks: Sequence[Block], targets: list[str] | None) -> list[Linear]:
         return linears
     if not targets:
         raise ValueError("targets is [], so nothing would be trained: name linears, or leave it out for all")
+    pairs = [(block, linear) for block in blocks for linear in block.linears.values()]
     for target in targets:
-        if not any(_names(linear, target) for linear in linears):
+        if not any(meant(block, linear.name, target) for block, linear in pairs):
             roles = {part for linear in linears for part in linear.name.split(".")[-2:]}
             raise ValueError(f"no linear is called `{target}`, {suggest(target, roles)}")
-    return [linear for linear in linears if any(_names(linear, target) for target in targets)]
-
-
-def _names(linear: Linear, target: str) -> bool:
-    return f".{target}." in f".{linear.name}."
+    return [linear for block, linear in pairs if any(meant(block, linear.name, target) for target in targets)]

@@ -76,6 +76,11 @@ class ActivationStore:
     def __len__(self) -> int:
         return len(self._chunks)
 
+    @property
+    def rows(self) -> int:
+        """The rows of all chunks: tokens."""
+        return sum(math.prod(chunk.shape[:-1]) for chunk in self._chunks)
+
     def append(self, chunk: Tensor) -> None:
         """Add a chunk at the end."""
         self._chunks.append(self._place(chunk, len(self._chunks)))

@@ -1,3 +1,4 @@
+from .agreement import check_walk as check_walk
 from .commits import Commits as Commits
 from .commits import count_committed as count_committed
 from .dense import weights_and_norms as weights_and_norms

@@ -15,6 +15,7 @@ from sparsekit.system import ActivationStore, Team, give_back
 from sparsekit.walk.commits import Commits
 from sparsekit.walk.turns import Given, turns
 
+SMALL = 512  # inputs of a linear whose Gram matrix is not worth asking the system for its memory back
 ERROR_CORRECTIONS = ("prefix", "none", "block", "model")
 
 
@@ -127,12 +128,14 @@ class BlockStream:
         """
         for experts in block.experts.values():
             experts.routed.zero_()
+            experts.tokens = self.inputs.rows * self.team.size
         if not self.coupled:
             for turn in self._collect(block):
                 for group in sorted(turn):
                     self.team.sum(turn[group].parts())
                 for group in sorted(turn):
-                    give_back()
+                    if turn[group].width > SMALL:
+                        give_back()
                     yield block.groups[group], turn.pop(group)  # a Gram lives no longer than its group needs it
             return
         twin = block.twin()
@@ -185,7 +188,9 @@ class BlockStream:
 
     def _count(self, block: Block) -> None:
         """Note how many tokens each expert was sent."""
-        for name, experts in block.experts.items():
+        pruned = {name for name in block.experts if any(f".{name}." in linear for linear in block.linears)}
+        for name in sorted(pruned):
+            experts = block.experts[name]
             counts = experts.routed.to(self.device)
             self.team.sum([counts])
             block.notes.setdefault("tokens", {})[name] = counts.tolist()

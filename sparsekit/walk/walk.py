@@ -4,6 +4,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from sparsekit.model import Block
 from sparsekit.system import Team, give_back, tight
 from sparsekit.walk.commits import Commits
 from sparsekit.walk.findings import Inspector, mean_error, prune_linear
-from sparsekit.walk.stream import BlockStream
+from sparsekit.walk.stream import SMALL, BlockStream
 
 
 class Walk(LightningModule):
@@ -111,7 +112,7 @@ class OneShot(Callback):
             for name in names:
                 if owners[name] != stream.team.rank:
                     continue
-                with tight():
+                with tight() if stats.width > SMALL else nullcontext():
                     self._solve(block, name, stats)
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     if hasattr(callback, "on_linear_end"):

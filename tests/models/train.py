@@ -71,7 +71,6 @@ def build(family: str, width: int, layers: int) -> transformers.PreTrainedModel:
                 head_dim=width // 4,
                 norm_topk_prob=True,
                 output_router_logits=True,  # the loss has the term that evens out the experts' tokens
-                router_aux_loss_coef=0.01,
                 tie_word_embeddings=True,
             )
         )

@@ -1,0 +1,58 @@
+"""Which linears a recipe prunes: those of `targets`, without those of `ignore`, and of the keys of `pattern`."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from sparsekit import registry
+from sparsekit.model import KINDS, Block, discover, meant
+from sparsekit.recipe import Recipe
+from sparsekit.run.allocation import sample_input
+
+
+def found_blocks(recipe: Recipe, model: nn.Module) -> list[Block]:
+    """The blocks of a model, on whatever device, with the linears that the recipe prunes.
+
+    Raises:
+        ValueError: see `discover`; or a name that means no linear, or no linear is left.
+    """
+    asked = recipe.targets or []
+    blocks = discover(model, sample_input(model), routers="router" in asked)
+    keys = list(recipe.pattern) if isinstance(recipe.pattern, dict) else None
+    for what, names in (("targets", asked), ("ignore", recipe.ignore), ("pattern", keys or [])):
+        _known(blocks, what, names)
+    for block in blocks:
+        for name in list(block.linears):
+            if why := _left(block, name, recipe.targets, recipe.ignore, keys):
+                block.skipped[name] = why
+        block.keep_only(block.linears.keys() - block.skipped.keys())
+    if not any(block.linears for block in blocks):
+        raise ValueError("targets, ignore and pattern leave no linear to prune; give others")
+    return blocks
+
+
+def _left(
+    block: Block, name: str, targets: Sequence[str] | None, ignore: Iterable[str], keys: Iterable[str] | None
+) -> str:
+    """Why a linear is left as it is; empty: it is not."""
+    if targets is not None and not any(meant(block, name, target) for target in targets):
+        return "not among the targets"
+    if any(meant(block, name, target) for target in ignore):
+        return "to be ignored"
+    if keys is not None and not any(meant(block, name, key) for key in keys):
+        return "no pattern is given for it"
+    return ""
+
+
+def _known(blocks: Sequence[Block], what: str, names: Iterable[str]) -> None:
+    for target in names:
+        if any(meant(block, name, target) for block in blocks for name in block.linears):
+            continue
+        if target in KINDS:
+            raise ValueError(f"{what}: this model has no linears of the kind `{target}`; name others, or leave it out")
+        parts = {part for block in blocks for name in block.linears for part in name.split(".")[-2:]}
+        parts = {part for part in parts if not part.isdigit()} | set(KINDS)
+        raise ValueError(
+            f"{what}: `{target}` means no linear of this model, {registry.suggest(target, sorted(parts))} "
+            f"(or a range such as `blocks 0-{len(blocks) - 1}`)"
+        )

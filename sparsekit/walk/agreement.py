@@ -1,0 +1,48 @@
+"""Whether walking from block to block is the model's own forward pass: looked at once, before anything is pruned."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.model import Block, first_inputs, run_model
+
+TOKENS = 128  # of the sequence that is looked at
+ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative difference of hidden states; else 2e-2
+
+
+@torch.no_grad()
+def check_walk(model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:
+    """Compare the hidden states after every block with those of the model's own forward pass.
+
+    tokens: (sequences, length), of which the first is taken, or pixels
+
+    Raises:
+        ValueError: they differ by more than rounding: something passes between blocks that is not carried.
+    """
+    sample = tokens[:1] if tokens.dim() == 4 else tokens[:1, :TOKENS]
+    own: dict[int, Tensor] = {}
+
+    def keep(index: int, out: Any) -> None:
+        own[index] = out[0] if isinstance(out, tuple) else out
+
+    hooks = [
+        block.module.register_forward_hook(lambda _, args, out, index=block.index: keep(index, out)) for block in blocks
+    ]
+    try:
+        run_model(model, sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    hidden = next(first_inputs(model, blocks, sample, 1))
+    for block in blocks:
+        hidden, expected = block(hidden), own[block.index]
+        if not expected.isfinite().all():  # of which more is said where it matters
+            return
+        apart = float((hidden.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+        if not apart <= ALLOWED.get(expected.dtype, 2e-2):
+            raise ValueError(
+                f"walked from block to block, {type(model).__name__} does not compute what it does by itself: after "
+                f"{block.name} hidden states differ by {apart:.2%}. Something passes between its blocks that "
+                "sparsekit does not carry, so it cannot be pruned block by block"
+            )

@@ -1,0 +1,165 @@
+"""Every text family through every kind of stage: `python -m tests.matrix [--families ...] [--recipes ...]`.
+
+Results are added to a file of JSON lines, and what is there already is not run again. `--table` prints docs/models.md.
+`--shard 0/2` takes every second family, for two processes side by side. A cell is "works" (proved from disk, opened by
+plain transformers, generates with its cache), "own" (opened by sparsekit.load alone, as the run says), "refused" in
+advance with a sentence, or "WRONG" with what came of it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+import torch
+
+from tests.matrix import families
+
+BASE = {
+    "calibration": {"source": "python-docs", "samples": 8, "length": 32},
+    "evaluate": {"samples": False},
+    "loggers": [],
+    "bos": "published",
+}
+SHORT = {"steps": 2, "length": 32, "batch": 1, "validation": 0.1}
+RECIPES: dict[str, dict[str, Any]] = {
+    "sparsegpt": {"pattern": "2:4", "stages": ["sparsegpt"]},
+    "lamp": {"pattern": "2:4", "stages": [{"lamp": {"epochs": 1}}]},
+    "sparsellm": {"pattern": "50%", "stages": [{"sparsellm": {"epochs": 1}}]},
+    "wanda-sp": {"stages": [{"wanda-sp": {"remove": "10%"}}]},
+    "layers": {"stages": [{"block-influence": {"remove": "20%"}}]},
+    "lora": {"pattern": "2:4", "stages": ["magnitude", {"lora": {"rank": 2, **SHORT}}]},
+    "reap": {"stages": [{"reap": {"remove": "5%"}}]},
+}
+
+
+def cell(name: str, source: Path, recipe: str, home: Path) -> dict[str, Any]:
+    """What comes of one recipe."""
+    from sparsekit.cli import main
+
+    output = home / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    file = home / "recipe.yaml"
+    file.write_text(json.dumps({"model": str(source), "output": str(output), **BASE, **RECIPES[recipe]}))
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(["fit", "--recipe", str(file)])
+    except SystemExit as error:
+        status = error.code
+    except BaseException as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return {
+            "cell": "WRONG",
+            "why": f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"[:300],
+        }
+    said = err.getvalue().strip().splitlines() or out.getvalue().strip().splitlines()
+    if status == 2 and not (output / "model").exists():
+        late = "block 1/" in out.getvalue()
+        last = next((line for line in reversed(said) if line.startswith("sparsekit: ")), said[-1])
+        return {"cell": "LATE" if late else "refused", "why": last.removeprefix("sparsekit: ")[:300]}
+    if status != 0:
+        return {"cell": "WRONG", "why": " ".join(said[-2:])[:300]}
+    return checked(source, output / "model", recipe)
+
+
+def checked(source: Path, folder: Path, recipe: str) -> dict[str, Any]:
+    """Whether the result is what it should be for whoever opens it."""
+    from transformers import AutoModelForCausalLM
+
+    import sparsekit
+    from sparsekit.model import find_blocks, split_experts
+
+    own = False
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    except Exception:
+        own, (model, _) = True, sparsekit.load(folder)
+    model.eval()
+    ids = torch.arange(5, 21)[None]
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        said = model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, min_new_tokens=2)
+        again = model(input_ids=said[:, :-1]).logits[0, -1].argmax()
+    if not whole.isfinite().all() or int(again) != int(said[0, -1]):
+        return {"cell": "WRONG", "why": "the reloaded model's cache and its whole pass differ"}
+    found: dict[str, Any] = {"cell": "own" if own else "works"}
+    if "pattern" in RECIPES[recipe]:
+        split_experts(model)
+        zeros = total = 0
+        for block in find_blocks(model):
+            for key, parameter in block.module.named_parameters():
+                if parameter.dim() > 1 and not any(part in key for part in ("conv", "router", ".gate.", "norm")):
+                    zeros, total = zeros + int((parameter == 0).sum()), total + parameter.numel()
+        found["share"] = round(2 * zeros / max(1, total), 3)
+    return found
+
+
+def main() -> int:
+    """Run what is not in the file yet."""
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.add_argument("--families", nargs="*")
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--results", type=Path, default=Path("matrix.jsonl"))
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    for file in [given.results] if given.results.is_file() else []:
+        for line in file.read_text().splitlines():
+            entry = json.loads(line)
+            known[entry["family"], entry["recipe"]] = entry
+    if given.table:
+        print(table(known))
+        return 0
+    mine, of = map(int, given.shard.split("/"))
+    torch.set_num_threads(1)
+    for name in (given.families or families.names())[mine::of]:
+        wanted = [recipe for recipe in given.recipes if (name, recipe) not in known]
+        with tempfile.TemporaryDirectory() as folder:
+            home, source = Path(folder), Path(folder) / "source"
+            try:
+                made = families.save(name, source) if wanted else None
+            except Exception as error:
+                print(f"{name}: no tiny model: {error}"[:200], file=sys.stderr, flush=True)
+                continue
+            del made
+            for recipe in wanted:
+                entry = {"family": name, "recipe": recipe, **cell(name, source, recipe, home)}
+                with given.results.open("a") as handle:
+                    handle.write(json.dumps(entry) + "\n")
+                print(entry, flush=True)
+    return 0
+
+
+def table(known: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """The results as a table, and below it the sentences of what is refused."""
+    rows = sorted({family for family, _ in known})
+    lines = ["| family | " + " | ".join(RECIPES) + " |", "|---|" + "---|" * len(RECIPES)]
+    reasons: dict[str, list[str]] = {}
+    for family in rows:
+        cells = []
+        for recipe in RECIPES:
+            entry = known.get((family, recipe), {"cell": ""})
+            said = entry["cell"] + (f" {entry['share']:.0%}" if "share" in entry else "")
+            if "why" in entry:
+                reasons.setdefault(entry["why"].replace(family, "..."), []).append(f"{family}/{recipe}")
+            cells.append(said)
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {', '.join(who)}: {why}" for why, who in sorted(reasons.items()))]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
