@@ -1,9 +1,11 @@
 import pytest
 import torch
+import transformers
 from families import GROUPS, SETTINGS, build
 from torch import nn
 
 from sparsekit.model import Linear, discover, find_blocks, first_inputs
+from sparsekit.system import ActivationStore
 
 FAMILIES = sorted(SETTINGS)
 
@@ -64,17 +66,55 @@ def test_a_model_without_blocks_is_refused():
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 
-def test_an_argument_that_changes_with_the_text_is_refused():
-    model = build("Llama")
-    tokens = torch.arange(16).reshape(2, 8)
-    blocks = discover(model, tokens)
-    inner = model.model.layers[1]
-    model.model.layers[1].register_forward_pre_hook(
-        lambda _, args, kwargs: (args, dict(kwargs, extra=args[0].clone())), with_kwargs=True
-    )
-    assert inner is blocks[1].module
-    with pytest.raises(ValueError, match="changes with the text"):
-        list(first_inputs(model, blocks, tokens, batch=1))
+GEMMA3N = {
+    "vocab_size": 96,
+    "vocab_size_per_layer_input": 96,
+    "hidden_size": 32,
+    "hidden_size_per_layer_input": 8,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_kv_shared_layers": 3,  # these read keys and values of earlier layers
+    "laurel_rank": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "activation_sparsity_pattern": [0.5] * 2 + [0.0] * 4,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("budget", [10**9, 1])
+def test_what_depends_on_the_text_is_carried_from_block_to_block(budget):
+    """Per-layer inputs, and keys and values that later blocks read; two stores do not see each other's."""
+    torch.manual_seed(0)
+    model = transformers.Gemma3nForCausalLM(transformers.Gemma3nTextConfig(**GEMMA3N)).eval()
+    tokens = torch.randint(1, 96, (5, 12), generator=torch.Generator().manual_seed(2))
+    blocks = discover(model, tokens[:1])
+    stores = [ActivationStore(budget) for _ in range(2)]
+    for hidden in first_inputs(model, blocks, tokens, batch=2):
+        for store in stores:
+            store.append(hidden)
+    seen = []
+    for start in range(0, 5, 2):
+        hooks = [b.module.register_forward_hook(lambda _, a, out: seen.append(out.detach())) for b in blocks]
+        with torch.no_grad():
+            model(input_ids=tokens[start : start + 2], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    for block in blocks:
+        for index, chunk in enumerate(stores[1]):  # other hidden states, whose keys must not be found by the first
+            stores[1][index] = block(_moved(chunk))
+        for index, chunk in enumerate(stores[0]):
+            stores[0][index] = block(chunk)
+            expected = seen[index * len(blocks) + block.index]
+            torch.testing.assert_close(stores[0][index], expected, rtol=1e-5, atol=1e-5)
+
+
+def _moved(chunk: torch.Tensor) -> torch.Tensor:
+    other = chunk + 1.0
+    other.place = chunk.place
+    return other
 
 
 def test_linear_names():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sparsekit.model.carried import Carried, Given, moved
 from sparsekit.model.experts import Experts
 
 
@@ -76,7 +77,8 @@ class Block:
     linears: name -> Linear
     experts: name inside the module -> a module of experts, whose linears are among these
     skipped: name -> why sparsekit leaves it as it is
-    arguments: batch size -> (positional, keyword) arguments that follow the hidden states
+    arguments: batch size -> (positional, keyword) arguments that follow the hidden states; carried: those of chunks
+        that have others, and whatever else passes between blocks
     masks: name -> the weights (out, in) that were kept, once the block is pruned; zeros alone would not tell, since a
         kept weight may underflow in half precision
     records: name -> what was seen while it was pruned (error, seconds, zeros, warnings ...)
@@ -97,7 +99,8 @@ class Block:
         self.trained: set[str] = set()
         self.notes: dict[str, Any] = {}
         self.tuple_length = 0  # 0: the block returns a tensor; n: a tuple of n, hidden states first
-        self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.arguments: dict[int, Given] = {}
+        self.carried = Carried()
 
     def to(self, device: torch.device | str, *_: Any, **__: Any) -> "Block":
         """Move the weights; Lightning calls this by itself."""
@@ -121,8 +124,9 @@ class Block:
 
         dtype: what the hidden states, and the arguments that are of floating point, are cast to before.
         """
-        args, kwargs = self.arguments[hidden.shape[0]]
-        hidden, args, kwargs = (_to(given, self.device, dtype) for given in (hidden, args, kwargs))
+        args, kwargs = self.carried.of(self.index, hidden, self.arguments[hidden.shape[0]])
+        hidden, args = (moved(given, self.device, dtype) for given in (hidden, args))
+        kwargs = {key: moved(given, self.device, dtype) for key, given in kwargs.items()}
         out = functional_call(self.module, parameters, (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -185,8 +189,8 @@ class Block:
                 return
 
 
-# a part of a name; gate_proj, half of a feed-forward part, is none
-DECIDES = re.compile(r"(^|[._])(router|gate|gating)([.]|$)")
+# parts of names; gate_proj, half of a feed-forward part, is none
+DECIDES = re.compile(r"(^|[._])router([.]|$)|(^|[.])(gate|gating)([.]|$)|(expert|output)_gate([.]|$)")
 
 
 def decides(name: str) -> bool:
@@ -206,16 +210,3 @@ def linears_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _modules(module: nn.Module) -> list[nn.Module]:
     return [m for _, m in linears_of(module)]
-
-
-def _to(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """The tensors of a structure on a device, and those of floating point in `dtype` if it is given."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
-    if hasattr(value, "_fields"):  # a namedtuple
-        return type(value)(*(_to(item, device, dtype) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(_to(item, device, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device, dtype) for key, item in value.items()}
-    return value

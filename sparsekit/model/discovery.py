@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, Linear, _modules, _Stop, decides, put_forward
+from sparsekit.model.carried import Carried
 from sparsekit.model.experts import split_experts
 from sparsekit.model.vision import sees_images
 
@@ -145,10 +146,8 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
 
     The model runs up to its blocks only: each block is passed over, the last one ends the pass, so this costs an
     embedding look-up. Arguments (masks, positions, rotary tables, caches off) differ by block in some families
-    (Gemma), so they are kept for every block, once for each batch size.
-
-    Raises:
-        ValueError: a block gets an argument that depends on the text itself, not on its shape alone.
+    (Gemma), so they are kept for every block, once for each batch size. Where they depend on the text (per-layer
+    inputs, the tokens themselves), they are kept for every chunk, by its number, in CPU memory.
     """
     caught: list[Tensor] = []
 
@@ -156,11 +155,7 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             known = block.arguments.setdefault(hidden.shape[0], (rest, kwargs))
-            if not _same(known, (rest, kwargs)):
-                raise ValueError(
-                    f"{block.name} gets an argument that changes with the text ({', '.join(kwargs)}); "
-                    "sparsekit can only prune blocks whose other arguments depend on the length alone"
-                )
+            carried.keep(block.index, len(done), known, (rest, kwargs))
             if block.index == 0:
                 caught.append(hidden)
             if block.index == len(blocks) - 1:
@@ -169,8 +164,11 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
 
         return forward
 
+    done: list[int] = []
+    carried = Carried()
     for block in blocks:
         block.arguments.clear()
+        block.carried = carried
     for start in range(0, len(tokens), batch):
         undo = [put_forward(block.module, stand_in(block)) for block in blocks]
         try:
@@ -180,14 +178,5 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
         finally:
             for each in undo:
                 each()
+        done.append(start)
         yield caught.pop()
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and (a is b or (a.shape == b.shape and torch.equal(a, b)))
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return type(a) is type(b)

@@ -1,6 +1,7 @@
 """Activations between two blocks: chunks in CPU memory up to a byte budget, beyond it in files."""
 
 import ctypes
+import itertools
 import math
 import sys
 import tempfile
@@ -56,8 +57,13 @@ def tight() -> Iterator[None]:
         _LIBC.malloc_trim(0)
 
 
+_NUMBERS = itertools.count()
+
+
 class ActivationStore:
     """An ordered list of chunks, each a tensor (sequences, length, hidden) or any other shape.
+
+    What comes out knows where it was: its `place` is (this store's `number`, the chunk's index).
 
     budget: bytes kept in CPU memory; chunks that would exceed it go to files under `folder`, are read through a memory
     map and prefetched by a thread while the chunk before is in use. What comes out is bit for bit what went in.
@@ -68,6 +74,7 @@ class ActivationStore:
 
     def __init__(self, budget: int, folder: str | Path | None = None):
         self.budget = budget
+        self.number = next(_NUMBERS)
         self.resident = 0  # bytes of the chunks in memory
         self.parent = folder
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -93,7 +100,9 @@ class ActivationStore:
 
     def __getitem__(self, index: int) -> Tensor:
         chunk = self._chunks[index]
-        return chunk if isinstance(chunk, Tensor) else chunk.read()
+        found = chunk if isinstance(chunk, Tensor) else chunk.read()
+        found.place = (self.number, index)  # type: ignore[attr-defined]
+        return found
 
     def __iter__(self) -> Iterator[Tensor]:
         """The chunks in order, on the CPU; the next one is read while the caller works on this one."""
