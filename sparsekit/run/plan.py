@@ -21,6 +21,7 @@ from sparsekit.model import (
     opened,
     patches,
     predicts_text,
+    read_json,
     sees_images,
     unreadable,
     vision_config,
@@ -144,6 +145,7 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
     else:
         dense = locate(recipe.model.model_dump())
         folder = locate(recipe.from_) if recipe.from_ else dense
+        _refuse_quantized(folder)
         stored = opened(folder, trust_remote_code=recipe.model.trust_remote_code)
         _account(stored)
         model = stored.model
@@ -167,6 +169,17 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
     if memory is None:
         _check_room(planned, recipe.output)
     return planned
+
+
+def _refuse_quantized(folder: Path) -> None:
+    """Raise ValueError for weights that are stored in a quantized form."""
+    told = read_json(folder / "config.json").get("quantization_config")
+    if told:
+        how = told.get("quant_method", "quantized") if isinstance(told, dict) else "quantized"
+        raise ValueError(
+            f"{folder} stores its weights quantized ({how}), and sparsekit prunes plain ones: load it by transformers, "
+            "call model.dequantize() and save_pretrained, and give the folder of the result"
+        )
 
 
 def _account(stored: Tensors) -> None:

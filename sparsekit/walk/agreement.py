@@ -24,7 +24,7 @@ def check_walk(model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:
     own: dict[int, Tensor] = {}
 
     def keep(index: int, out: Any) -> None:
-        own[index] = out[0] if isinstance(out, tuple) else out
+        own[index] = out[0] if isinstance(out, tuple | list) else out
 
     hooks = [
         block.module.register_forward_hook(lambda _, args, out, index=block.index: keep(index, out)) for block in blocks

@@ -70,15 +70,18 @@ def cell(name: str, source: Path, recipe: str, home: Path) -> dict[str, Any]:
         return {"cell": "LATE" if late else "refused", "why": last.removeprefix("sparsekit: ")[:300]}
     if status != 0:
         return {"cell": "WRONG", "why": " ".join(said[-2:])[:300]}
-    return checked(source, output / "model", recipe)
+    try:
+        return checked(output / "model", recipe)
+    except Exception as error:
+        return {"cell": "WRONG", "why": f"reloaded: {type(error).__name__}: {error}"[:300]}
 
 
-def checked(source: Path, folder: Path, recipe: str) -> dict[str, Any]:
+def checked(folder: Path, recipe: str) -> dict[str, Any]:
     """Whether the result is what it should be for whoever opens it."""
     from transformers import AutoModelForCausalLM
 
     import sparsekit
-    from sparsekit.model import find_blocks, split_experts
+    from sparsekit.model import decides, find_blocks, split_experts
 
     own = False
     try:
@@ -98,9 +101,12 @@ def checked(source: Path, folder: Path, recipe: str) -> dict[str, Any]:
         split_experts(model)
         zeros = total = 0
         for block in find_blocks(model):
-            for key, parameter in block.module.named_parameters():
-                if parameter.dim() > 1 and not any(part in key for part in ("conv", "router", ".gate.", "norm")):
-                    zeros, total = zeros + int((parameter == 0).sum()), total + parameter.numel()
+            linears = {linear.module.weight for name, linear in block.linears.items() if not decides(name)}
+            others = {
+                p for p in block.module.parameters() if p.dim() == 3 and p.shape[1] > 1
+            }  # in no form that is known
+            for parameter in linears | others:
+                zeros, total = zeros + int((parameter == 0).sum()), total + parameter.numel()
         found["share"] = round(2 * zeros / max(1, total), 3)
     return found
 

@@ -92,14 +92,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """The model types of all causal language models that read text alone, by transformers itself."""
+    """The model types of all causal language models that read text alone, by transformers itself.
+
+    Without encoders that can be told to be decoders, and without the decoders of models of two.
+    """
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
 
     found = []
     for name in known:
         parts = getattr(CONFIG_MAPPING[name], "sub_configs", None) or {}
-        if not parts or name in SPECIAL:  # of several parts, such as text and vision: a tower's matter
+        kind = CONFIG_MAPPING[name]
+        fields = set(getattr(kind, "__annotations__", {})) | set(dir(kind))
+        two = "is_decoder" in getattr(kind, "__annotations__", {}) or "decoder_layers" in fields
+        if (not parts or name in SPECIAL) and not two:  # of several parts, such as text and vision: a tower's matter
             found.append(name)
     return sorted(found)
 
@@ -115,7 +121,7 @@ def config(name: str) -> Any:
         fields = {}
     fields |= dict.fromkeys(getattr(kind, "__annotations__", {})) | dict.fromkeys(getattr(kind, "attribute_map", {}))
     special = SPECIAL.get(name, {})
-    given: dict[str, Any] = {"is_decoder": True} if "is_decoder" in fields else {}
+    given: dict[str, Any] = {}
     for field in fields:
         for pattern, size in SIZES:
             if re.fullmatch(pattern, field):
