@@ -14,7 +14,7 @@ from sparsekit.measure.images import labelled_images
 from sparsekit.model import Checkpoint, discover, opened
 from sparsekit.recipe import Recipe
 from sparsekit.results import verify
-from sparsekit.run.plan import sample_input
+from sparsekit.run.allocation import sample_input
 from sparsekit.walk import BlockStream
 
 TINY = Path(__file__).parent / "models" / "tiny-vit"

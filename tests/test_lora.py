@@ -16,7 +16,7 @@ from torch.nn.functional import linear as product
 from sparsekit.maths import parse
 from sparsekit.model import discover, find_blocks, load_plain
 from sparsekit.model import load as load_model
-from sparsekit.run.plan import sample_input
+from sparsekit.run.allocation import sample_input
 from sparsekit.stages.lora import lora, select
 from sparsekit.testing import begin, context
 from sparsekit.train import Checkpoints, attach_updates, detach_updates, recovery_text, save_adapter

@@ -9,7 +9,7 @@ from test_run import TINY, fit
 
 from sparsekit.maths import NM, parse
 from sparsekit.model import Checkpoint, discover, load
-from sparsekit.run.plan import sample_input
+from sparsekit.run.allocation import sample_input
 from sparsekit.run.zeros import SourceZeros
 
 RECIPE = """\

@@ -138,7 +138,7 @@ def test_mistakes(tmp_path: Path, stages: str, said: str) -> None:
     [
         ('{wanda-sp: {remove: "30%", shape: free}}, wanda', "any number of channels in a block, which the groups of 4"),
         ('{wanda-sp: {remove: "31%", shape: uniform}}, wanda', "after stage 1, `wanda-sp`"),
-        ('{wanda-sp: {remove: "30%", units: [experts]}}, wanda', "units are experts"),
+        ('{wanda-sp: {remove: "30%", units: [rows]}}, wanda', "units are rows"),
         ('{block-influence: {remove: "99%"}}', "layers can give up 75.0% of the blocks' parameters at most"),
     ],
 )

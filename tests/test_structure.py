@@ -196,7 +196,7 @@ def test_what_a_part_needs_in_half_precision(family):
 )
 def test_kinds_that_cannot_be_removed_together_are_refused(kinds):
     model = families.build("Llama", "meta")
-    with pytest.raises(ValueError, match="they can be heads and channels, attention and mlp, or layers"):
+    with pytest.raises(ValueError, match="they can be heads and channels, attention and mlp, layers, or experts"):
         find_units(model, find_blocks(model), kinds)
 
 

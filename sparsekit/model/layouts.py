@@ -78,7 +78,7 @@ def widths(model: Any, layer: Layer, queries: bool = False) -> dict[str, int]:
             if hasattr(config, "num_key_value_heads"):
                 found["num_key_value_heads"] = layer.heads.kept
     if layer.channels is not None:
-        name = next(name for name in MLP_WIDTHS if hasattr(config, name))
+        name = next((name for name in MLP_WIDTHS if hasattr(config, name)), MLP_WIDTHS[0])
         if layer.channels.kept != layer.channels.of:
             found[name] = layer.channels.kept
     return found

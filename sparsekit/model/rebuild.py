@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from sparsekit.model.experts import split_experts
 
 # what modules hold that says nothing about a model's structure, or is not kept right by cutting
-STALE = ("training", "intermediate_size", "gradient_checkpointing", "name_or_path", "p")
+STALE = ("training", "intermediate_size", "gradient_checkpointing", "name_or_path", "p", "tokens", "watched")
 
 
 def build(config: dict[str, Any], device: str | None = None) -> nn.Module:

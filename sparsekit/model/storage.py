@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsekit.model import layouts
 from sparsekit.model.checkpoint import Checkpoint
-from sparsekit.model.experts import join_experts, split_experts
+from sparsekit.model.experts import as_linears, join_experts, split_experts
 from sparsekit.model.folders import locate
 from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton
 from sparsekit.model.resized import build_resized, resized_by
@@ -55,8 +55,9 @@ def save_model(
         ValueError: the model is not what `shape` says.
         OSError: the disk is full or the folder cannot be written.
     """
-    shape = shape or Shape.of(model)
-    layout = layouts.choose_layout(model, shape)
+    with as_linears(model):
+        shape = shape or Shape.of(model)
+        layout = layouts.choose_layout(model, shape)
     shape = replace(shape, layout=layout.name, load=layout.load)
     described = partial(_describe, layout=layout)
 

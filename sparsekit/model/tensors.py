@@ -23,7 +23,7 @@ class Tensors(Mapping[str, Tensor]):
 
     model: as the checkpoint's config says, on the meta device
     doubled: names that several stored tensors would become; unused: stored names that become no tensor of the model,
-    without those that its class says it ignores, which are in `ignored`
+    without those that its class says it ignores, or computes, which are in `ignored`
 
     Raises:
         ValueError: stored tensors cannot be converted.
@@ -40,6 +40,7 @@ class Tensors(Mapping[str, Tensor]):
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         renamings: list[Any] = [each for each in transforms if not isinstance(each, WeightConverter)]
         by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # the rest are buffers
         self.direct: dict[str, str] = {}  # name in the model -> stored name
         self.made: dict[str, str] = {}  # name in the model -> the group it is made with
         self.groups: dict[str, _Group] = {}
@@ -67,7 +68,8 @@ class Tensors(Mapping[str, Tensor]):
         self.parts: dict[str, tuple[str, Any]] = {}  # name of an expert's tensor -> what it is a part of, and which
         self._split()
         patterns = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-        self.ignored = [key for key in self.unused if any(each.search(key) for each in patterns)]
+        computed = {name for name, _ in model.named_buffers()}  # numbers of positions, which older files hold
+        self.ignored = [key for key in self.unused if key in computed or any(each.search(key) for each in patterns)]
         self.unused = [key for key in self.unused if key not in set(self.ignored)]
         self._kept: tuple[str, dict[str, Tensor]] = ("", {})  # the group that was made last
         self._wholes: dict[str, Tensor] = {}  # what was taken apart last

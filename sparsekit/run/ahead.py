@@ -10,7 +10,7 @@ from sparsekit import registry
 from sparsekit.contracts import share
 from sparsekit.maths import NM, parse
 from sparsekit.model import Block, adopt
-from sparsekit.model.structure import Removal, choose, find_units, kinds_of
+from sparsekit.model.structure import Removal, Shape, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
 from sparsekit.run.allocation import pattern_of
 from sparsekit.run.context import Context
@@ -35,6 +35,7 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
     groups = [pattern for pattern in map(parse, asked) if isinstance(pattern, NM)]
     model = copy.deepcopy(model)
     blocks = adopt(model, blocks)
+    cut = False
     for index, stage in enumerate(stages):
         options = _removing(stage)
         if options is None:
@@ -42,6 +43,8 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
         kinds, remove, shape = options
         units = find_units(model, blocks, kinds)
         mask = choose(units, torch.zeros(len(units)), remove, shape=shape)
+        _check_stored(model, blocks, Removal(units.kinds, mask), whole=not cut)
+        cut = True
         later = next((each for each in stages[index + 1 :] if effect_of(each).prunes), None)
         before = f"stage {index + 1}, `{stage.name}`"
         if shape == "free" and kinds != ["layers"]:
@@ -61,6 +64,14 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
                     parse(pattern_of(recipe, block, name)).check(linear.shape[1], name)
                 except ValueError as error:
                     raise ValueError(f"after {before}: {error}") from error
+
+
+def _check_stored(model: nn.Module, blocks: list[Block], removal: Removal, *, whole: bool) -> None:
+    """Raise ValueError where what such a removal leaves could not be built from a config again."""
+    if whole:  # of a model that is cut already, what was there before is not known here
+        other = copy.deepcopy(model)
+        units = removal.apply(other, adopt(other, blocks))
+        Shape.of(other, [(units, removal)])
 
 
 def check_carried(recipe: Recipe, model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
+from torch import nn
 
 from sparsekit.contracts import Context, Count, Effect, Fit, Fraction, NotNegative, Positive, declares
 from sparsekit.model import Block, Linear, meant
@@ -173,14 +174,21 @@ def select(blocks: Sequence[Block], targets: list[str] | None) -> list[Linear]:
     Raises:
         ValueError: there are none, or a target is no part of any linear's name.
     """
-    linears = [linear for block in blocks for linear in block.linears.values()]
+    linears = [linear for block in blocks for linear in block.linears.values() if _plain(linear)]
+    if not linears:
+        raise ValueError("the blocks have no linear that a low-rank update can be put beside")
     if targets is None:
         return linears
     if not targets:
         raise ValueError("targets is [], so nothing would be trained: name linears, or leave it out for all")
-    pairs = [(block, linear) for block in blocks for linear in block.linears.values()]
+    pairs = [(block, linear) for block in blocks for linear in block.linears.values() if _plain(linear)]
     for target in targets:
         if not any(meant(block, linear.name, target) for block, linear in pairs):
             roles = {part for linear in linears for part in linear.name.split(".")[-2:]}
             raise ValueError(f"no linear is called `{target}`, {suggest(target, roles)}")
     return [linear for block, linear in pairs if any(meant(block, linear.name, target) for target in targets)]
+
+
+def _plain(linear: Linear) -> bool:
+    """Whether a linear computes x W' + b; some families have classes that read their input in groups."""
+    return linear.transposed or type(linear.module).forward is nn.Linear.forward

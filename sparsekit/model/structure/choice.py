@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.contracts import share
-from sparsekit.model.structure.units import Units
+from sparsekit.model.structure.units import Part, Units
 
 SHAPES = ("free", "uniform")
 BUDGETS = ("separate", "joint")
@@ -30,7 +30,8 @@ def choose(
     Never less than `remove` goes, and more by less than one unit: the smallest that could still go, or with separate
     budgets one of the last kind (uniform: one in each block). Of equal scores the unit that comes first stays.
 
-    shape: free, the best of the whole model; uniform, the same number in each block, the best of each
+    shape: free, the best of the whole model; uniform, the same number in each block (the same share where blocks
+        differ), the best of each
     budgets: separate, of heads (or whole attentions) the nearest number to their share goes that leaves channels (or
         MLPs) something to do, and of these as few as bring the total to `remove`; joint, the lowest scores of both
         kinds go, which must be comparable; a unit that would go beyond `remove` is passed over for smaller ones
@@ -62,19 +63,22 @@ def choose(
         last = kind == units.kinds[-1]
         later = sum(int(units.parameters[units.of(other) & ~safe].sum()) for other in units.kinds[position + 1 :])
         if shape == "uniform" and kind != "layers":
-            parts = [number for number, part in enumerate(units.parts) if part.kind == kind]
-            each, size = units.parts[parts[0]].count, units.parts[parts[0]].parameters
-            if any(units.parts[number].count != each for number in parts):
-                raise ValueError(f"{kind} differ in number from block to block already, so no shape can be uniform")
-            most = each - max(least, units.parts[parts[0]].least) if each > 1 else 0
-            number = math.ceil((goal - done) / (size * len(parts)))
-            if not last:
-                number = _between(round(remove * each), [size * len(parts)] * most, goal - done, later)
-            if last and number > most:
-                raise _too_much(units, done + most * size * len(parts))
-            for part in parts:
-                order = _worst_first(units, scores, units.part == part)
-                kept = _dropped(kept, order[: min(max(number, 0), most)])
+            parts = [part for part in units.parts if part.kind == kind]
+            steps = _alike(parts, least)
+            held = [sum(n * part.parameters for n, part in zip(step, parts, strict=True)) for step in steps]
+            if last:
+                number = next((n for n, size in enumerate(held) if size >= goal - done), None)
+                if number is None:
+                    raise _too_much(units, done + held[-1])
+            else:
+                number = min(round(remove * (len(steps) - 1)), len(steps) - 1)
+                while number and held[number] > goal - done:
+                    number -= 1
+                while number < len(steps) - 1 and held[number] + later < goal - done:
+                    number += 1
+            for part, count in zip(parts, steps[number], strict=True):
+                order = _worst_first(units, scores, units.part == units.parts.index(part))
+                kept = _dropped(kept, order[:count])
             continue
         order = _worst_first(units, scores, mine & ~safe)
         sizes = units.parameters[order]
@@ -84,6 +88,16 @@ def choose(
             number = _between(round(remove * int(mine.sum())), sizes.tolist(), goal - done, later)
         kept = _dropped(kept, order[:number])
     return kept
+
+
+def _alike(parts: list[Part], least: int) -> list[list[int]]:
+    """How many units go from each part, step by step: the same share, so the same number where parts have as many."""
+    most = [part.count - max(least, part.least) if part.count > 1 else 0 for part in parts]
+    largest = max(part.count for part in parts)
+    return [
+        [min(top, -(-number * part.count // largest)) for part, top in zip(parts, most, strict=True)]
+        for number in range(largest + 1)
+    ]
 
 
 def _best_of_each(units: Units, scores: Tensor, least: int) -> Tensor:

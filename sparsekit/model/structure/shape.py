@@ -91,7 +91,10 @@ class Shape:
         setattr(full, BY_QUERY, getattr(model, BY_QUERY, None))
         first = _widths(full, full)
         gone = sum(len(dropped(units, removal)) for units, removal in cuts)
-        layers = follow_cuts(before.layers if before else _whole(first, len(find_blocks(full)) + gone), cuts)
+        left = list(range(len(find_blocks(full)) + gone))
+        for units, removal in cuts:
+            left = [index for place, index in enumerate(left) if place not in dropped(units, removal)]
+        layers = follow_cuts(before.layers if before else _whole(first, len(find_blocks(full)) + gone, left), cuts)
         if len(layers) != len(find_blocks(full)):
             raise ValueError(f"the model has {len(find_blocks(full))} layers, and by its cuts {len(layers)}")
         for kind, widths in _widths(model, full).items():
@@ -203,13 +206,18 @@ def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _whole(widths: dict[str, list[int | None]], count: int) -> list[Layer]:
-    """Layers of these widths; of those that were dropped, as wide as the first that has any."""
+def _whole(widths: dict[str, list[int | None]], count: int, left: Sequence[int] | None = None) -> list[Layer]:
+    """Layers as wide as the layers that are left; those that were dropped, as the first that has any.
+
+    widths: a kind -> of each layer that is left; left: their numbers among `count`; None: all are left
+    """
+    places = {index: place for place, index in enumerate(range(count) if left is None else left)}
     layers = []
     for index in range(count):
         counts = {}
         for kind, each in widths.items():
-            width = each[index] if index < len(each) == count else next(known for known in each if known is not None)
+            some = next((known for known in each if known is not None), None)
+            width = each[places[index]] if index in places else some
             if width is not None:
                 counts[kind] = Count(tuple(range(width)), width)
         layers.append(Layer(index, **counts))

@@ -107,6 +107,10 @@ class Units:
         return torch.tensor(values).repeat_interleave(torch.tensor([part.count for part in self.parts]))
 
 
+class NoPart(ValueError):
+    """A block has no part of a kind that is known; the message says what it has."""
+
+
 def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] = ("heads", "channels")) -> Units:
     """The units of these kinds in a model's blocks, of parts that are still there. Works on the meta device.
 
@@ -125,14 +129,21 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
         counted = count_experts(model, blocks)
         found = [_experts(block, home, counted) for block in blocks for home in block.experts]
         return Units(tuple(found), sum(p.numel() for block in blocks for p in block.module.parameters()))
-    parts = []
+    parts: list[Part] = []
+    lacking: dict[str, ValueError] = {}
     for block in blocks:
         parameters = sum(parameter.numel() for parameter in block.module.parameters())
         for kind in sorted(kinds, key=KINDS.index):
             if kind == "layers":
                 parts.append(Part(block.index, kind, 1, parameters, {}, None, torch.empty(1, 0, dtype=torch.long)))
             elif not _gone(block, attention := kind in ("heads", "attention")):
-                parts.append(_heads(model, block, kind) if attention else _channels(block, kind))
+                try:
+                    parts.append(_heads(model, block, kind) if attention else _channels(block, kind))
+                except NoPart as reason:  # a mixture of experts, a Mamba block: others may have them
+                    lacking.setdefault(kind, reason)
+    for kind, first in lacking.items():
+        if not any(part.kind == kind for part in parts):
+            raise first
     return Units(tuple(parts), sum(p.numel() for block in blocks for p in block.module.parameters()))
 
 
@@ -256,7 +267,7 @@ def _roles(
             output = [linears[name] for name in outputs if name in linears]
             if output and all(name in linears for name in inputs):
                 return [linears[name] for name in inputs], output[0], home
-    raise ValueError(
+    raise NoPart(
         f"{block.name} has no {what} whose linears sparsekit knows: it has "
         f"{', '.join(sorted(name.removeprefix(f'{block.name}.') for name in block.linears))}; structures can be "
         "removed from models built like LLaMA, Mistral, Qwen, Gemma, Phi, OPT, GPT-2 or GPT-NeoX"
