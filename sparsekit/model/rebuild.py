@@ -24,7 +24,7 @@ def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
     """
     import transformers
 
-    given: dict[str, Any] = json.loads(json.dumps(config), object_hook=_number)
+    given = decoded(config)
     kind = str(given.pop("model_type", None))
     try:
         made = transformers.AutoConfig.for_model(kind, **given)
@@ -35,6 +35,12 @@ def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
         raise ValueError(f"transformers cannot build a {kind} of this config: {reason}") from error
     split_experts(model)
     return model
+
+
+def decoded(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as JSON has it, with the infinities that its class is given."""
+    found: dict[str, Any] = json.loads(json.dumps(config), object_hook=_number)
+    return found
 
 
 def _number(found: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsekit.model import GENERATION, Checkpoint, load_tokenizer, read_json
+from sparsekit.model import GENERATION, LAYERS, Checkpoint, decoded, load_tokenizer, read_json
 from sparsekit.model.structure import Shape
 
 UNSAID = {"transformers_version", "_name_or_path", "torch_dtype", "_attn_implementation", "_commit_hash"}
@@ -38,13 +38,14 @@ def _config(folder: Path, source: Path, cast: bool, cut: bool, trust: bool) -> I
     if made is not None:
         from transformers import AutoConfig
 
-        one = _plain(AutoConfig.for_model(**{str(k): v for k, v in one.items()}))
+        one = _plain(AutoConfig.for_model(**{str(k): v for k, v in decoded(one).items()}))
         if begun is not None and begun.layout != "plain":
-            other = _plain(AutoConfig.for_model(**{str(k): v for k, v in other.items()}))
-        free |= {"num_hidden_layers", "architectures", "n_layer", "num_layers"}
+            other = _plain(AutoConfig.for_model(**{str(k): v for k, v in decoded(other).items()}))
+        free |= {"architectures", *LAYERS}
         kept = [layer.index for layer in made.layers]
         before = [layer.index for layer in begun.layers] if begun is not None else None
-        count = len(before) if before is not None else other.get("num_hidden_layers")
+        told = next((other[key] for key in LAYERS if isinstance(other.get(key), int)), 0)
+        count = len(before) if before is not None else told
         if unknown := set(kept) - set(before if before is not None else range(count or 0)):
             yield f"structure.json keeps layer {min(unknown)}, which {source} has not"
             return

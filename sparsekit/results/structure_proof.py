@@ -139,15 +139,17 @@ def _told_cuts(shape: Shape, dense: nn.Module) -> Cuts:
     """The cuts of the source that structure.json tells; all layers that go, go last."""
     blocks = find_blocks(dense)
     left = {layer.index: layer for layer in shape.layers}
-    kinds = [kind for kind in COUNTED if all(getattr(layer, kind) is not None for layer in shape.layers)]
     cuts = []
-    if kinds:
+    for together in (["heads", "channels"], ["experts"]):
+        kinds = [kind for kind in together if any(getattr(layer, kind) is not None for layer in shape.layers)]
+        if not kinds:
+            continue
         units = find_units(dense, blocks, kinds)
         masks = [torch.ones(part.count, dtype=torch.bool) for part in units.parts]
         for part, mask in zip(units.parts, masks, strict=True):
-            if part.block in left:
+            if part.block in left and (count := getattr(left[part.block], part.kind)) is not None:
                 mask[:] = False
-                mask[list(getattr(left[part.block], part.kind).units)] = True
+                mask[list(count.units)] = True
         cuts.append((units, Removal(kinds, torch.cat(masks))))
     kept = torch.tensor([block.index in left for block in blocks])
     return [*cuts, (find_units(dense, blocks, ["layers"]), Removal(["layers"], kept))]

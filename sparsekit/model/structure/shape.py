@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsekit.model import rebuild
 from sparsekit.model.blocks import Linear, is_linear
 from sparsekit.model.discovery import find_blocks
+from sparsekit.model.experts import as_linears
 from sparsekit.model.structure.cutting import cut
 from sparsekit.model.structure.origins import Cuts, Origin, dropped, trace
 from sparsekit.model.structure.units import BY_QUERY, Units, by_query, find_units
@@ -86,6 +87,11 @@ class Shape:
         Raises:
             ValueError: the model is not what is left by these cuts, or cannot be built from its config and the counts.
         """
+        with as_linears(model):
+            return cls._of(model, cuts, before, changed)
+
+    @classmethod
+    def _of(cls, model: nn.Module, cuts: Cuts, before: "Shape | None", changed: Iterable[str]) -> "Shape":
         config = rebuild.config_of(model)
         full = rebuild.build(config, "meta")
         setattr(full, BY_QUERY, getattr(model, BY_QUERY, None))
