@@ -4,7 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from sparsekit.model import discover
+from sparsekit.model.structure import choose, find_units, masking
+from sparsekit.model.structure.cutting import cut
 from tests.matrix import families
 from tests.matrix.__main__ import RECIPES, cell
 
@@ -16,6 +20,7 @@ FEW = {
     "deepseek_v3": ("lamp", "layers"),
     "jetmoe": ("sparsegpt",),
     "gpt_neo": ("wanda-sp",),
+    "glm4": ("channels",),  # gate and up in one linear
 }
 RIGHT = {"works", "own", "refused"}
 
@@ -49,3 +54,21 @@ def test_every_family(source, family, tmp_path):
     for recipe in RECIPES:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         outcome(family, recipe, tmp_path, source)
+
+
+@pytest.mark.parametrize("family", ["phi3", "glm4", "gptj", "codegen"])
+def test_channels_of_linears_with_other_names(family):
+    """Gate and up one after another in one linear; GPT-J's own names: the masked model is the cut one."""
+    ids = torch.randint(1, 700, (2, 16), generator=torch.Generator().manual_seed(1))
+    model = families.build(family)
+    blocks = discover(model, ids[:1])
+    units = find_units(model, blocks, ["channels"])
+    kept = choose(units, torch.rand(len(units), generator=torch.Generator().manual_seed(2)), 0.1, shape="uniform")
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        with masking(blocks, units) as mask:
+            mask(kept)
+            masked = model(input_ids=ids).logits
+        cut(model, blocks, units, kept)
+        torch.testing.assert_close(model(input_ids=ids).logits, masked, rtol=1e-4, atol=1e-5)
+    assert (masked - whole).abs().max() > 1e-3

@@ -23,7 +23,9 @@ ATTENTIONS = (
 MLPS = (
     (("gate_proj", "up_proj"), ("down_proj",)),
     (("up_proj",), ("down_proj",)),
+    (("gate_up_proj",), ("down_proj",)),  # Phi-3, GLM: gate and up one after another
     (("fc1",), ("fc2",)),
+    (("fc_in",), ("fc_out",)),  # GPT-J, CodeGen
     (("c_fc",), ("c_proj",)),
     (("dense_h_to_4h",), ("dense_4h_to_h",)),
 )
@@ -225,7 +227,10 @@ def _channels(block: Block, kind: str) -> Part:
     inputs, output, _ = _roles(block, MLPS, "MLP")
     count = output.shape[1]
     rows = {linear.name: torch.arange(count)[:, None] for linear in inputs}
-    if any(linear.shape[0] != count for linear in inputs):
+    [*others, last] = inputs
+    if not others and last.name.endswith("gate_up_proj") and last.shape[0] == 2 * count:
+        rows = {last.name: torch.stack([torch.arange(count), torch.arange(count) + count], 1)}
+    elif any(linear.shape[0] != count for linear in inputs):
         raise ValueError(f"{output.name} reads {count} channels, which is not what {inputs[0].name} makes")
     return _part(block, kind, "channels", rows, output, torch.arange(count)[:, None])
 
