@@ -130,6 +130,14 @@ class Block:
         out = functional_call(self.module, parameters, (hidden, *args), kwargs)
         return out[0] if isinstance(out, tuple | list) else out
 
+    def expert_of(self, group: int) -> str | None:
+        """The expert, by its name inside the block, whose linears a group is of; None: of none."""
+        inner = self.groups[group][0].removeprefix(f"{self.name}.")
+        for name in self.experts:
+            if inner.startswith(f"{name}."):
+                return f"{name}.{inner.removeprefix(f'{name}.').split('.')[0]}"
+        return None
+
     def keep_only(self, names: Collection[str]) -> None:
         """Let the block have these linears alone, in its groups too."""
         self.linears = {name: linear for name, linear in self.linears.items() if name in names}

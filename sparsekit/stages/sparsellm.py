@@ -118,6 +118,8 @@ class SparseLLM(Callback):
             for name in block.linears:
                 leave_dense(block, name, "left dense: first_half_only prunes the first half of the blocks alone")
             return
+        if not block.groups:
+            return
         part, seconds = find_part(block, walk.stream.inputs[0]), 0.0
         self.local.answers = {}
         with warnings.catch_warnings(record=True) as caught, tight():
@@ -153,7 +155,7 @@ class SparseLLM(Callback):
         try:
             return prune_jointly(
                 FeedForward(activation, **given),
-                _inputs(stream, block),
+                _inputs(stream, block, roles["gate"]),
                 store,
                 self.local.solver,
                 {role: self.local.patterns[name] for role, name in roles.items()},
@@ -168,22 +170,32 @@ class SparseLLM(Callback):
 def find_part(block: Block, hidden: Tensor) -> tuple[str, dict[str, str]] | None:
     """The activation function of a block's feed-forward part and its linears: gate, up (not always), down -> name.
 
-    The part is found by what it does: one or two linears of one input, then the block's last linear, which is given
-    phi(one) or phi(one) * other, for (sequences, length, hidden) that enter the block. None if no known function fits.
+    The part is found by what it does: one or two linears of one input, and a later one that is given phi(one) or
+    phi(one) * other, for (sequences, length, hidden) that enter the block. In a parallel block others read the same
+    input. None if no known function fits, as in a mixture of experts.
     """
-    if len(block.groups) < 2 or len(block.groups[-1]) != 1 or len(block.groups[-2]) > 2:
-        return None
-    names, (down,), last = block.groups[-2], block.groups[-1], len(block.groups) - 1
+    groups = [index for index in range(len(block.groups)) if block.expert_of(index) is None]
     seen: dict[int, Tensor] = {}
-    block.until(hidden, [last - 1, last], seen.__setitem__)
+    block.until(hidden, groups, seen.__setitem__)
+    for place, last in reversed(list(enumerate(groups))):
+        for first in reversed(groups[:place]):
+            if len(block.groups[last]) == 1 and (found := _fits(block, first, last, seen)) is not None:
+                return found
+    return None
+
+
+def _fits(block: Block, first: int, last: int, seen: Mapping[int, Tensor]) -> tuple[str, dict[str, str]] | None:
+    """The activation function and the roles, if linears of the group `first` make what enters the group `last`."""
     given = seen[last]
-    outputs = {name: block.linears[name].module(seen[last - 1]).float() for name in names}
-    if any(output.numel() != given.numel() for output in outputs.values()):
+    linears = {name: block.linears[name].module for name in block.groups[first]}
+    wide = [name for name in linears if block.linears[name].shape[0] == given.shape[-1]]
+    outputs = {name: linears[name](seen[first]).float() for name in wide if len(wide) <= 2}
+    if not outputs or any(output.shape != given.shape for output in outputs.values()):
         return None
     target = given.float().flatten()
     errors = {}
-    for gate in names:
-        up = [name for name in names if name != gate]
+    for gate in outputs:
+        up = [name for name in outputs if name != gate]
         factor = outputs[up[0]] if up else 1.0
         for activation, jet in ACTIVATIONS.items():
             error = (jet(outputs[gate])[0] * factor).flatten() - target
@@ -195,13 +207,13 @@ def find_part(block: Block, hidden: Tensor) -> tuple[str, dict[str, str]] | None
     if not least <= max(1e-4, torch.finfo(given.dtype).eps):
         return None
     activation, roles = errors[least]
-    return activation, roles | {"down": down}
+    return activation, roles | {"down": block.groups[last][0]}
 
 
 @torch.no_grad()
-def _inputs(stream: BlockStream, block: Block) -> Iterator[Tensor]:
-    """What enters the feed-forward part of a block that is still dense, chunk by chunk."""
-    group = len(block.groups) - 2
+def _inputs(stream: BlockStream, block: Block, name: str) -> Iterator[Tensor]:
+    """What enters a linear of a block that is still dense, chunk by chunk."""
+    group = next(index for index, names in enumerate(block.groups) if name in names)
     for chunk in stream.inputs:
         seen: dict[int, Tensor] = {}
         block.until(chunk, [group], seen.__setitem__)

@@ -18,11 +18,11 @@ def turns(block: Block, room: int) -> list[list[int]]:
     last depends on the weights of those before.
     """
     sizes = [4 * block.linears[names[0]].shape[1] ** 2 for names in block.groups]
-    found: list[list[int]] = [[index for index in range(len(sizes)) if _expert(block, index) is None]]
+    found: list[list[int]] = [[index for index in range(len(sizes)) if block.expert_of(index) is None]]
     used = sum(sizes[index] for index in found[0])
     by_expert: dict[str, list[int]] = {}
     for index in range(len(sizes)):
-        if (expert := _expert(block, index)) is not None:
+        if (expert := block.expert_of(index)) is not None:
             by_expert.setdefault(expert, []).append(index)
     for groups in by_expert.values():
         size = sum(sizes[index] for index in groups)
@@ -32,15 +32,6 @@ def turns(block: Block, room: int) -> list[list[int]]:
         found[-1] += groups
         used += size
     return [sorted(groups) for groups in found]
-
-
-def _expert(block: Block, group: int) -> str | None:
-    """The expert whose linears a group is of, by name; None: of none."""
-    inner = block.groups[group][0].removeprefix(f"{block.name}.")
-    for name in block.experts:
-        if inner.startswith(f"{name}."):
-            return f"{name}.{inner.removeprefix(f'{name}.').split('.')[0]}"
-    return None
 
 
 class Given:
