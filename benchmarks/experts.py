@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 import sparsekit
+from sparsekit.data import corpus
 from sparsekit.measure import perplexity
-from sparsekit.model import discover, experts, load_plain
+from sparsekit.model import Experts, discover, load_plain
 from sparsekit.model.structure import find_units
 
 MODEL = Path(__file__).parents[1] / "tests" / "models" / "tiny-moe"
@@ -29,10 +30,8 @@ TEXTS = ((96, 128), (24, 128), (4, 32), (2, 32))
 
 def held_out(tokenizer: Any, choosing: bool = False, windows: int = 64, length: int = 128) -> torch.Tensor:
     """The first windows of the test topics (windows, length); for choosing a default the next ones."""
-    from sparsekit.data.corpora import python_docs
-
-    corpus = python_docs("test")
-    ids = tokenizer(corpus.separator.join(corpus.documents))["input_ids"]
+    text = corpus({"source": "python-docs"}, "test")
+    ids = tokenizer(text.separator.join(text.documents))["input_ids"]
     start = windows * length * choosing
     return torch.tensor(ids[start : start + windows * length]).view(windows, length)
 
@@ -51,7 +50,7 @@ def grams(others: Sequence[float], seeds: Sequence[int], choosing: bool) -> None
     print("| others, in inputs | " + " | ".join(f"{n} x {length}" for n, length in TEXTS) + " |", flush=True)
     print("|---|" + "---|" * len(TEXTS), flush=True)
     for other in others:
-        experts.OTHERS = other
+        Experts.others = other
         row = []
         for samples, length in TEXTS:
             found = [perplexity(pruned(["sparsegpt"], samples, length, s, "2:4"), test, batch=4) for s in seeds]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparsekit.system import ActivationStore
+from sparsekit.system import ActivationStore, disk_errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -29,3 +29,11 @@ def test_an_unwritable_folder_is_an_os_error(tmp_path):
     store = ActivationStore(0, tmp_path / "file")
     with pytest.raises(OSError):
         store.append(torch.zeros(3))
+
+
+def test_a_full_disk_is_an_os_error_whoever_reports_it(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, disk_errors(tmp_path):
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
+    assert caught.value.errno == 28
+    with pytest.raises(Exception, match="another reason"), disk_errors(tmp_path):
+        raise Exception("another reason")

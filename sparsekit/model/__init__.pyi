@@ -9,11 +9,11 @@ from .discovery import discover as discover
 from .discovery import find_blocks as find_blocks
 from .discovery import first_inputs as first_inputs
 from .discovery import run_model as run_model
+from .expert_forms import as_linears as as_linears
+from .expert_forms import join_experts as join_experts
+from .expert_forms import joined as joined
+from .expert_forms import split_experts as split_experts
 from .experts import Experts as Experts
-from .experts import as_linears as as_linears
-from .experts import join_experts as join_experts
-from .experts import joined as joined
-from .experts import split_experts as split_experts
 from .folders import locate as locate
 from .layouts import choose_layout as choose_layout
 from .loading import LAYERS as LAYERS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, Linear, _modules, _Stop, decides, put_forward
 from sparsekit.model.carried import Carried
-from sparsekit.model.experts import split_experts
+from sparsekit.model.expert_forms import split_experts
 from sparsekit.model.tensors import tied_names
 from sparsekit.model.vision import sees_images
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsekit.model.experts import split_experts
+from sparsekit.model.expert_forms import split_experts
 
 # what modules hold that says nothing about a model's structure, or is not kept right by cutting
 STALE = ("training", "intermediate_size", "gradient_checkpointing", "name_or_path", "p", "tokens", "watched")

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsekit.model import layouts
 from sparsekit.model.checkpoint import Checkpoint
-from sparsekit.model.experts import as_linears, join_experts, split_experts
+from sparsekit.model.expert_forms import as_linears, join_experts, split_experts
 from sparsekit.model.folders import locate
 from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton
 from sparsekit.model.resized import build_resized, resized_by

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.model.checkpoint import Checkpoint
-from sparsekit.model.experts import joined, pieces_of
+from sparsekit.model.expert_forms import joined, pieces_of
 
 WHOLES = 4  # fused parameters of one module of experts: two weights, two biases
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsekit.model.blocks import Block
 from sparsekit.model.checkpoint import Checkpoint
-from sparsekit.model.experts import joined
+from sparsekit.model.expert_forms import joined
 from sparsekit.model.shards import Shards, digest_of
 from sparsekit.model.tensors import Tensors, stored_form
 from sparsekit.system import disk_errors

@@ -67,6 +67,7 @@ class _Report(_Part):
     blocks: dict[str, dict[str, Any]] = {}
     notes: dict[str, Any] = {}
     samples: list[dict[str, str]] = []
+    fingerprint: dict[str, Any] = {}
     versions: dict[str, Any] = {}
     hardware: dict[str, Any] = {}
 

@@ -1,21 +1,23 @@
 """Policy gradient: which structures stay is learned from the loss of the pruned model, by forward passes alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
+import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsekit import registry
 from sparsekit.contracts import Context, Count, Effect, Fit, Fraction, Kinds, Positive, Share, declares, share
-from sparsekit.model.structure import check_shape, kinds_of
+from sparsekit.model.structure import Units, check_shape, choose, kinds_of, masking
 from sparsekit.train import Checkpoints, PolicyGradient
 from sparsekit.walk import Remove
 
 RANDOM = ("random", "random-progressive")
+EXPERTS = ("reap", "expert-frequency", "expert-activation")
 
 
 @declares(Effect(cuts=True, moves=True, start="dense", processes="many"))
@@ -61,8 +63,9 @@ def policy_gradient(
         uniform, since their config has one number for all blocks
     budgets: separate for heads and channels, as in the paper, or joint, weighed by parameters
     initial: the scores that s starts from, of any installed criterion that scores these units; null: wanda-sp for heads
-        and channels, reap for experts, else layer-perplexity. random, or random-progressive, which begins by removing
-        5 % and goes on
+        and channels; for experts the one of reap, expert-frequency and expert-activation whose choice has the least
+        loss on held-out text; else layer-perplexity. random, or random-progressive, which begins by removing 5 % and
+        goes on
     tokens: of calibration text for these scores and for least squares, at most
     projection: of scores to probabilities: sigmoid-norm (Eq. A10), sigmoid-rank, the same from ranks, for scores with
         outliers, or score-const (A11); null: sigmoid-norm for heads and channels, else sigmoid-rank
@@ -103,7 +106,11 @@ def policy_gradient(
         bias=bias,
         damping=damping,
     )
-    score = None if start in RANDOM else partial(few.scores, start, cutting.units, share(remove))
+    score: Callable[[], Tensor] | None = None
+    if start not in RANDOM:
+        score = partial(few.scores, start, cutting.units, share(remove))
+    if kinds == ["experts"] and initial is None:
+        score = partial(_best_of, few, cutting.units, share(remove), testing if len(testing) else text, form)
     module = PolicyGradient(
         context.model,
         context.blocks,
@@ -169,6 +176,18 @@ def _initial(kinds: list[str]) -> str:
     if kinds == ["experts"]:
         return "reap"
     return "wanda-sp" if _fine(kinds) else "layer-perplexity"
+
+
+def _best_of(context: Context, units: Units, remove: float, text: Tensor, shape: str) -> Tensor:
+    """The scores of the criterion whose choice of experts has the least loss on some text (sequences, length)."""
+    losses: dict[float, Tensor] = {}
+    with masking(context.blocks, units) as mask:
+        for name in EXPERTS:
+            mask(torch.ones(len(units), dtype=torch.bool))
+            scores = context.scores(name, units, remove)
+            mask(choose(units, scores, remove, shape=shape))
+            losses[context.loss(text)] = scores
+    return losses[min(losses)]
 
 
 def _shape(asked: str | None, kinds: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +40,15 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """The safetensors writer reports a full disk in a type of its own: make it the OSError that it is."""
+    """Writers in Rust report a full disk in types of their own: make it the OSError that it is."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
+    except Exception as error:  # that of the tokenizers library has no narrower type
+        if not isinstance(error, OSError) and (number := re.search(r"os error (\d+)", str(error))):
+            raise OSError(int(number[1]), f"cannot write {path}: {error}") from error
+        raise
 
 
 def make_readable(file: Path) -> None:

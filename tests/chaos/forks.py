@@ -61,9 +61,11 @@ def forked(
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:  # a signal may come here too; what is above belongs to the parent
+                os._exit(status)
     _, raw = os.waitpid(child, 0)
     text = output.read_text(errors="replace") if output.exists() else ""
     output.unlink(missing_ok=True)

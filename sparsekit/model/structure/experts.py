@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sparsekit.model import rebuild
 from sparsekit.model.blocks import Block
 from sparsekit.model.discovery import find_blocks
-from sparsekit.model.experts import Experts, joined
+from sparsekit.model.expert_forms import joined
+from sparsekit.model.experts import Experts
 
 COUNT = re.compile(r"experts$|experts_num$|num_experts|num_local_experts")  # fields of configs
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")

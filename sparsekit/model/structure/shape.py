@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsekit.model import rebuild
 from sparsekit.model.blocks import Linear, is_linear
 from sparsekit.model.discovery import find_blocks
-from sparsekit.model.experts import as_linears
+from sparsekit.model.expert_forms import as_linears
 from sparsekit.model.structure.cutting import cut
 from sparsekit.model.structure.origins import Cuts, Origin, dropped, trace
 from sparsekit.model.structure.units import BY_QUERY, Units, by_query, find_units
