@@ -71,7 +71,8 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     try:
         return _discover(model, tokens, routers)
     except (NotImplementedError, RuntimeError) as error:
-        if not tokens.is_meta or "meta" not in str(error).lower():
+        bare = any(parameter.is_meta for parameter in model.parameters())
+        if not bare or "meta" not in str(error).lower():
             raise
     # what the forward pass does depends on numbers, so it is given some: zeros, which take no memory before written to
     stand_in = copy.deepcopy(model)._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))

@@ -46,7 +46,8 @@ def _config(folder: Path, source: Path, cast: bool, cut: bool, trust: bool) -> I
         before = [layer.index for layer in begun.layers] if begun is not None else None
         told = next((other[key] for key in LAYERS if isinstance(other.get(key), int)), 0)
         count = len(before) if before is not None else told
-        if unknown := set(kept) - set(before if before is not None else range(count or 0)):
+        known = set(before) if before is not None else set(range(count)) if count else set(kept)
+        if unknown := set(kept) - known:
             yield f"structure.json keeps layer {min(unknown)}, which {source} has not"
             return
         where = [before.index(index) for index in kept] if before is not None else kept

@@ -70,8 +70,12 @@ def _check_stored(model: nn.Module, blocks: list[Block], removal: Removal, *, wh
     """Raise ValueError where what such a removal leaves could not be built from a config again."""
     if whole:  # of a model that is cut already, what was there before is not known here
         other = copy.deepcopy(model)
-        units = removal.apply(other, adopt(other, blocks))
-        Shape.of(other, [(units, removal)])
+        try:
+            units = removal.apply(other, adopt(other, blocks))
+            Shape.of(other, [(units, removal)])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:  # of a family's own making
+            what = " and ".join(removal.kinds)
+            raise ValueError(f"{type(model).__name__} cannot do without some of its {what}: {error}") from error
 
 
 def check_carried(recipe: Recipe, model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:

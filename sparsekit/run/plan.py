@@ -93,7 +93,8 @@ class Plan:
     @property
     def positions(self) -> int | None:
         """The size of the model's position table."""
-        return getattr(self.config, "max_position_embeddings", None)
+        found = getattr(self.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
 
     @property
     def device(self) -> torch.device:

@@ -224,8 +224,11 @@ def _heads(model: nn.Module, block: Block, kind: str) -> Part:
 
 
 def _channels(block: Block, kind: str) -> Part:
-    inputs, output, _ = _roles(block, MLPS, "MLP")
+    inputs, output, home = _roles(block, MLPS, "MLP")
     count = output.shape[1]
+    for name, norm in block.module.get_submodule(home).named_parameters() if home else ():
+        if "norm" in name and norm.numel() == count:
+            raise ValueError(f"{block.name}.{home}.{name} normalises all channels together, so none can go alone")
     rows = {linear.name: torch.arange(count)[:, None] for linear in inputs}
     [*others, last] = inputs
     if not others and last.name.endswith("gate_up_proj") and last.shape[0] == 2 * count:
