@@ -28,6 +28,8 @@ def wanda_sp(context: Context, units: Units, *, remove: float) -> Tensor:
         for block, parts, seen in walked(context.through(), units, masked=True, team=context.team):
             for number, part in parts.items():
                 found[units.part == number] = sizes(block.linears[str(part.output)], part, seen[str(part.output)])
+            if not parts:
+                continue
             mine = units.block == block.index
             kept[mine] = _within(block, list(parts.values()), found[mine], remove)
             mask(kept)

@@ -82,6 +82,7 @@ class Block:
     masks: name -> the weights (out, in) that were kept, once the block is pruned; zeros alone would not tell, since a
         kept weight may underflow in half precision
     records: name -> what was seen while it was pruned (error, seconds, zeros, warnings ...)
+    fixed: the block cannot be dropped whole, since the family's config could not say so
     trained: parameters of the module, by their names inside it, that gradient steps have changed
     notes: what a stage saw of the block as a whole (see the stage); JSON
     """
@@ -96,6 +97,7 @@ class Block:
         self.skipped: dict[str, str] = {}
         self.masks: dict[str, Tensor] = {}
         self.records: dict[str, dict[str, Any]] = {}
+        self.fixed = False
         self.trained: set[str] = set()
         self.notes: dict[str, Any] = {}
         self.tuple_length = 0  # 0: the block returns a tensor; n: a tuple of n, hidden states first

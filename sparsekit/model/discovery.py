@@ -166,6 +166,7 @@ def adopt(model: nn.Module, known: list[Block]) -> list[Block]:
     for block, other in zip(blocks, known, strict=True):
         block.linears = {name: block.linears[name] for name in other.linears}
         block.groups, block.skipped, block.tuple_length = other.groups, other.skipped, other.tuple_length
+        block.fixed = other.fixed
     return blocks
 
 

@@ -45,6 +45,7 @@ def _config(folder: Path, source: Path, cast: bool, cut: bool, trust: bool) -> I
         kept = [layer.index for layer in made.layers]
         before = [layer.index for layer in begun.layers] if begun is not None else None
         told = next((other[key] for key in LAYERS if isinstance(other.get(key), int)), 0)
+        told = told or len(other.get("layers_block_type") or ())
         count = len(before) if before is not None else told
         known = set(before) if before is not None else set(range(count)) if count else set(kept)
         if unknown := set(kept) - known:

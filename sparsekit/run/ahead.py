@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from sparsekit import registry
 from sparsekit.contracts import share
 from sparsekit.maths import NM, parse
-from sparsekit.model import Block, adopt
+from sparsekit.model import Block, adopt, discover
 from sparsekit.model.structure import Removal, Shape, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
-from sparsekit.run.allocation import pattern_of
+from sparsekit.run.allocation import pattern_of, sample_input
 from sparsekit.run.context import Context
 from sparsekit.run.selection import found_blocks
 from sparsekit.walk import check_walk
@@ -33,7 +33,7 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
         return
     asked = recipe.pattern.values() if isinstance(recipe.pattern, dict) else [recipe.pattern or 0]
     groups = [pattern for pattern in map(parse, asked) if isinstance(pattern, NM)]
-    model = copy.deepcopy(model)
+    model, planned = copy.deepcopy(model), blocks
     blocks = adopt(model, blocks)
     cut = False
     for index, stage in enumerate(stages):
@@ -41,9 +41,14 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
         if options is None:
             continue
         kinds, remove, shape = options
+        if kinds == ["layers"] and not cut:
+            _fix_layers(model, blocks)
+            for block, known in zip(blocks, planned, strict=True):
+                known.fixed = block.fixed
         units = find_units(model, blocks, kinds)
         mask = choose(units, torch.zeros(len(units)), remove, shape=shape)
-        _check_stored(model, blocks, Removal(units.kinds, mask), whole=not cut)
+        if not cut:  # of a model that is cut already, what was there before is not known here
+            _check_stored(model, blocks, Removal(units.kinds, mask))
         cut = True
         later = next((each for each in stages[index + 1 :] if effect_of(each).prunes), None)
         before = f"stage {index + 1}, `{stage.name}`"
@@ -66,16 +71,41 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
                     raise ValueError(f"after {before}: {error}") from error
 
 
-def _check_stored(model: nn.Module, blocks: list[Block], removal: Removal, *, whole: bool) -> None:
-    """Raise ValueError where what such a removal leaves could not be built from a config again."""
-    if whole:  # of a model that is cut already, what was there before is not known here
-        other = copy.deepcopy(model)
+def _fix_layers(model: nn.Module, blocks: list[Block]) -> None:
+    """Where layers of several kinds stand in one model, say of each kind whether layers of it can be dropped.
+
+    Some cannot: a config that counts the dense layers before the experts, or has attention in every eighth layer,
+    cannot say that one of them is gone. The first and the last of each kind are tried.
+    """
+    kinds: dict[Any, list[Block]] = {}
+    for block in blocks:
+        shapes = tuple((name.removeprefix(block.name), linear.shape) for name, linear in block.linears.items())
+        kinds.setdefault(shapes, []).append(block)
+    if len(kinds) == 1:
+        return
+    fixed: list[Block] = []
+    for alike in kinds.values():
         try:
-            units = removal.apply(other, adopt(other, blocks))
-            Shape.of(other, [(units, removal)])
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:  # of a family's own making
-            what = " and ".join(removal.kinds)
-            raise ValueError(f"{type(model).__name__} cannot do without some of its {what}: {error}") from error
+            for block in {alike[0].index: alike[0], alike[-1].index: alike[-1]}.values():
+                kept = torch.tensor([other is not block for other in blocks])
+                left = _check_stored(model, blocks, Removal(["layers"], kept))
+                discover(left, sample_input(left))
+        except ValueError:
+            fixed += alike
+    for block in fixed:  # only now: what is tried counts all layers
+        block.fixed = True
+
+
+def _check_stored(model: nn.Module, blocks: list[Block], removal: Removal) -> nn.Module:
+    """What such a removal leaves of a model that is whole. Raises ValueError where no config could build it again."""
+    other = copy.deepcopy(model)
+    try:
+        units = removal.apply(other, adopt(other, blocks))
+        Shape.of(other, [(units, removal)])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:  # of a family's own making
+        what = " and ".join(removal.kinds)
+        raise ValueError(f"{type(model).__name__} cannot do without some of its {what}: {error}") from error
+    return other
 
 
 def check_carried(recipe: Recipe, model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:

@@ -136,6 +136,8 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
     for block in blocks:
         parameters = sum(parameter.numel() for parameter in block.module.parameters())
         for kind in sorted(kinds, key=KINDS.index):
+            if kind == "layers" and block.fixed:
+                continue
             if kind == "layers":
                 parts.append(Part(block.index, kind, 1, parameters, {}, None, torch.empty(1, 0, dtype=torch.long)))
             elif not _gone(block, attention := kind in ("heads", "attention")):
@@ -143,6 +145,8 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
                     parts.append(_heads(model, block, kind) if attention else _channels(block, kind))
                 except NoPart as reason:  # a mixture of experts, a Mamba block: others may have them
                     lacking.setdefault(kind, reason)
+    if "layers" in kinds and not parts:
+        raise ValueError(f"no layer of {type(model).__name__} can be dropped: its config could not say that it is gone")
     for kind, first in lacking.items():
         if not any(part.kind == kind for part in parts):
             raise first
