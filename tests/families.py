@@ -61,9 +61,10 @@ def build(family: str, device: str = "cpu", settings: dict[str, Any] | None = No
 
 def committing(folder: Path, model: nn.Module) -> Any:
     """Where blocks of the model are committed, under `folder`: what a run has, around a model in memory."""
-    from sparsekit.model import Weights, find_blocks
+    from sparsekit.model import Weights, find_blocks, split_experts
     from sparsekit.walk import Commits
 
+    split_experts(model)
     commits = Commits(folder / "blocks", Weights(folder / "weights", model))
     commits.prepare(find_blocks(model))
     return commits

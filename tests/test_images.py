@@ -178,8 +178,8 @@ def test_sam_is_pruned_in_its_image_encoder(tmp_path, digits):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["stages=[wanda, lora]"], "`lora`, is for language models, and ViTForImageClassification sees images"),
-        (["evaluate={perplexity: [python-docs]}"], "evaluate.perplexity is for language models"),
+        (["stages=[wanda, lora]"], "`lora`, is for causal language models, and ViTForImageClassification sees images"),
+        (["evaluate={perplexity: [python-docs]}"], "evaluate.perplexity is for causal language models"),
         (["calibration={source: python-docs, samples: 4}"], "source `python-docs` gives text"),
         (["calibration.samples=100000"], "1348 images, fewer than `samples`, 100000"),
         (["calibration.path=nowhere"], "`nowhere` is no folder, file or hub data set of images"),

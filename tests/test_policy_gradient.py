@@ -317,7 +317,7 @@ def test_the_model_is_left_as_it_was(small):
         ({"steps": 0}, "option `steps` is 0, must be at least 1"),
         ({"remove": "130%"}, "option `remove` is '130%'; it must be a share"),
         ({"units": ["heads", "layers"]}, "units are heads, layers; they can be heads and channels"),
-        ({"shape": "round"}, 'option `shape` is "round", must be "free" or "uniform"'),
+        ({"shape": "round"}, 'option `shape` is "round", must be null or "free" or "uniform"'),
         ({"shape": "uniform", "budgets": "joint"}, "budgets cannot be joint with it"),
         ({"length": 1000}, "length is 1000, but the calibration has sequences of 16"),
         ({"floor": 0.7}, "option `floor` is 0.7, must be at least 0 and below 0.5"),

@@ -162,7 +162,9 @@ class Experts(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Experts":
-        return type(self)(copy.deepcopy(self.fused, memo)).train(self.training)
+        copied = type(self)(copy.deepcopy(self.fused, memo)).train(self.training)
+        copied.tokens, copied.kept = self.tokens, self.kept
+        return copied
 
 
 def parts_of_whole(

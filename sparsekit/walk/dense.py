@@ -35,6 +35,8 @@ def weights_and_norms(
             store.append(hidden)
         for block in blocks:
             home = block.device
+            for experts in block.experts.values():
+                experts.tokens = store.rows
             try:
                 squares = _advance(block.to(device), store)
                 for group, names in enumerate(block.groups):
