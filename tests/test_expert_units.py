@@ -1,19 +1,24 @@
 """Whole experts as units: masked, cut and stored models agree, and plain transformers loads what is left."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from test_experts import BASE, FOUR, TOKENS, logits, model_of
 
 import sparsekit
+from sparsekit.cli import main
+from sparsekit.contracts import scores
 from sparsekit.criteria.expert_activation import expert_activation
 from sparsekit.criteria.expert_frequency import expert_frequency
 from sparsekit.criteria.reap import reap
 from sparsekit.model import discover
 from sparsekit.model.structure import Shape, choose, find_units, masking
 from sparsekit.model.structure.cutting import cut
-from sparsekit.testing import check_criterion, context
+from sparsekit.testing import check_criterion, context, fuzz_criterion
 
+MOE = Path(__file__).parent / "models" / "tiny-moe"
 MORE = {
     "Qwen3Moe": BASE
     | FOUR
@@ -88,6 +93,35 @@ def test_what_is_left_loads_in_plain_transformers(family, tmp_path):
 @pytest.mark.parametrize("criterion", [reap, expert_frequency, expert_activation])
 def test_they_are_criteria(criterion):
     check_criterion(criterion)
+    fuzz_criterion(criterion)
+
+
+def test_the_fuzz_sees_an_expert_criterion_that_gives_no_number():
+    @scores("experts")
+    def wrong(context, units, *, remove):
+        """Nothing finite."""
+        return torch.full((len(units),), float("nan"))
+
+    with pytest.raises(AssertionError, match="not all finite"):
+        fuzz_criterion(wrong)
+
+
+def test_layers_that_stay_whatever_they_are_worth_are_said():
+    """DeepSeek-V3's config counts the dense layers before the experts, so none of these can be dropped."""
+    with pytest.warns(UserWarning, match="1 layers of DeepseekV3ForCausalLM, the first is model.layers.0"):
+        result = sparsekit.prune(
+            model_of("DeepseekV3"), stages=[{"block-influence": {"remove": "10%"}}], calibration=TOKENS
+        )
+    assert result.verified and 0 in result.report["structure"]["layers"]
+
+
+def test_an_adapter_of_experts_that_peft_could_not_open_is_refused(tmp_path, capsys):
+    """Only the dense one: with masks it is sparsekit's own, which knows experts."""
+    lines = [f"model: {MOE}", f"output: {tmp_path / 'run'}", "stages: [{lora: {merge: false, steps: 1, length: 32}}]"]
+    lines += ["calibration: {source: python-docs, samples: 4, length: 32}", "evaluate: {samples: false}"]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    assert main(["fit", "--recipe", str(tmp_path / "r.yaml")]) == 2
+    assert "experts lie in one parameter there" in " ".join(capsys.readouterr().err.split())
 
 
 def test_scores_are_those_of_a_loop_over_tokens(tmp_path):

@@ -57,11 +57,11 @@ def find_blocks(model: nn.Module) -> list[Block]:
 def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list[Block]:
     """The model's blocks with their groups, seen in one forward pass of `tokens` (sequences, length), best a few.
 
-    routers: whether routers and gates count as linears like all others
-
     A vision model's are pixels (images, channels, height, width), here and in `first_inputs`. Works on the meta device
     too. Linears that the pass does not reach are left as they are and named in `skipped`, and so are routers and
     gates. Fused experts become linears (`split_experts`).
+
+    routers: whether routers and gates count as linears like all others
 
     Raises:
         ValueError: no blocks, a block runs more than once in a forward pass, or gives hidden states of another shape.

@@ -14,10 +14,7 @@ from sparsekit.model.experts import Experts, Piece, parts_of_whole, put_paramete
 class Flat(Experts):
     """DBRX: three matrices, experts below one another."""
 
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        """Whether this is a module of the kind."""
-        return type(module).__name__ == "DbrxExperts"
+    named = "DbrxExperts"
 
     def cut_up(self, fused: Any) -> list[Piece]:
         """The parts that its parameters consist of; sets `count`."""
@@ -53,10 +50,12 @@ class Flat(Experts):
 class WithIdentities(Experts):
     """LongCat: some experts give back what they are given, and have no weights that are used."""
 
+    named = "LongcatFlashExperts"
+
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
         """Whether this is a module of the kind."""
-        return type(module).__name__ == "LongcatFlashExperts" and module.gate_up_proj is not None
+        return super().fits(module) and module.gate_up_proj is not None
 
     def cut_up(self, fused: Any) -> list[Piece]:
         """The parts that its parameters consist of; sets `count`."""
@@ -79,10 +78,7 @@ class WithIdentities(Experts):
 class Sorted(Experts):
     """Llama 4: every expert is given all tokens, multiplied by the router's score, which is zero for those not sent."""
 
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        """Whether this is a module of the kind."""
-        return type(module).__name__ == "Llama4TextExperts"
+    named = "Llama4TextExperts"
 
     def cut_up(self, fused: Any) -> list[Piece]:
         """The parts that its parameters consist of; sets `count`."""
@@ -121,10 +117,7 @@ class Sorted(Experts):
 class Parallel(Experts):
     """JetMoE: one matrix for each expert; tokens come sorted by expert, with how many each has."""
 
-    @classmethod
-    def fits(cls, module: nn.Module) -> bool:
-        """Whether this is a module of the kind."""
-        return type(module).__name__ == "JetMoeParallelExperts"
+    named = "JetMoeParallelExperts"
 
     def cut_up(self, fused: Any) -> list[Piece]:
         """The parts that its parameters consist of; sets `count`."""

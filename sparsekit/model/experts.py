@@ -38,6 +38,7 @@ class Experts(nn.Module):
     # other tokens that a watched expert is shown, in units of its inputs: where it has far more of its own they count
     # for little, and where it has fewer than inputs for most (benchmarks/experts.py)
     others: ClassVar[float] = 1.0
+    named: ClassVar[str] = ""  # the class of the fused module; empty: whatever has the interface
 
     def __init__(self, fused: nn.Module):
         super().__init__()
@@ -60,6 +61,8 @@ class Experts(nn.Module):
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
         """Whether this is a module of the kind."""
+        if cls.named:
+            return type(module).__name__ == cls.named
         down = getattr(module, "down_proj", None)
         return all(hasattr(module, name) for name in INTERFACE) and isinstance(down, Tensor) and down.dim() == 3
 

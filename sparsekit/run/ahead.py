@@ -1,6 +1,7 @@
 """What structural stages will leave, as far as that is known before any weight is read."""
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -92,6 +93,12 @@ def _fix_layers(model: nn.Module, blocks: list[Block]) -> None:
                 discover(left, sample_input(left))
         except ValueError:
             fixed += alike
+    if fixed and len(fixed) < len(blocks):
+        warnings.warn(
+            f"{len(fixed)} layers of {type(model).__name__}, the first is {fixed[0].name}, stay whatever they are "
+            "worth: its config could not say that they are gone",
+            stacklevel=2,
+        )
     for block in fixed:  # only now: what is tried counts all layers
         block.fixed = True
 

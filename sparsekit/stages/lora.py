@@ -7,7 +7,7 @@ from annotated_types import Ge, Le
 from torch import nn
 
 from sparsekit.contracts import Context, Count, Effect, Fit, Fraction, NotNegative, Positive, declares
-from sparsekit.model import Block, Linear, meant
+from sparsekit.model import Block, Linear, kind_of, meant
 from sparsekit.registry import suggest
 from sparsekit.train import (
     Stored,
@@ -104,6 +104,14 @@ def lora(
         validation=validation,
     )
     masks = context.masks()
+    chosen = {linear.name for linear in linears}
+    pairs = [(block, name) for block in context.blocks for name in block.linears if name in chosen]
+    inside = [name for block, name in pairs if kind_of(block, name) == "experts"]
+    if not merge and not masks and inside:
+        raise ValueError(
+            f"merge: false writes an adapter of peft, which knows no linear called {min(inside)}: experts lie in one "
+            "parameter there; merge, or give targets without experts"
+        )
     stored = Stored(context.model, wide=precision(context.device) == "32-true")
     free = flat_parameters(context.blocks, biases, norms)
     layers = attach_updates(

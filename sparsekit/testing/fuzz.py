@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from sparsekit.contracts import Decision
 from sparsekit.maths import NM, Pattern, Stats, Unstructured, has_pattern
-from sparsekit.model import Experts
 from sparsekit.model.structure import TOGETHER, find_units
-from sparsekit.testing.contexts import context, tiny_model, tiny_tokens
+from sparsekit.testing.contexts import context, tiny_experts, tiny_model, tiny_tokens
 from sparsekit.testing.solver import solved_twice
 from sparsekit.testing.stage import run_stage
 
@@ -93,14 +92,14 @@ def layers(seed: int = 0) -> Iterator[tuple[str, Tensor, Stats]]:
 def fuzz_criterion(criterion: Callable[..., Any], **options: Any) -> None:
     """Raise AssertionError unless a criterion scores hostile models by finite numbers, or refuses them in a sentence.
 
-    Models: one KV head for all queries, weights that are all alike, and one whose activations overflow.
+    Models: one KV head for all queries, weights that are all alike, and one whose activations overflow; for experts,
+    alike ones, zeros, and such as overflow.
     """
     scoring = criterion.scoring  # type: ignore[attr-defined]
-    for case, model in models():
-        for kinds in TOGETHER:
-            known = sorted(kinds & set(scoring.kinds))
-            if not known or (known == ["experts"] and not any(isinstance(m, Experts) for m in model.modules())):
-                continue
+    for kinds in TOGETHER:
+        known = sorted(kinds & set(scoring.kinds))
+        hostile = expert_models if known == ["experts"] else models
+        for case, model in hostile() if known else ():
             with TemporaryDirectory() as folder:
                 here = context(model, tiny_tokens(), folder, batch=2, index=1)
                 units = find_units(model, here.blocks, known)
@@ -124,6 +123,18 @@ def fuzz_stage(stage: Callable[..., Any], *, pattern: str = "2:4", tokenizer: An
                 continue
         finite = all(parameter.isfinite().all() for parameter in model.parameters())
         assert finite, f"{case}: weights are not finite afterwards"
+
+
+def expert_models() -> Iterator[tuple[str, nn.Module]]:
+    """Hostile mixtures of experts: a name, and the model."""
+    values = {"experts that are all alike": 0.02, "experts that overflow": 3e38, "experts of zeros": 0.0}
+    for case, value in values.items():
+        model = tiny_experts()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".experts." in name:
+                    parameter.fill_(value)
+        yield case, model
 
 
 def models() -> Iterator[tuple[str, nn.Module]]:
