@@ -46,6 +46,8 @@ class Effect:
     processes: "many" if it shares its work with other processes, "one" if it runs alone
     gradients: it needs gradients with respect to the model's own parameters
     corrections: the values of the recipe's `error_correction` that it works with; all where it says none
+    walks: it touches weights only while `context.stream()` is at their block; so that all others can stay on disk. Else
+        the whole model is read before it begins
     """
 
     prunes: bool = False
@@ -59,6 +61,7 @@ class Effect:
     processes: Literal["one", "many"] = "one"
     gradients: bool = False
     corrections: tuple[str, ...] = ()
+    walks: bool = False
 
 
 def declares(effect: Effect | Callable[[Mapping[str, Any]], Effect]) -> Callable[[F], F]:
@@ -96,7 +99,7 @@ class Stage(Protocol):
 class Context(Protocol):
     """What a stage or a criterion is given: the model as the stages before left it, and the recipe's settings.
 
-    model, blocks: in CPU memory
+    model, blocks: in CPU memory; for a stage that walks, a block has its weights in its turn only
     tokens: calibration tokens (sequences, length), or pixels (images, channels, height, width)
     patterns: a linear's name -> the pattern it is to get; none where the recipe has no `pattern`
     device: where the recipe computes

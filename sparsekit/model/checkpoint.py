@@ -94,11 +94,13 @@ class Checkpoint:
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Several at once, from one memory map of each file; with a map for each tensor, pages would count twice."""
-        wanted = set(names)
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.where[name], []).append(name)
         found: dict[str, Tensor] = {}
-        for file in self.files:
+        for file, inside in wanted.items():
             with _opened(file) as handle:
-                found |= {name: handle.get_tensor(name) for name in wanted.intersection(handle.keys())}
+                found |= {name: handle.get_tensor(name) for name in inside}
         return found
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.rebuild import unfilled
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 
@@ -21,10 +22,42 @@ def load_plain(folder: Path, *, dtype: str | None = None, trust_remote_code: boo
     model, info = auto_class(folder).from_pretrained(
         folder, output_loading_info=True, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     )
+    _refuse_lost(folder, model, info)
+    return model.eval(), load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def plain_structure(folder: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The same model without its weights: parameters on the meta device, in the dtypes that they are loaded in.
+
+    Buffers that no file holds are computed, as from_pretrained computes them: in float32, then cast.
+
+    Raises:
+        ValueError: see `load_plain`.
+    """
+    import transformers
+
+    opens = auto_class(folder)
+    options = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    model, info = opens.from_pretrained(folder, output_loading_info=True, device_map={"": "meta"}, **options)
+    _refuse_lost(folder, model, info)
+    vars(model).pop("hf_device_map", None)  # where versions of transformers say that it is on "meta"
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with unfilled():
+        if hasattr(opens, "from_config"):
+            computed = opens.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        else:
+            computed = opens._from_config(config, dtype=torch.float32)
+    for name, buffer in computed.named_buffers():
+        inner, _, own = name.rpartition(".")
+        module = model.get_submodule(inner)
+        module._buffers[own] = buffer.to(module._buffers[own].dtype)
+    return model.eval()
+
+
+def _refuse_lost(folder: Path, model: nn.Module, info: dict[str, Any]) -> None:
     lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if lost:
         raise ValueError(f"{folder} lacks {len(lost)} tensors of {type(model).__name__}, the first is {lost[0]}")
-    return model.eval(), load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def auto_class(folder: Path) -> Any:

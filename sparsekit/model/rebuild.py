@@ -28,7 +28,7 @@ def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
     kind = str(given.pop("model_type", None))
     try:
         made = transformers.AutoConfig.for_model(kind, **given)
-        with torch.device(device) if device else _Unfilled():
+        with torch.device(device) if device else unfilled():
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(made).eval()
     except Exception as error:  # a config's numbers may be anything, and so is what its class then raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -60,13 +60,13 @@ def build_from(folder: Path) -> nn.Module:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    with _Unfilled():
+    with unfilled():
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True).eval()
     split_experts(model)
     return model
 
 
-class _Unfilled(TorchFunctionMode):
+class unfilled(TorchFunctionMode):
     """While this lasts, what torch.empty makes, as it makes parameters, takes no memory; buffers are computed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

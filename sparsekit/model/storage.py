@@ -13,10 +13,12 @@ from torch import nn
 
 from sparsekit.model import layouts
 from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.discovery import find_blocks
 from sparsekit.model.expert_forms import as_linears, join_experts, split_experts
 from sparsekit.model.folders import locate
-from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton
+from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton, plain_structure
 from sparsekit.model.resized import build_resized, resized_by
+from sparsekit.model.resting import fill_outside, settle
 from sparsekit.model.structure.shape import Shape
 from sparsekit.model.structure.units import BY_QUERY
 from sparsekit.model.tensors import Tensors, tied_names
@@ -171,11 +173,43 @@ def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: boo
     model: Any = shape.build()
     join_experts(model)
     _fill(model, Checkpoint(folder), model.dtype if dtype else None)
+    _with_generation(model, folder)
+    return model, _tokenizer(folder, model)
+
+
+def _with_generation(model: Any, folder: Path) -> None:
     if (folder / GENERATION).is_file():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, _tokenizer(folder, model)
+
+
+def load_resting(folder: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The same model with its blocks on disk: each is empty until it is filled (see `resting`).
+
+    A model whose width between blocks was changed is in memory as a whole.
+
+    Raises:
+        ValueError: see `load`.
+    """
+    folder = Path(locate(str(folder)))
+    if resized_by(folder):
+        return load(folder, dtype=dtype, trust_remote_code=trust_remote_code)[0]
+    shape = Shape.read(folder)
+    if shape is None or shape.layout == "plain":
+        model: Any = _counted(plain_structure(folder, dtype=dtype, trust_remote_code=trust_remote_code), shape)
+    else:
+        model = replace(shape, config=shape.config | ({"dtype": dtype} if dtype is not None else {})).build()
+        _with_generation(model, folder)
+    split_experts(model)
+    stored = Tensors(Checkpoint(folder), model)
+    if stored.missing:
+        raise ValueError(f"{folder} lacks {len(stored.missing)} tensors of {type(model).__name__}: {stored.missing[0]}")
+    blocks = find_blocks(model)
+    fill_outside(model, blocks, stored)
+    for block in blocks:
+        settle(block, stored)
+    return model  # type: ignore[no-any-return]
 
 
 def skeleton(folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -98,6 +98,25 @@ class Tensors(Mapping[str, Tensor]):
             part: Tensor = pick(self._wholes[whole])
             return part
         return self._one(name)
+
+    def stores(self, name: str) -> bool:
+        """Whether there is a tensor of that name in the model, or in what experts are fused in."""
+        return name in self.direct or name in self.made
+
+    def several(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Several at once, by their names in the model or those of what experts are fused in.
+
+        Those that are stored as the model has them are mapped from the disk; the map lasts as long as any of them.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        wanted = list(names)
+        keys = {self.direct[name]: name for name in wanted if name in self.direct}
+        found = {keys[key]: tensor for key, tensor in self.stored.tensors(keys).items()}
+        found |= {name: self._one(name) for name in wanted if name not in found}
+        self._kept = ("", {})  # what is given away may be written to
+        return found
 
     def _one(self, name: str) -> Tensor:
         if name in self.direct:

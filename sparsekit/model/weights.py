@@ -73,11 +73,16 @@ class Weights:
     @torch.no_grad()
     def read(self, block: Block) -> None:
         """Give a block the tensors that were written."""
+        for inner, tensor in block.module.state_dict(keep_vars=True).items():
+            if (name := f"{block.name}.{inner}") in self.stored:  # else it is a copy of what is stored elsewhere
+                tensor.copy_(self.stored[name])
+
+    @property
+    def stored(self) -> Tensors:
+        """What is on the disk, by the names of the model."""
         if self._stored is None:
             self._stored = Tensors(Checkpoint(self.folder), self.model)
-        for inner, tensor in block.module.state_dict(keep_vars=True).items():
-            if (name := f"{block.name}.{inner}") in self._stored:  # else it is a copy of what is stored elsewhere
-                tensor.copy_(self._stored[name])
+        return self._stored
 
     def intact(self, written: Mapping[str, Any]) -> bool:
         """Whether what is on the disk is what `lay_out` or `write` put there."""

@@ -55,6 +55,7 @@ def effect_of(stage: Stage) -> Effect:
             grid=grid,
             reads=("text", "images"),
             processes="many",
+            walks=True,
         )
     effect = getattr(function, "effect", None)
     if effect is None:

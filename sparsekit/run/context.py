@@ -15,7 +15,7 @@ from sparsekit import registry
 from sparsekit.contracts import Decision, share
 from sparsekit.maths import Pattern, chain
 from sparsekit.measure import perplexity
-from sparsekit.model import Block, Linear, Weights
+from sparsekit.model import Block, Weights
 from sparsekit.model.structure import Units, find_units, kinds_of
 from sparsekit.recipe import named_solvers
 from sparsekit.run.methods import configured, timed
@@ -31,7 +31,6 @@ class Context:
     index: of this stage, or of the solvers that share a walk, among those that run one by one
     before: where the masks are of the stage that pruned weights before this one (its `masks(block)` gives them packed);
         None: none did
-    dense_weight: gives a linear's weight (out, in) as the source has it; None: what is in memory
     load_dense, load_tokenizer: the model that was never pruned, and the tokenizer, when they are asked for
     calibration: the settings that the tokens were made from, for stages that read more of the same text
     base: what the model is called
@@ -52,7 +51,6 @@ class Context:
     commits: Commits = field(default=None)  # type: ignore[assignment]
     index: int = 0
     before: Any = None
-    dense_weight: Callable[[Linear], Tensor] | None = None
     load_dense: Callable[[], nn.Module] | None = None
     load_tokenizer: Callable[[], Any] | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -93,7 +91,6 @@ class Context:
             "grams": self.statistics,
             "folder": self.scratch,
             "error_correction": self.error_correction,
-            "dense_weight": self.dense_weight if self.index == 0 else None,
             "commits": self.commits,
             "team": self.team,
         }
@@ -101,7 +98,7 @@ class Context:
 
     def through(self) -> Any:
         """A stream through the model as it is, on `device`: nothing is read, restored or pruned on the way."""
-        stream = self.stream(error_correction="prefix", commits=None, dense_weight=None)
+        stream = self.stream(error_correction="prefix", commits=None)
         stream.device = self.device
         return stream
 
@@ -214,7 +211,7 @@ class Context:
             find_units(self.model, self.blocks, kinds),
             self.commits,
             remove=share(remove),
-            stream=(lambda: self.stream(dense_weight=None)) if compensate else None,
+            stream=self.stream if compensate else None,
             device=self.device,
             bias=bias,
             damping=damping,

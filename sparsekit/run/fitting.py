@@ -26,7 +26,7 @@ from sparsekit.measure import (
     labelled_images,
     samples,
 )
-from sparsekit.model import channels_of, load_tokenizer, loading_code, locate
+from sparsekit.model import channels_of, filled, find_blocks, load_resting, load_tokenizer, loading_code, locate
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe, effect_of, to_yaml
 from sparsekit.results import (
@@ -141,16 +141,17 @@ def _fit(
     evaluation: dict[str, Any] = {}
     with meter.stage("load"):
         dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
-        model, _ = load_model(planned.folder, dtype=dtype, trust_remote_code=trust)
+        model = load_resting(planned.folder, dtype=dtype, trust_remote_code=trust)
         check_carried(recipe_, model, planned.blocks, tokens)
     if measured and recipe_.evaluate.dense and process_rank() == 0:
         with meter.stage("evaluate dense"):
             console.print("measuring the dense model")
             dense = model
             if planned.dense != planned.folder:
-                dense, _ = load_model(planned.dense, dtype=dtype, trust_remote_code=trust)
+                dense = load_resting(planned.dense, dtype=dtype, trust_remote_code=trust)
             measure = partial(_measure, planned, dense, tokenizer, settings, ready)
-            evaluation["dense"] = measured_once(output / "blocks" / "dense.json", settings, measure)
+            with filled(find_blocks(dense)):
+                evaluation["dense"] = measured_once(output / "blocks" / "dense.json", settings, measure)
             del measure, dense
     if planned.postponed:
         with meter.stage("allocate"):

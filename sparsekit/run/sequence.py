@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsekit import registry
 from sparsekit.contracts import Effect, Fit, StageError
-from sparsekit.model import Block, adopt, restore_resized
+from sparsekit.model import Block, adopt, filled, may_rest, restore_resized, rests, settle, unsettle
 from sparsekit.model.structure import Removal, Units
 from sparsekit.recipe import Stage, effect_of, group_of, kind
 from sparsekit.results import MASKS, Before, weights_of
@@ -104,7 +104,6 @@ def run_stages(
             commits=commits,
             index=index,
             before=outcome.masks,
-            dense_weight=planned.source.weights(model, outcome.blocks) if index == 0 else None,
             load_dense=planned.source.dense,
             load_tokenizer=planned.source.tokenizer,
             calibration=planned.calibration,
@@ -176,6 +175,7 @@ def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context:
     removal = Removal.read(context.commits.folder)
     if removal is None:
         raise StageError(f"{called(stage)} declares that it cuts, and decided nothing: end it by `context.cutting`")
+    unsettle(context.blocks)
     outcome.cuts.append((removal.apply(context.model, context.blocks), removal))
     outcome.tell(stage.name, removal.notes)
     outcome.blocks = found_blocks(planned.recipe, context.model)  # of what is left
@@ -184,6 +184,7 @@ def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context:
 def _resize(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context: Context) -> None:
     """Run a stage that makes other modules of the blocks; what it made is committed whole, and rebuilt on a resume."""
     function, file = registry.load("stages", stage.name), context.commits.folder / RESIZED
+    unsettle(context.blocks)
     if committed(file):
         restore_resized(context.model, load_file(file), function)
     else:
@@ -205,6 +206,7 @@ def _run(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -
     """Run one segment, and have everything that it left checked against its effect and committed."""
     shutil.rmtree(context.scratch, ignore_errors=True)  # of a run that was killed
     name = "capture" if kind(stages[0]) == "solver" else stages[0].name
+    together = [] if effect.walks else context.blocks  # who does not go from block to block is given all of them
     outside = _outside(context)
 
     def check_outside() -> None:
@@ -214,7 +216,7 @@ def _run(planned: Plan, stages: list[Stage], effect: Effect, context: Context) -
             raise StageError(f"{called(stages[0])} changed {min(changed)}, which is outside the blocks")
 
     try:
-        with context.meter.stage(name), _frozen(context.model, effect):
+        with context.meter.stage(name), _frozen(context.model, effect), filled(together):
             if kind(stages[0]) == "criterion":
                 remove_by(stages[0], context)
             else:
@@ -239,7 +241,8 @@ def _fit(
         ready = one_shot(context, stages)
     else:
         for block in context.blocks if not effect.cuts else ():
-            inspector.remember(block)  # before the stage touches the model; a walk does so again, block by block
+            if not rests(block):
+                inspector.remember(block)  # before the stage touches the model; a walk does so again, block by block
         ready = configured("stages", stages[0])(context)
     if ready is None:
         raise StageError(f"{called(stages[0])} gave nothing to fit; return sparsekit.contracts.Fit(module, data)")
@@ -288,14 +291,14 @@ def _interrupts() -> Iterator[None]:
 @contextmanager
 def _frozen(model: nn.Module, effect: Effect) -> Iterator[None]:
     """While this lasts, the model has no gradients of its own unless the stage declares that it needs them."""
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     if not effect.gradients:
         model.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter, before in asked.items():
-            parameter.requires_grad_(before)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(asked.get(name, True))
 
 
 def _commit(context: Context, inspector: Inspector) -> None:
@@ -315,6 +318,8 @@ def _commit(context: Context, inspector: Inspector) -> None:
     for block in context.blocks:
         context.commits.commit(block)
         block.masks.clear()
+        if may_rest(block):
+            settle(block, context.commits.weights.stored)
     shutil.rmtree(context.checkpoints, ignore_errors=True)
 
 

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from sparsekit.model import Block, Checkpoint, Linear, load, load_tokenizer, opened
+from sparsekit.model import Checkpoint, load, load_tokenizer
 from sparsekit.walk import digests
-
-DenseWeight = Callable[[Linear], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,29 +20,22 @@ class Source:
     digest: of its weights: two sources with the same digest hold the same bits
     tokenizer: loads the tokenizer, or image processor; None: there is none
     dense: loads the model that was never pruned; None: it is nowhere to be had
-    weights: gives what reads one dense weight at a time, for a model and its blocks; None: memory has it
     """
 
     name: str
     digest: Callable[[], str]
     tokenizer: Callable[[], Any] | None = None
     dense: Callable[[], nn.Module] | None = None
-    weights: Callable[[nn.Module, list[Block]], DenseWeight | None] = lambda model, blocks: None
 
 
 def from_folder(folder: Path, dense: Path, *, trust_remote_code: bool = False) -> Source:
     """The checkpoint that a run begins with. dense: of the model that was never pruned, which may be the same."""
-
-    def weights(model: nn.Module, blocks: list[Block]) -> DenseWeight | None:
-        stored = opened(folder, trust_remote_code=trust_remote_code)
-        return lambda linear: linear.stored(stored[f"{linear.name}.weight"])
 
     return Source(
         str(folder),
         digest=lambda: Checkpoint(folder).digest(),
         tokenizer=lambda: load_tokenizer(folder, trust_remote_code=trust_remote_code),
         dense=lambda: load(dense, trust_remote_code=trust_remote_code)[0],
-        weights=weights,
     )
 
 

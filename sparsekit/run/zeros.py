@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.maths import NM
-from sparsekit.model import Block
+from sparsekit.model import Block, filled
 from sparsekit.system import pack
 
 SHARE = 0.05  # of exact zeros in a linear, from which on they were meant
@@ -23,15 +23,21 @@ class SourceZeros:
     def __init__(self, blocks: list[Block]):
         self.patterns: dict[str, str] = {}
         self.kept: dict[str, Tensor] = {}  # packed
-        zeros = total = 0
-        for name, linear in (pair for block in blocks for pair in block.linears.items()):
-            weight = linear.weight.detach()
-            found = _pattern(weight)
-            if found is not None:
-                self.patterns[name] = found
-            self.kept[name] = pack(weight != 0 if found is not None else torch.ones(linear.shape, dtype=torch.bool))
-            zeros, total = zeros + int((weight == 0).count_nonzero()), total + weight.numel()
-        self.share = zeros / max(1, total)
+        self.zeros: dict[str, int] = {}
+        total = 0
+        for block in blocks:
+            with filled([block]):
+                for name, linear in block.linears.items():
+                    self._look(name, linear.weight.detach())
+            total += sum(linear.weight.numel() for linear in block.linears.values())
+        self.share = sum(self.zeros.values()) / max(1, total)
+
+    def _look(self, name: str, weight: Tensor) -> None:
+        found = _pattern(weight)
+        if found is not None:
+            self.patterns[name] = found
+        self.kept[name] = pack(weight != 0 if found is not None else torch.ones(weight.shape, dtype=torch.bool))
+        self.zeros[name] = int((weight == 0).count_nonzero())
 
     def __bool__(self) -> bool:
         return bool(self.patterns)
@@ -45,7 +51,7 @@ class SourceZeros:
         found = {}
         for name, linear in block.linears.items():
             if name in self.patterns:
-                zeros, parameters = int((linear.weight == 0).count_nonzero()), linear.weight.numel()
+                zeros, parameters = self.zeros[name], linear.weight.numel()
                 found[name] = {"sparsity": zeros / parameters, "pattern": self.patterns[name], "zeros": zeros}
                 found[name] |= {"parameters": parameters, "error": None, "seconds": 0.0, "warnings": []}
         return found

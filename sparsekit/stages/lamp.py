@@ -46,6 +46,7 @@ def _effect(options: Mapping[str, Any]) -> Effect:
         reads=("text", "images"),
         gradients=True,
         corrections=("prefix",),
+        walks=True,
     )
 
 

@@ -30,6 +30,7 @@ def _effect(options: Mapping[str, Any]) -> Effect:
         grid=grid_of(options["solver"]),
         reads=("text", "images"),
         corrections=CORRECTIONS,
+        walks=True,
     )
 
 

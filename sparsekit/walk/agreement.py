@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model import Block, first_inputs, run_model
+from sparsekit.model import Block, filled, filled_in_turn, first_inputs, run_model
 
 TOKENS = 128  # of the sequence that is looked at
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative difference of hidden states; else 2e-2
@@ -30,13 +30,15 @@ def check_walk(model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:
         block.module.register_forward_hook(lambda _, args, out, index=block.index: keep(index, out)) for block in blocks
     ]
     try:
-        run_model(model, sample)
+        with filled_in_turn(blocks):
+            run_model(model, sample)
     finally:
         for hook in hooks:
             hook.remove()
     hidden = next(first_inputs(model, blocks, sample, 1))
     for block in blocks:
-        hidden, expected = block(hidden), own[block.index]
+        with filled([block]):
+            hidden, expected = block(hidden), own.pop(block.index)
         if not expected.isfinite().all():  # of which more is said where it matters
             return
         apart = float((hidden.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))

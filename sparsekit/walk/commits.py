@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from sparsekit.model import Block, Weights
+from sparsekit.model import Block, Weights, may_rest, settle
 from sparsekit.system import commit, committed, forget, pack, write_tensors
 
 LAYOUT = "layout.json"  # that weights were laid out, and what is outside the blocks
@@ -91,9 +91,12 @@ class Commits:
         block.records, block.notes, block.trained = said["records"], said["notes"], set(said["trained"])
 
     def restore(self, block: Block) -> None:
-        """Put a committed block's records and weights back."""
+        """Put a committed block's records and weights back; a block that may rest is settled on them, and empty."""
         self.recall(block)
-        self.weights.read(block)
+        if may_rest(block):
+            settle(block, self.weights.stored)
+        else:
+            self.weights.read(block)
 
     def masks(self, block: Block) -> dict[str, Tensor]:
         """A committed block's masks as packed bits, by the names of its linears."""

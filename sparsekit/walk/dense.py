@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model import Block, first_inputs
+from sparsekit.model import Block, filled, first_inputs
 from sparsekit.system import ActivationStore
 
 
@@ -34,22 +34,23 @@ def weights_and_norms(
         for hidden in first_inputs(model, blocks, tokens, batch):
             store.append(hidden)
         for block in blocks:
-            home = block.device
-            for experts in block.experts.values():
-                experts.tokens = store.rows
-            try:
-                squares = _advance(block.to(device), store)
-                for group, names in enumerate(block.groups):
-                    for name in names:
-                        weight = block.linears[name].weight.float()
-                        if not (weight.isfinite().all() and squares[group].isfinite().all()):
-                            raise ValueError(
-                                f"the weight of {name} or the activations entering it contain NaN or Inf; "
-                                "run the model in float32 or bfloat16, or repair the checkpoint"
-                            )
-                        yield name, weight, squares[group].sqrt()
-            finally:
-                block.to(home)
+            with filled([block]):
+                home = block.device
+                for experts in block.experts.values():
+                    experts.tokens = store.rows
+                try:
+                    squares = _advance(block.to(device), store)
+                    for group, names in enumerate(block.groups):
+                        for name in names:
+                            weight = block.linears[name].weight.float()
+                            if not (weight.isfinite().all() and squares[group].isfinite().all()):
+                                raise ValueError(
+                                    f"the weight of {name} or the activations entering it contain NaN or Inf; "
+                                    "run the model in float32 or bfloat16, or repair the checkpoint"
+                                )
+                            yield name, weight, squares[group].sqrt()
+                finally:
+                    block.to(home)
     finally:
         store.close()
 

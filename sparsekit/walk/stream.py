@@ -1,6 +1,6 @@
 """The stream of blocks: carries activations from one block to the next, and gathers what solvers may know of them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.maths import Stats
-from sparsekit.model import Block, Linear, first_inputs
+from sparsekit.model import Block, fill, filled, first_inputs
 from sparsekit.system import ActivationStore, Team, give_back
 from sparsekit.walk.commits import Commits
 from sparsekit.walk.turns import Given, turns
@@ -30,8 +30,6 @@ class BlockStream:
                 (FISTAPruner, section 3.1); blocks do not depend on one another
         model   inputs from everything pruned before, targets from the dense model
     dense_inputs: for `model`, a second store that holds the same chunks
-    dense_weight: gives a linear's dense weight (out, in), read from the source when its block is reached; None: the
-        weight that is there
     grams: bytes of a block's Gram matrices at a time; where experts have more, they come in several turns
     commits: blocks that are committed there are restored instead of walked: resuming is starting further on
     team: the processes that walk together. With `block` each takes other blocks; `rounds` are those of this process.
@@ -45,7 +43,6 @@ class BlockStream:
         dense_inputs: ActivationStore | None = None,
         *,
         error_correction: str = "prefix",
-        dense_weight: Callable[[Linear], Tensor] | None = None,
         commits: Commits | None = None,
         grams: int = 4 * 10**9,
         team: Team = Team(),  # noqa: B008 (frozen)
@@ -55,7 +52,7 @@ class BlockStream:
         if (error_correction == "model") != (dense_inputs is not None):
             raise ValueError("dense_inputs belong to error_correction: model, and it needs them")
         self.blocks, self.inputs, self.dense_inputs, self.grams = blocks, inputs, dense_inputs, grams
-        self.error_correction, self.dense_weight, self.commits = error_correction, dense_weight, commits
+        self.error_correction, self.commits = error_correction, commits
         done = set() if commits is None else commits.done()
         remaining = [block for block in blocks if block.index not in done]
         self.start = len(blocks) - len(remaining)
@@ -111,12 +108,11 @@ class BlockStream:
     def __iter__(self) -> Iterator[Block | None]:
         turns = [block for block in self.rounds if block is not None]
         for block in self.blocks[: turns[-1].index + 1 if turns else 0]:
-            if block in turns:
-                self._read(block)
-                yield block
-            else:
-                self._replay(block.to(self.device))
-                block.to("cpu")
+            with filled([block]):
+                if block in turns:
+                    yield block
+                else:
+                    self._replay(block)
         yield from self.rounds[len(turns) :]
 
     @torch.no_grad()
@@ -209,20 +205,16 @@ class BlockStream:
             _add(collected, group, mine[group], dense)
         return collected[group]
 
-    def _read(self, block: Block) -> None:
-        if self.dense_weight is not None:
-            for linear in block.linears.values():
-                linear.write(self.dense_weight(linear))
-
     @torch.no_grad()
     def _replay(self, block: Block) -> None:
         """Do for the activations what the walk did when this block was pruned, or does in another process."""
         if self.error_correction != "prefix" and block is not self.blocks[-1]:
-            self._read(block)
-            _advance(block, self.dense_inputs or self.inputs)
+            _advance(block.to(self.device), self.dense_inputs or self.inputs)
         if self.commits is not None and block.index in self.commits.done():
-            self.commits.restore(block)
-        self.advance(block)
+            self.commits.restore(block.to("cpu"))
+            fill(block)
+        self.advance(block.to(self.device))
+        block.to("cpu")
 
 
 def _add(

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from sparsekit.maths import Pattern, Stats
-from sparsekit.model import Block
+from sparsekit.model import Block, may_rest, settle
 from sparsekit.system import Team, give_back, tight
 from sparsekit.walk.commits import Commits
 from sparsekit.walk.findings import Inspector, mean_error, prune_linear
@@ -204,3 +204,5 @@ class Commit(Callback):
         if walk.stream.team.rank == 0:
             self.commits.commit(block)
         block.masks.clear()
+        if may_rest(block) and walk.stream.team.size == 1:
+            settle(block, self.commits.weights.stored)
