@@ -3,10 +3,10 @@
     python -m benchmarks.streamed make FOLDER [--blocks 32] [--width 4096] [--inner 11008]
     python -m benchmarks.streamed run FOLDER OUTPUT [--stages wanda] [--pattern 2:4] [--budget 4GB] [--kill-at 8]
 
-`make` writes a random LLaMA in bfloat16, in shards, tensor by tensor (13.5 GB at the default shape of a 7B). `run` starts
-`sparsekit fit` on it and watches the process from outside: RssAnon (memory that is no map of a file), and the bytes that
-it asked the system to read and write (rchar and wchar of /proc/PID/io; what is read through memory maps is not among
-them). `--kill-at N` kills it with SIGKILL once N blocks are committed, and resumes it. Linux only.
+`make` writes a random LLaMA in bfloat16, in shards, tensor by tensor (13.5 GB at the default shape of a 7B). `run`
+starts `sparsekit fit` on it and watches the process from outside: RssAnon (memory that is no map of a file), and the
+bytes that it asked the system to read and write (rchar and wchar of /proc/PID/io; what is read through memory maps is
+not among them). `--kill-at N` kills it with SIGKILL once N blocks are committed, and resumes it. Linux only.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsekit.model.shards import Shards
+from sparsekit.model import Shards
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "models" / "tiny-llama"
 
@@ -42,7 +42,8 @@ def make(folder: Path, blocks: int, width: int, inner: int, vocabulary: int = 32
         architectures=["LlamaForCausalLM"],
     )
     with torch.device("meta"):
-        state = LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
+        model: Any = LlamaForCausalLM(config)
+    state = model.to(torch.bfloat16).state_dict()
     shards = Shards.lay_out(folder, state)
     config.save_pretrained(folder)
     random = torch.Generator().manual_seed(0)
@@ -92,7 +93,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     file = given.output.with_suffix(".yaml")
     file.write_text(json.dumps(recipe))
-    runs = []
+    runs: list[dict[str, Any]] = []
     for kill_at in ([given.kill_at] if given.kill_at else []) + [None]:
         command = [sys.executable, "-m", "sparsekit", "fit", "--recipe", str(file), *(["--resume"] if runs else [])]
         with (given.output.with_suffix(".log")).open("a") as log:

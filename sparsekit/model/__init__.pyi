@@ -37,6 +37,7 @@ from .resting import unsettle as unsettle
 from .selecting import KINDS as KINDS
 from .selecting import kind_of as kind_of
 from .selecting import meant as meant
+from .shards import Shards as Shards
 from .storage import GENERATION as GENERATION
 from .storage import load as load
 from .storage import load_resting as load_resting
