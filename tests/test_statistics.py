@@ -1,10 +1,12 @@
 import doctest
+from itertools import pairwise
 
 import pytest
 import torch
 
+import sparsekit.maths.norms
 import sparsekit.maths.statistics
-from sparsekit.maths import Stats
+from sparsekit.maths import Norms, Stats
 
 
 def tokens(count=200, width=12, seed=0, dtype=torch.float64):
@@ -15,6 +17,47 @@ def tokens(count=200, width=12, seed=0, dtype=torch.float64):
 
 def test_doctests():
     assert doctest.testmod(sparsekit.maths.statistics).failed == 0
+    assert doctest.testmod(sparsekit.maths.norms).failed == 0
+
+
+def test_norms_are_the_diagonal_of_the_gram():
+    x, dense = tokens(), tokens(seed=1)
+    stats, norms = Stats(12, dtype=torch.float64), Norms(12, dtype=torch.float64)
+    for each in (stats, norms):
+        each.add(x[:60].reshape(3, 20, 12))
+        each.add(x[60:], dense[60:])
+    torch.testing.assert_close(norms.squares, stats.gram.diagonal())
+    torch.testing.assert_close(stats.squares, stats.gram.diagonal())
+    torch.testing.assert_close(norms.mean, stats.mean)
+    assert (norms.count, norms.width) == (stats.count, stats.width)
+    assert not hasattr(norms, "gram")
+
+
+@pytest.mark.parametrize("drift", [False, True])
+def test_few_tokens_give_the_exact_error(drift):
+    random = torch.Generator().manual_seed(2)
+    x = tokens(150)
+    dense = x + 0.1 * tokens(150, seed=3) if drift else None
+    weight = torch.randn(7, 12, generator=random, dtype=torch.float64)
+    pruned = weight * (torch.rand(7, 12, generator=random) > 0.5)
+    stats, norms = Stats.of(x, dense), Norms.of(x, dense)
+    assert norms.error(pruned, weight) == pytest.approx(stats.error(pruned, weight))
+    assert norms.energy(weight) == pytest.approx(stats.energy(weight))
+    assert Norms.of(torch.zeros_like(x)).error(pruned, weight) == 0
+
+
+def test_many_tokens_give_an_estimate_from_all_over():
+    x, weight = tokens(20_000), tokens(7, seed=4)
+    pruned = weight * (torch.rand(7, 12, generator=torch.Generator().manual_seed(5)) > 0.5)
+    norms = Norms(12, dtype=torch.float64)
+    for chunk in x.split(333):
+        norms.add(chunk)
+    kept = torch.cat([rows for rows, _ in norms._sample])
+    assert 256 <= len(kept) <= 512
+    places = [int((x == row).all(1).nonzero()) for row in kept]
+    steps = {b - a for a, b in pairwise(places)}
+    assert len(steps) == 1 and places[-1] > 19_000  # evenly, to the end
+    assert norms.error(pruned, weight) == pytest.approx(Stats.of(x).error(pruned, weight), rel=0.15)
 
 
 def test_sums_against_direct_products_in_batches():

@@ -58,6 +58,9 @@ def admm(
     return ((free + dual) / norm).masked_fill_(~mask, 0).to(weight.dtype)
 
 
+admm.memory = (9, 1.1)  # type: ignore[attr-defined]  # see sparsekit.contracts.matrices
+
+
 def _inverse(gram: Tensor, damping: float, rho: float) -> tuple[Tensor, Tensor]:
     norm = gram.diagonal().sqrt() + 1e-8
     shifted = gram / norm / norm.unsqueeze(1)

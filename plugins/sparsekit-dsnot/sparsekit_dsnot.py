@@ -1,7 +1,7 @@
 """DSnoT: dynamic sparse no training, as a sparsekit plugin."""
 
 import torch
-from sparsekit.maths import NM, Pattern, Stats
+from sparsekit.maths import NM, Norms, Pattern
 from sparsekit.solvers.wanda import wanda
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from torch import Tensor
 @torch.no_grad()
 def dsnot(
     weight: Tensor,
-    stats: Stats,
+    stats: Norms,
     pattern: Pattern,
     init: Tensor | None = None,
     *,
@@ -42,7 +42,7 @@ def dsnot(
     kept = (wanda(weight, stats, pattern) if init is None else init) != 0
     effect = weight * stats.mean  # (out, in): what each weight adds to the mean output
     urge = effect / _variance(stats) ** power
-    price = weight.abs() * stats.gram.diagonal().sqrt()
+    price = weight.abs() * stats.squares.sqrt()
     fresh, stay = ~kept, kept.clone()  # not yet brought back, not yet removed
     error = effect.masked_fill(kept, 0).sum(1, keepdim=True)  # (out, 1)
     first = error.sign()
@@ -69,8 +69,11 @@ def dsnot(
     return weight.masked_fill(~kept, 0)
 
 
-def _variance(stats: Stats) -> Tensor:
+dsnot.memory = (7, 0)  # type: ignore[attr-defined]  # see sparsekit.contracts.matrices
+
+
+def _variance(stats: Norms) -> Tensor:
     """Of every input (in,), above zero."""
-    square = stats.gram.diagonal() / max(1, stats.count)
+    square = stats.squares / max(1, stats.count)
     variance = square - stats.mean**2
     return torch.maximum(variance, torch.finfo(square.dtype).eps * square.clamp(min=1e-30))  # by column

@@ -8,6 +8,7 @@ from .minimisers import best_gate as best_gate
 from .minimisers import best_up as best_up
 from .minimisers import pull as pull
 from .mixtures import mixture as mixture
+from .norms import Norms as Norms
 from .pattern import NM as NM
 from .pattern import Pattern as Pattern
 from .pattern import Scope as Scope

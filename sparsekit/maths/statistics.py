@@ -1,21 +1,22 @@
 """What a layer-wise solver may know of a linear's inputs: sums over tokens, never the tokens themselves."""
 
-from collections.abc import Callable, Hashable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from sparsekit.maths.norms import Norms, refuse_infinite
 
 PANEL = 2**19  # elements of a panel of rows
 Ridge = Literal["mean", "column"]
 
 
-class Stats:
+class Stats(Norms):
     """Sums over the inputs x (in,) of one linear, or of several that read the same tensor.
 
     gram         sum x x'  (in, in)
-    mean, count  of the tokens; all-zero rows (padding) are not tokens
+    squares, mean, count  of the tokens; all-zero rows (padding) are not tokens
     With a dense stream, where the target is W x_d on other inputs x_d and delta = x_d - x:
     drift_cross  sum delta x'  (in, in), else None
     drift_gram   sum delta delta'  (in, in), else None
@@ -33,17 +34,7 @@ class Stats:
     def __init__(self, width: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32):
         self._gram = torch.zeros(width, width, device=device, dtype=dtype)
         self._mirrored = True
-        self.total = torch.zeros(width, device=device, dtype=dtype)
-        self.tokens = torch.zeros((), device=device, dtype=torch.int64)
-        self._cache: dict[Hashable, Any] = {}
-
-    @classmethod
-    def of(cls, inputs: Tensor, dense: Tensor | None = None) -> "Stats":
-        """The statistics of `inputs` (..., in), on their device; float64 if they are, else float32."""
-        dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
-        stats = cls(inputs.shape[-1], inputs.device, dtype)
-        stats.add(inputs, dense)
-        return stats
+        self._begin(width, device, dtype)
 
     @property
     def gram(self) -> Tensor:
@@ -60,25 +51,15 @@ class Stats:
         self._gram, self._mirrored = gram, True
 
     @property
-    def width(self) -> int:
-        """The number of input columns."""
-        return len(self._gram)
+    def squares(self) -> Tensor:
+        """sum x^2 (in,): the Gram's diagonal."""
+        return self._gram.diagonal()
 
     def _panels(self) -> list[tuple[int, int]]:
         """Ranges of columns. Products of a panel with itself and what lies right of it save up to half the work."""
         count = min(8, max(1, self.width // 256))
         edges = [self.width * index // count for index in range(count + 1)]
         return list(pairwise(edges))
-
-    @property
-    def count(self) -> int:
-        """The number of tokens, all-zero rows left out."""
-        return int(self.tokens)
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean token (in,)."""
-        return self.total / self.tokens.clamp(min=1)
 
     @property
     def cross(self) -> Tensor:
@@ -98,28 +79,16 @@ class Stats:
 
         Tokens that come without `dense` count as not drifted. Raises ValueError for other shapes.
         """
-        if inputs.shape[-1] != self.width:
-            raise ValueError(f"inputs of width {inputs.shape[-1]} do not fit statistics of width {self.width}")
-        if dense is not None and dense.shape != inputs.shape:
-            raise ValueError(
-                f"the dense inputs {tuple(dense.shape)} are not of the inputs' shape {tuple(inputs.shape)}"
-            )
-        self._cache.clear()
-        x = inputs.detach().reshape(-1, self.width).to(self._gram)
+        x, delta = self._rows_of(inputs, dense)
         for start, stop in self._panels():
             self._gram[start:stop, start:].addmm_(x[:, start:stop].t(), x[:, start:])
         self._mirrored = False
-        self.total += x.sum(0)
-        if dense is not None:
-            delta = dense.detach().reshape(-1, self.width).to(self._gram) - x
+        self._count(x, delta)
+        if delta is not None:
             if self.drift_cross is None or self.drift_gram is None:
                 self.drift_cross, self.drift_gram = torch.zeros_like(self._gram), torch.zeros_like(self._gram)
             self.drift_cross.addmm_(delta.t(), x)
             self.drift_gram.addmm_(delta.t(), delta)
-            self.tokens -= _empty_rows(x, delta)
-        else:
-            self.tokens -= _empty_rows(x)
-        self.tokens += len(x)
 
     @torch.no_grad()
     def target(self, weight: Tensor) -> Tensor:
@@ -178,48 +147,11 @@ class Stats:
         drifts = [drift for drift in (self.drift_cross, self.drift_gram) if drift is not None]
         return [self._gram, self.total, self.tokens, *drifts]
 
-    def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """What `compute()` gave the first time for `key`: q, k and v share one factorization. `add` forgets all."""
-        if key not in self._cache:
-            self._cache[key] = compute()
-        return self._cache[key]
-
     def check(self, name: str) -> None:
         """Raise ValueError when the inputs of the linear `name` were not all finite."""
-        for stream, gram in (("", self.gram), ("the dense model's ", self.drift_gram)):
-            if gram is not None and (bad := int((~gram.diagonal().isfinite()).sum())):
-                raise ValueError(
-                    f"{stream}activations entering {name} contain NaN or Inf, or are so large that their squares "
-                    f"overflow ({bad} of {self.width} columns); run the model in float32 or bfloat16, or look at the "
-                    "block before"
-                )
-
-    def check_weight(self, weight: Tensor, init: Tensor | None = None) -> None:
-        """Every solver's first line: raise ValueError unless `weight` is a finite matrix (out, in) of this width.
-
-        A warm start must be finite and of the weight's shape; inputs that were not finite are refused too.
-        """
-        if weight.ndim != 2 or weight.shape[1] != self.width:
-            raise ValueError(
-                f"a weight of shape {tuple(weight.shape)} does not fit statistics of width {self.width}; "
-                f"it must be (out, {self.width})"
-            )
-        if not weight.isfinite().all():
-            raise ValueError("the weight contains NaN or Inf, so it cannot be pruned; check the source checkpoint")
-        if init is not None and init.shape != weight.shape:
-            raise ValueError(f"init has shape {tuple(init.shape)}, the weight {tuple(weight.shape)}; make them equal")
-        if init is not None and not init.isfinite().all():
-            raise ValueError("init contains NaN or Inf, so nothing can start from it; look at the solver before")
-        self.check("this layer")
-
-
-def _empty_rows(x: Tensor, delta: Tensor | None = None) -> int:
-    """How many rows (padding) are zero throughout; only rows that begin with a zero are looked at."""
-    rows = (x[:, 0] == 0).nonzero().squeeze(1)
-    empty = ~x[rows].any(1)
-    if delta is not None:
-        empty &= ~delta[rows].any(1)
-    return int(empty.count_nonzero())
+        super().check(name)
+        if self.drift_gram is not None:
+            refuse_infinite(self.drift_gram.diagonal(), f"the dense model's activations entering {name}")
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -15,4 +15,6 @@ from .images import image_set_name as image_set_name
 from .images import labelled_images as labelled_images
 from .metrics import Subject as Subject
 from .metrics import prepare_metric as prepare_metric
+from .predictions import Walked as Walked
+from .predictions import surprises as surprises
 from .timing import serve as serve

@@ -10,26 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from sparsekit import registry
 from sparsekit.data import check_length, corpus, resolve, windows
 from sparsekit.measure.first import BOS, beginning, first_token
 from sparsekit.measure.images import accuracy, image_limit, image_set_name, labelled_images
 from sparsekit.measure.metrics import Measures, Preparation, Subject, measured, prepare
+from sparsekit.measure.predictions import Walked, surprises
 from sparsekit.measure.tasks import check_named, check_task, tasks
-from sparsekit.model import sees_images
+from sparsekit.model import filled, sees_images
 
 PERPLEXITY = ("name", "length", "windows")  # keys of a perplexity entry that belong to no source
 
 
 @torch.no_grad()
-def losses(model: Any, tokens: Tensor, *, batch: int = 1, device: torch.device | str | None = None) -> Tensor:
+def losses(model: Any, tokens: Tensor, *, device: torch.device | str | None = None, **options: Any) -> Tensor:
     """Each sequence's mean cross-entropy (n,), float64, in nats, over its length - 1 predictions.
 
-    tokens: (n, length) int64, as `data.windows` gives them. batch: sequences per forward pass.
-    device: where to run, the model is moved there; None for where the model is.
-    The loss is taken in fp32, one sequence at a time, so that only one sequence's logits are ever held in fp32.
+    tokens: (n, length) int64, as `data.windows` gives them
+    device: where to run, the model is moved there; None for where the model is. options: of `surprises`
     """
     from torchmetrics import CatMetric
 
@@ -37,17 +36,13 @@ def losses(model: Any, tokens: Tensor, *, batch: int = 1, device: torch.device |
     # makes the perplexity of a bad model infinite. And a NaN must not be left out, as CatMetric would by itself.
     if device is not None:
         model.to(device)
-    device = device or next(model.parameters()).device
     # of this process alone: what several know is for the caller to add up
-    seen = CatMetric(nan_strategy="disable", sync_on_compute=False).set_dtype(torch.float64).to(device)
+    seen = CatMetric(nan_strategy="disable", sync_on_compute=False).set_dtype(torch.float64)
     training = model.training
     model.eval()
     try:
-        for chunk in tokens.split(batch):
-            chunk = chunk.to(device)
-            logits = model(input_ids=chunk, use_cache=False).logits  # (batch, length, vocabulary)
-            for each, sequence in zip(logits, chunk, strict=True):
-                seen.update(cross_entropy(each[:-1].float(), sequence[1:]).double())
+        for each in surprises(model, tokens, **options):
+            seen.update(each.mean().double().cpu())
     finally:
         model.train(training)
     return seen.compute().double().flatten().cpu()
@@ -58,7 +53,13 @@ def perplexity(model: Any, tokens: Tensor, **options: Any) -> float:
     return float(losses(model, tokens, **options).mean().exp())
 
 
-def evaluate(model: Any, tokenizer: Any, settings: Mapping[str, Any], ready: Ready | None = None) -> dict[str, dict]:
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    ready: Ready | None = None,
+    walked: Walked | None = None,
+) -> dict[str, dict]:
     """What a model is worth, by name of the text or task.
 
     {"perplexity": {name: value}, "perplexity_stderr": {name: value}, "tasks": {task: {metric: value}},
@@ -73,6 +74,8 @@ def evaluate(model: Any, tokenizer: Any, settings: Mapping[str, Any], ready: Rea
       bos: whether the first token stands before every window: auto, window or published; see `first_token`.
       metrics: others, each a name or {name: options}; their figures are under "figures", by name
     ready: what `get_ready` gave for these settings, where it was called before.
+    walked: how to go through a model whose blocks rest on disk: texts block by block; tasks, and metrics that generate,
+        with all blocks filled meanwhile. None: the model is in memory
     """
     check_evaluation(settings)
     batch, limit = settings.get("batch") or 1, settings.get("limit")
@@ -85,8 +88,12 @@ def evaluate(model: Any, tokenizer: Any, settings: Mapping[str, Any], ready: Rea
         first = first_token(bos, tokenizer, lambda: model, lambda: texts[0] and beginning(texts[0], "test"))
         ready = get_ready(settings, tokenizer, model.config, first.token)
     found = ready.texts
-    seen = {name: losses(model, tokens, batch=batch) for name, tokens in found.items()}
-    found_figures = measured(ready.measures, Subject(model, tokenizer, batch))
+    walked = walked or Walked()
+    seen = {name: losses(model, tokens, batch=batch, walked=walked) for name, tokens in found.items()}
+    more = ready.measures or settings.get("tasks") or settings.get("accuracy")
+    with filled(walked.blocks if more else (), walked.device):
+        found_figures = measured(ready.measures, Subject(model, tokenizer, batch))
+        said = _tasks(model, tokenizer, settings, batch, limit)
     return {
         "perplexity": {name: float(each.mean().exp()) for name, each in seen.items()},
         # of the mean loss, carried over to its exponential (delta method); windows are not independent, so it is rough
@@ -104,18 +111,20 @@ def evaluate(model: Any, tokenizer: Any, settings: Mapping[str, Any], ready: Rea
             }
             for name, tokens in found.items()
         },
-        "tasks": {
-            **(tasks(model, tokenizer, settings["tasks"], limit=limit, batch=batch) if settings.get("tasks") else {}),
-            **{
-                image_set_name(entry): accuracy(
-                    model, tokenizer, labelled_images(entry), batch=batch, limit=image_limit(entry) or limit
-                )
-                for entry in settings.get("accuracy") or []
-            },
-        },
+        "tasks": said,
         **({"figures": found_figures} if found_figures else {}),
         **({"bos": {"used": first.used, "why": first.why}} if first is not None else {}),
     }
+
+
+def _tasks(model: Any, tokenizer: Any, settings: Mapping[str, Any], batch: int, limit: int | None) -> dict[str, Any]:
+    """Figures of tasks over text and over images."""
+    named, images = settings.get("tasks"), settings.get("accuracy") or []
+    found: dict[str, Any] = tasks(model, tokenizer, named, limit=limit, batch=batch) if named else {}
+    for entry in images:
+        count = image_limit(entry) or limit
+        found[image_set_name(entry)] = accuracy(model, tokenizer, labelled_images(entry), batch=batch, limit=count)
+    return found
 
 
 @dataclass(frozen=True)

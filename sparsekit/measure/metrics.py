@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from sparsekit import registry
 from sparsekit.contracts import Figure
 from sparsekit.data import check_length, corpus, windows
+from sparsekit.measure.predictions import surprises
 
 Measures = dict[str, Callable[["Subject"], dict[str, Figure]]]  # by the metric's name
 
@@ -44,12 +44,8 @@ class Subject:
     @torch.no_grad()
     def log_probabilities(self, tokens: Tensor) -> Iterator[Tensor]:
         """Window by window the log-probability (length - 1,) of each token but the first, float32 in CPU memory."""
-        device = next(self.model.parameters()).device
-        for chunk in tokens.split(self.batch):
-            chunk = chunk.to(device)
-            logits = self.model(input_ids=chunk, use_cache=False).logits  # (batch, length, vocabulary)
-            for each, sequence in zip(logits, chunk, strict=True):
-                yield -cross_entropy(each[:-1].float(), sequence[1:], reduction="none").cpu()
+        for each in surprises(self.model, tokens, batch=self.batch):
+            yield -each.cpu()
 
 
 def prepare(entries: Sequence[Any], preparation: Preparation) -> Measures:

@@ -2,12 +2,14 @@ from .blocks import Block as Block
 from .blocks import Linear as Linear
 from .blocks import decides as decides
 from .blocks import is_linear as is_linear
+from .blocks import put_forward as put_forward
 from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import read_json as read_json
 from .discovery import adopt as adopt
 from .discovery import discover as discover
 from .discovery import find_blocks as find_blocks
 from .discovery import first_inputs as first_inputs
+from .discovery import passed_over as passed_over
 from .discovery import run_model as run_model
 from .expert_forms import as_linears as as_linears
 from .expert_forms import join_experts as join_experts
@@ -31,6 +33,7 @@ from .resting import fill as fill
 from .resting import filled as filled
 from .resting import filled_in_turn as filled_in_turn
 from .resting import may_rest as may_rest
+from .resting import on_device as on_device
 from .resting import rests as rests
 from .resting import settle as settle
 from .resting import unsettle as unsettle

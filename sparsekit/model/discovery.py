@@ -4,6 +4,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
                 caught.append(hidden)
             if block.index == len(blocks) - 1:
                 raise _Stop
-            return (hidden,) + (None,) * (block.tuple_length - 1) if block.tuple_length else hidden
+            return _returned(block, hidden)
 
         return forward
 
@@ -212,3 +213,28 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
                 each()
         done.append(start)
         yield caught.pop()
+
+
+@contextmanager
+def passed_over(blocks: list[Block], result: Tensor) -> Iterator[None]:
+    """While this lasts, a forward pass of the model does not run its blocks, and goes on behind them.
+
+    result: what the last one gives, hidden states (batch, length, hidden)
+    """
+
+    def stand_in(block: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            return _returned(block, result if block.index == len(blocks) - 1 else given)
+
+        return forward
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(put_forward(block.module, stand_in(block)))
+        yield
+
+
+def _returned(block: Block, hidden: Tensor) -> Any:
+    """What a block's module gives where its hidden states are these."""
+    return (hidden,) + (None,) * (block.tuple_length - 1) if block.tuple_length else hidden

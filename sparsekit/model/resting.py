@@ -48,7 +48,7 @@ def rests(block: Block) -> bool:
 
 @torch.no_grad()
 def fill(block: Block) -> None:
-    """Give an empty block its weights. They are mapped from the disk where they are stored as the model has them.
+    """Give an empty block its weights, in CPU memory, mapped from the disk where they are stored as the model has them.
 
     The map is this block's own: pages that are written to go with it.
     """
@@ -95,16 +95,51 @@ def fill_outside(model: Any, blocks: Iterable[Block], tensors: Tensors) -> None:
 
 
 @contextmanager
-def filled(blocks: Iterable[Block]) -> Iterator[None]:
-    """While this lasts, these blocks have their weights; those that were empty are empty afterwards."""
+def filled(blocks: Iterable[Block], device: torch.device | None = None) -> Iterator[None]:
+    """While this lasts, these blocks have their weights; those that were empty are empty afterwards.
+
+    device: where those are meanwhile; None: in CPU memory
+    """
     taken = [block for block in blocks if rests(block)]
     try:
         for block in taken:
             fill(block)
+            if device is not None:
+                block.to(device)
         yield
     finally:
         for block in taken:
             empty(block)
+            if device is not None:
+                _move(block.module, torch.device("cpu"), set())
+
+
+@contextmanager
+def on_device(model: nn.Module, blocks: Iterable[Block], device: torch.device) -> Iterator[None]:
+    """While this lasts, a model is on a device, but for its empty blocks; afterwards it is in CPU memory."""
+    empties = {block.module for block in blocks if rests(block)}
+    try:
+        _move(model, device, empties)
+        yield
+    finally:
+        _move(model, torch.device("cpu"), empties)
+
+
+@torch.no_grad()
+def _move(module: nn.Module, device: torch.device, without: set[nn.Module]) -> None:
+    """Move a module, but for these modules inside it, and for what is empty."""
+    if module in without:
+        return
+    if without.isdisjoint(module.modules()) and not any(parameter.is_meta for parameter in module.parameters()):
+        module.to(device)
+        return
+    for own in module.parameters(recurse=False):
+        if not own.is_meta:
+            own.data = own.data.to(device)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else buffer.to(device)
+    for child in module.children():
+        _move(child, device, without)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from sparsekit import registry
 from sparsekit.contracts import show
 from sparsekit.data import FORMATS
 from sparsekit.recipe import values
+from sparsekit.recipe.memory import Memory
 from sparsekit.recipe.section import Section
 from sparsekit.recipe.trainer import ClassPath, TrainerOptions
 from sparsekit.recipe.yaml_tree import Keys, Tree, dotted
@@ -234,21 +235,6 @@ class Evaluate(Section):
     batch: int = Field(default=1, gt=0, description="sequences at a time")
     dense: bool = Field(default=True, description="measure the model before pruning too")
     samples: bool = Field(default=True, description="have the models go on with a few prompts, to be read side by side")
-
-
-class Memory(Section):
-    """Budgets."""
-
-    activations: Annotated[int, BeforeValidator(values.in_bytes, json_schema_input_type=int | str)] = Field(
-        default=4 * 10**9,
-        gt=0,
-        description='of calibration activations in CPU memory, in bytes or as "4GB"; the rest is on disk',
-    )
-    statistics: Annotated[int, BeforeValidator(values.in_bytes, json_schema_input_type=int | str)] = Field(
-        default=4 * 10**9,
-        gt=0,
-        description="of a block's Gram matrices at a time; where experts have more, they come in several turns",
-    )
 
 
 SECTIONS: dict[tuple[str | int, ...], type[Section]] = {

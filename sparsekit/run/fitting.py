@@ -18,6 +18,7 @@ from sparsekit.measure import (
     PROMPTS,
     FirstToken,
     Ready,
+    Walked,
     beginning,
     check_evaluation,
     evaluate,
@@ -26,7 +27,19 @@ from sparsekit.measure import (
     labelled_images,
     samples,
 )
-from sparsekit.model import channels_of, filled, find_blocks, load_resting, load_tokenizer, loading_code, locate
+from sparsekit.model import (
+    Block,
+    adopt,
+    channels_of,
+    filled,
+    find_blocks,
+    load_resting,
+    load_tokenizer,
+    loading_code,
+    locate,
+    on_device,
+    rests,
+)
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe, effect_of, to_yaml
 from sparsekit.results import (
@@ -147,12 +160,13 @@ def _fit(
         with meter.stage("evaluate dense"):
             console.print("measuring the dense model")
             dense = model
+            known = planned.blocks
             if planned.dense != planned.folder:
                 dense = load_resting(planned.dense, dtype=dtype, trust_remote_code=trust)
-            measure = partial(_measure, planned, dense, tokenizer, settings, ready)
-            with filled(find_blocks(dense)):
-                evaluation["dense"] = measured_once(output / "blocks" / "dense.json", settings, measure)
-            del measure, dense
+                known = plan.blocks_in(planned.dense, trust_remote_code=trust)
+            measure = partial(_measure, planned, dense, known, tokenizer, settings, ready)
+            evaluation["dense"] = measured_once(output / "blocks" / "dense.json", settings, measure)
+            del measure, dense, known
     if planned.postponed:
         with meter.stage("allocate"):
             planned = replace(planned, patterns=_allocated(planned, model, tokens, output, console))
@@ -163,6 +177,7 @@ def _fit(
     with meter.stage("save"):
         shape = result.save(planned, model, tokenizer, outcome, output)
     found, changed, cuts = result.facts(planned, outcome, shape), result.changed(outcome), outcome.cuts
+    known = outcome.blocks
     del model, outcome  # from here on only what is on disk counts
     with meter.stage("verify"):
         patterns = {name: each["pattern"] for name, each in found["sparsity"]["per_linear"].items()}
@@ -175,8 +190,8 @@ def _fit(
     if measured:
         with meter.stage("evaluate pruned"):
             console.print("measuring the pruned model, loaded from disk")
-            pruned, _ = load_model(output / "model", trust_remote_code=trust)
-            evaluation["pruned"] = _measure(planned, pruned, tokenizer, settings, ready)
+            pruned = load_resting(output / "model", trust_remote_code=trust)
+            evaluation["pruned"] = _measure(planned, pruned, known, tokenizer, settings, ready)
     complete = {
         "model": {"name": recipe_.model.path, "class": planned.model.__class__.__name__, "dtype": str(dtype or "auto")},
         "recipe": planned.resolved,
@@ -212,18 +227,20 @@ def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict
         return evaluate(loaded, tokenizer, settings)
 
 
-def _measure(planned: Plan, model: nn.Module, tokenizer: Any, settings: dict[str, Any], ready: Ready) -> dict[str, Any]:
-    """Measure a model on the accelerator that the recipe walks on; afterwards it is in CPU memory again."""
+def _measure(
+    planned: Plan, model: nn.Module, known: list[Block], tokenizer: Any, settings: dict[str, Any], ready: Ready
+) -> dict[str, Any]:
+    """Measure a model on the accelerator that the recipe walks on. known: its blocks, in whatever copy of it."""
     from sparsekit.system import alone
 
-    try:
-        with alone():
-            found: dict[str, Any] = evaluate(model.to(planned.device), tokenizer, settings, ready)
-            if planned.recipe.evaluate.samples and planned.predicts:
+    on_disk = any(map(rests, find_blocks(model)))
+    walked = Walked(adopt(model, known) if on_disk else (), planned.memory[0], planned.device)
+    with alone(), on_device(model, walked.blocks, planned.device):
+        found: dict[str, Any] = evaluate(model, tokenizer, settings, ready, walked)
+        if planned.recipe.evaluate.samples and planned.predicts:
+            with filled(walked.blocks, planned.device):
                 found["samples"] = samples(model, tokenizer)
-            return found
-    finally:
-        model.to("cpu")
+        return found
 
 
 def _side_by_side(evaluation: dict[str, dict[str, Any]]) -> list[dict[str, str]]:

@@ -1,12 +1,14 @@
 """Methods as a recipe names them: functions with their options filled in, and their time counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor
 
 from sparsekit import registry
+from sparsekit.contracts import needs_gram
+from sparsekit.maths import Norms, Stats
 from sparsekit.recipe import Stage
 from sparsekit.system import Meter
 
@@ -25,6 +27,12 @@ def timed(name: str, solver: Callable[..., Tensor], meter: Meter) -> Callable[..
 def configured(group: str, stage: Stage) -> Callable[..., Any]:
     """The function that a stage names, with its options filled in."""
     return partial(registry.load(group, stage.name), **underscored(stage.options))
+
+
+def statistics_for(solvers: Iterable[Stage]) -> type[Norms]:
+    """What a chain of solvers must know of a linear's inputs."""
+    needed = any(needs_gram(registry.load("solvers", stage.name)) for stage in solvers)
+    return Stats if needed else Norms
 
 
 def underscored(options: dict[str, Any]) -> dict[str, Any]:

@@ -17,18 +17,21 @@ from sparsekit.model import (
     Block,
     Tensors,
     adopt,
+    discover,
     locate,
     opened,
     patches,
     predicts_text,
     read_json,
     sees_images,
+    skeleton,
     unreadable,
     vision_config,
 )
 from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
 from sparsekit.run.ahead import check_cuts
-from sparsekit.run.allocation import allocate
+from sparsekit.run.allocation import allocate, sample_input
+from sparsekit.run.needs import Needs, needs, within
 from sparsekit.run.selection import found_blocks
 from sparsekit.run.sources import Source, from_folder
 from sparsekit.system import human_size
@@ -114,6 +117,23 @@ class Plan:
         ]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in memory and on disk."""
+        given, own = self.recipe.model.dtype, self.config.dtype
+        found: torch.dtype = (own or torch.float32) if given == "auto" else getattr(torch, given)
+        return found
+
+    @property
+    def needs(self) -> dict[str, Needs]:
+        """What each stage holds in memory beside activations."""
+        return needs(self.recipe, self.segments, self.blocks, self.dtype)
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes of activations, and of Gram matrices at a time, in memory. ValueError: see `needs.within`."""
+        return within(self.recipe, self.segments, self.blocks, self.dtype)
+
+    @property
     def quantization(self) -> Quantization | None:
         """How the weights of the result are quantized; None if the last stage leaves them as they are."""
         return effect_of(self.recipe.stages[-1]).grid
@@ -170,6 +190,13 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
     if memory is None:
         _check_room(planned, recipe.output)
     return planned
+
+
+def blocks_in(folder: Path, *, trust_remote_code: bool = False) -> list[Block]:
+    """The blocks of the model in a folder, all linears among them; no weight is read."""
+    model = skeleton(folder, trust_remote_code=trust_remote_code)
+    model.to(torch.bfloat16)
+    return discover(model, sample_input(model))
 
 
 def _refuse_quantized(folder: Path) -> None:
@@ -243,7 +270,7 @@ def _check_room(planned: Plan, output: str | None) -> None:
     folder = Path(output or ".").absolute()
     while not folder.exists():
         folder = folder.parent
-    room = recipe.memory.activations + shutil.disk_usage(folder).free
+    room = planned.memory[0] + shutil.disk_usage(folder).free
     if wanted > room:
         raise ValueError(
             f"calibration of {recipe.calibration.samples:,} x {planned.length:,} tokens has {human_size(wanted)} of "
@@ -305,7 +332,7 @@ def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: P
         adopt(model, planned.blocks),
         tokens,
         batch=planned.batch,
-        budget=planned.recipe.memory.activations,
+        budget=planned.memory[0],
         folder=folder,
         device=planned.device,
     )

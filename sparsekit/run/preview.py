@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from sparsekit.maths import Pattern, Unstructured
 from sparsekit.model import Block
 from sparsekit.recipe import to_yaml
+from sparsekit.run.needs import wholly
 from sparsekit.run.plan import Plan
 from sparsekit.system import human_size
 
@@ -71,27 +71,25 @@ def _once(shapes: Any, block: Block) -> list[Any]:
 def estimates(plan: Plan) -> dict[str, str]:
     """What a run will need, from shapes alone."""
     calibration = plan.recipe.calibration
-    config, given = plan.config, plan.recipe.model.dtype
-    dtype = (config.dtype or torch.float32) if given == "auto" else getattr(torch, given)
+    config, dtype = plan.config, plan.dtype
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
-    largest = max(sum(p.numel() for p in block.module.parameters()) for block in plan.blocks)
-    grams = max(sum(_width(block, names) ** 2 for names in block.groups) for block in plan.blocks)
-    widest = max(_width(block, names) for block in plan.blocks for names in block.groups)
     tokens = calibration.samples * plan.length
     streams = 2 if plan.recipe.error_correction == "model" else 1
-    budget = plan.recipe.memory.activations
     activations = tokens * config.hidden_size * dtype.itemsize * streams
+    in_memory = min(activations, plan.memory[0])
     pruned = sum(linear.weight.numel() for block in plan.blocks for linear in block.linears.values())
     gram_work = 2 * tokens * sum(_width(block, names) ** 2 for block in plan.blocks for names in block.groups)
     passes = {"none": 1, "prefix": 2}.get(plan.recipe.error_correction) or 2 + len(plan.blocks[0].groups)
     passes += plan.postponed
     found = {
-        "weights on disk and in memory": human_size(parameters * dtype.itemsize),
-        "one block, in float32": human_size(largest * 4),
-        "Grams of one block": human_size(min(grams * 4, plan.recipe.memory.statistics)),
-        "factorization of the widest Gram": human_size(2 * widest**2 * 4),
-        "activations": f"{human_size(activations)}, of which at most {human_size(budget)} in memory",
+        "weights on disk": human_size(parameters * dtype.itemsize),
+        "activations": f"{human_size(activations)}, of which {human_size(in_memory)} in memory",
     }
+    for stage, parts in plan.needs.items():
+        said = ", ".join(f"{what} {human_size(size)}" for what, size in parts.items() if size)
+        found[f"memory of {stage}"] = f"{human_size(sum(parts.values()) + in_memory)}: {said}, activations as above"
+    for stage in wholly(plan.segments):
+        found[f"memory of {stage}"] = "as much as the whole model needs: it does not go block by block"
     if not plan.patterns:  # no stage prunes weights, so what there is to do depends on the stage alone
         return found
     return found | {

@@ -23,7 +23,7 @@ from sparsekit.results import MASKS, Before, weights_of
 from sparsekit.run import plugged
 from sparsekit.run.allocation import allocate
 from sparsekit.run.context import Context
-from sparsekit.run.methods import configured
+from sparsekit.run.methods import configured, statistics_for
 from sparsekit.run.plan import Plan
 from sparsekit.run.removing import remove_by
 from sparsekit.run.segments import NOTES, RESIZED, commits_of, forget_from, last_whole
@@ -99,8 +99,8 @@ def run_stages(
             seed=recipe.seed,
             error_correction=recipe.error_correction,
             batch=planned.batch,
-            activations=recipe.memory.activations,
-            statistics=recipe.memory.statistics,
+            activations=planned.memory[0],
+            statistics=planned.memory[1],
             commits=commits,
             index=index,
             before=outcome.masks,
@@ -325,6 +325,6 @@ def _commit(context: Context, inspector: Inspector) -> None:
 
 def one_shot(context: Context, stages: list[Stage]) -> Fit:
     """Layer-wise solvers as what Trainer.fit takes: a walk, its stream, and the callback that solves."""
-    stream = context.stream()
+    stream = context.stream(stats=statistics_for(stages))
     solve = OneShot(context.solver(stages), context.patterns, context.seed, continues=not context.first)
     return Fit(Walk(stream), stream, [solve])

@@ -133,6 +133,9 @@ def fista(
     return (best.answer / scale).to(weight.dtype)
 
 
+fista.memory = (19, 2.1)  # type: ignore[attr-defined]  # see contracts.matrices
+
+
 @dataclass(frozen=True)
 class _Quadratic:
     """tr((V - W) gram (V - W)') - 2 tr(pull (V - W)') + constant, in the scaled coordinates."""

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from sparsekit.maths import Pattern, Scope, Stats
+from sparsekit.maths import Norms, Pattern, Scope
 
 
-def magnitude(weight: Tensor, stats: Stats, pattern: Pattern, *, per: Scope = "matrix") -> Tensor:
+def magnitude(weight: Tensor, stats: Norms, pattern: Pattern, *, per: Scope = "matrix") -> Tensor:
     """Keep the weights of largest |W_ij| and leave them as they are; no calibration data is looked at.
 
     per: where weights compete: "matrix" (the published baseline), "row", or a number of columns.
@@ -15,3 +15,6 @@ def magnitude(weight: Tensor, stats: Stats, pattern: Pattern, *, per: Scope = "m
     """
     stats.check_weight(weight)
     return weight.masked_fill(~pattern.keep(weight.abs(), per=per), 0)
+
+
+magnitude.memory = (3, 0)  # type: ignore[attr-defined]  # see contracts.matrices

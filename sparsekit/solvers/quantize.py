@@ -83,6 +83,9 @@ def quantize(
     return columns.t().contiguous().to(weight.dtype)
 
 
+quantize.memory = (6.5, 2)  # type: ignore[attr-defined]  # see contracts.matrices
+
+
 def _settle(columns: Tensor, kept: Tensor, gram: Tensor, ridge: float, steps: int) -> None:
     """Zero what is not kept, in place, and move the kept nearer to the least-squares answer under that.
 

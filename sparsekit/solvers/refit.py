@@ -89,5 +89,8 @@ def refit(
     return answer.where(better & support, init.to(answer).where(support, 0)).to(weight.dtype)
 
 
+refit.memory = (9, 0)  # type: ignore[attr-defined]  # see contracts.matrices
+
+
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return torch.where(below > 0, above / below, 0)

@@ -68,6 +68,9 @@ def sparsegpt(
     return columns.t().contiguous().to(weight.dtype)
 
 
+sparsegpt.memory = (2.5, 1.1)  # type: ignore[attr-defined]  # see contracts.matrices
+
+
 def factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """U with (gram + damping)^-1 = U'U and the damping that it took.
 

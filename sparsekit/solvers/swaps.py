@@ -62,6 +62,9 @@ def swaps(
     return weight.masked_fill(~kept, 0)
 
 
+swaps.memory = (1.5, 7)  # type: ignore[attr-defined]  # see contracts.matrices
+
+
 def _refine(
     rows: Tensor,
     kept: Tensor,

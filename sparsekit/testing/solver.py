@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from sparsekit.maths import NM, Pattern, Stats, Unstructured, parse
+from sparsekit.contracts import matrices, needs_gram
+from sparsekit.maths import NM, Norms, Pattern, Stats, Unstructured, parse
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
+from sparsekit.testing.live import LiveMemory
 
 PATTERNS = ("50%", "70%", "2:4", "4:8", "1:4")
 _SHAPES = ((96, 40), (24, 160))  # (out, in): tall, wide; neither width is a multiple of 128
@@ -22,8 +24,9 @@ def check_solver(solver: Callable[..., Tensor], patterns: Iterable[str | Pattern
     A solver is a function `(weight, stats, pattern, *, options...) -> weight` with a docstring, all options
     keyword-only and with defaults; it may have `init` after `pattern` to start from an earlier answer. It returns a new
     finite float32 matrix of the weight's shape with the pattern's zeros, the same for the same arguments, and changes
-    none of them. All that holds for tall and wide layers, correlated inputs, inputs that are always zero, equal weights
-    and targets that come from a dense stream. With `init` its answer is no worse than init, or at least depends on it.
+    none of them. What it says that it needs is enough (norms alone; memory, by its attribute). That holds for
+    tall and wide layers, correlated inputs, inputs that are always zero, equal weights and targets that come from a
+    dense stream. With `init` its answer is no worse than init, or at least depends on it.
     """
     requires_init = _check_signature(solver)
     for pattern in map(parse, patterns):
@@ -37,6 +40,13 @@ def check_solver(solver: Callable[..., Tensor], patterns: Iterable[str | Pattern
             weight, stats = _problem(_SHAPES[0], seed, case)
             answer = _solve(solver, weight, stats, pattern, requires_init)
             _check_zeros(answer, pattern, int((stats.gram.diagonal() == 0).sum()) * len(weight), f"{pattern}, {case}")
+        if not needs_gram(solver):
+            weight, inputs = _drawn(_SHAPES[0], seed)
+            kept = _solve(solver, weight, Stats.of(inputs), pattern, requires_init) != 0
+            other = _solve(solver, weight, Norms.of(inputs), pattern, requires_init) != 0
+            assert torch.equal(kept, other), f"{pattern}: it says that norms are enough, and keeps others by them"
+    if hasattr(solver, "memory"):
+        _check_memory(solver, seed, requires_init)
 
 
 def _check_signature(solver: Callable[..., Tensor]) -> bool | None:
@@ -54,20 +64,43 @@ def _check_signature(solver: Callable[..., Tensor]) -> bool | None:
     return None if init is None else init.default is init.empty
 
 
-def _problem(shape: tuple[int, int], seed: int, case: str = "") -> tuple[Tensor, Stats]:
-    """A weight and the statistics of correlated inputs, twice as many as columns."""
+def _check_memory(solver: Callable[..., Tensor], seed: int, requires_init: bool | None) -> None:
+    """A solver holds no more than it says (`contracts.matrices`), in float32 matrices; small pieces aside."""
+    weights, grams = matrices(solver)
+    for shape in ((768, 384), (384, 768)):
+        weight, inputs = _drawn(shape, seed)
+        stats = Stats.of(inputs)
+        init = [magnitude(weight, stats, parse("50%"))] if requires_init else []
+        stats.check("the inputs")
+        _ = stats.gram  # filled in when it is first asked for
+        with LiveMemory() as live, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            solver(weight, stats, parse("50%"), *init)
+        allowed = 4 * (weights * weight.numel() + grams * shape[1] ** 2) + 2**20
+        assert live.peak <= allowed, f"it says that it holds {allowed:,.0f} bytes for {shape}, and holds {live.peak:,}"
+
+
+def _drawn(shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    """A weight and correlated inputs, twice as many as columns."""
     random = torch.Generator().manual_seed(seed)
     out, width = shape
     weight = torch.randn(out, width, generator=random)
     inputs = torch.randn(2 * width, width, generator=random) @ torch.randn(width, width, generator=random)
-    inputs *= torch.rand(width, generator=random) + 0.1
+    return weight, inputs * (torch.rand(width, generator=random) + 0.1)
+
+
+def _problem(shape: tuple[int, int], seed: int, case: str = "") -> tuple[Tensor, Stats]:
+    """A weight and the statistics of correlated inputs."""
+    weight, inputs = _drawn(shape, seed)
+    width = shape[1]
     dense = None
     if case == "a dead input":
         inputs[:, width // 3] = 0
     elif case == "equal weights":
         weight = torch.full(shape, -0.5)
     elif case == "a dense stream":
-        dense = inputs + 0.1 * inputs.std() * torch.randn(inputs.shape, generator=random)
+        noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(seed + 1))
+        dense = inputs + 0.1 * inputs.std() * noise
     return weight, Stats.of(inputs, dense)
 
 
@@ -77,7 +110,7 @@ def solved_twice(solver: Callable[..., Tensor], weight: Tensor, stats: Stats, pa
 
 
 def _solve(
-    solver: Callable[..., Tensor], weight: Tensor, stats: Stats, pattern: Pattern, requires_init: bool | None
+    solver: Callable[..., Tensor], weight: Tensor, stats: Norms, pattern: Pattern, requires_init: bool | None
 ) -> Tensor:
     init = magnitude(weight, stats, pattern) if requires_init else None
     answer = _call(solver, weight, stats, pattern, init)
@@ -86,9 +119,12 @@ def _solve(
     return answer
 
 
-def _call(solver: Callable[..., Tensor], weight: Tensor, stats: Stats, pattern: Pattern, init: Tensor | None) -> Tensor:
-    arguments = {"the weight": weight, "init": init, "the Gram": stats.gram, "the sum of tokens": stats.total}
-    arguments |= {"drift_cross": stats.drift_cross, "drift_gram": stats.drift_gram}
+def _call(solver: Callable[..., Tensor], weight: Tensor, stats: Norms, pattern: Pattern, init: Tensor | None) -> Tensor:
+    arguments = {"the weight": weight, "init": init, "the sum of tokens": stats.total}
+    if isinstance(stats, Stats):
+        arguments |= {"the Gram": stats.gram, "drift_cross": stats.drift_cross, "drift_gram": stats.drift_gram}
+    else:
+        arguments["the norms"] = stats.squares
     given = {name: tensor for name, tensor in arguments.items() if tensor is not None}
     before = {name: tensor.clone() for name, tensor in given.items()}
     with warnings.catch_warnings():

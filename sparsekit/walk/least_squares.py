@@ -58,6 +58,7 @@ def compensate(
         pairs = zip(units.parts, masks, strict=True)
         parts = {part.output: (part, mask) for part, mask in pairs if part.block == block.index}
         for names, stats in stream.statistics(block):
+            assert isinstance(stats, Stats)
             stats.check(names[0])
             for name in names:
                 part, mask = parts.get(name, (None, None))

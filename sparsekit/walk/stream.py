@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.maths import Stats
+from sparsekit.maths import Norms, Stats
 from sparsekit.model import Block, fill, filled, first_inputs
 from sparsekit.system import ActivationStore, Team, give_back
 from sparsekit.walk.commits import Commits
@@ -31,6 +31,7 @@ class BlockStream:
         model   inputs from everything pruned before, targets from the dense model
     dense_inputs: for `model`, a second store that holds the same chunks
     grams: bytes of a block's Gram matrices at a time; where experts have more, they come in several turns
+    stats: what is gathered of a linear's inputs; `Norms` where its solver needs no more
     commits: blocks that are committed there are restored instead of walked: resuming is starting further on
     team: the processes that walk together. With `block` each takes other blocks; `rounds` are those of this process.
         Else each has some of the inputs, sums run over all of them, and all are at the same block.
@@ -45,6 +46,7 @@ class BlockStream:
         error_correction: str = "prefix",
         commits: Commits | None = None,
         grams: int = 4 * 10**9,
+        stats: type[Norms] = Stats,
         team: Team = Team(),  # noqa: B008 (frozen)
     ):
         if error_correction not in ERROR_CORRECTIONS:
@@ -52,6 +54,7 @@ class BlockStream:
         if (error_correction == "model") != (dense_inputs is not None):
             raise ValueError("dense_inputs belong to error_correction: model, and it needs them")
         self.blocks, self.inputs, self.dense_inputs, self.grams = blocks, inputs, dense_inputs, grams
+        self.stats = stats
         self.error_correction, self.commits = error_correction, commits
         done = set() if commits is None else commits.done()
         remaining = [block for block in blocks if block.index not in done]
@@ -116,7 +119,7 @@ class BlockStream:
         yield from self.rounds[len(turns) :]
 
     @torch.no_grad()
-    def statistics(self, block: Block) -> Iterator[tuple[list[str], Stats]]:
+    def statistics(self, block: Block) -> Iterator[tuple[list[str], Norms]]:
         """Each group's linears and the one Stats they share, in call order but for experts that come in a later turn.
 
         How many tokens each expert was sent is in the block's notes afterwards. The caller writes a group's new weights
@@ -153,15 +156,15 @@ class BlockStream:
         if self.error_correction in ("prefix", "model") and block is not self.blocks[-1]:
             _advance(block, self.inputs)
 
-    def _collect(self, block: Block) -> Iterator[dict[int, Stats]]:
+    def _collect(self, block: Block) -> Iterator[dict[int, Norms]]:
         """One pass with the block dense; with `none` its outputs are the next block's inputs at once.
 
         Experts whose Gram matrices do not fit beside the others come later, from what their module was given: a pruned
         block does not change it, nor the weights of experts that are still to come.
         """
-        groups, *later = turns(block, self.grams)
-        collected: dict[int, Stats] = {}
-        see = partial(_add, collected)
+        groups, *later = turns(block, self.grams) if self.stats is Stats else [list(range(len(block.groups)))]
+        collected: dict[int, Norms] = {}
+        see = partial(self._add, collected)
         outputs = self.error_correction == "none" and block is not self.blocks[-1]
         given = Given(block.experts if later else {}, self.inputs.budget, self.inputs.parent)
         with given.watching():
@@ -191,9 +194,9 @@ class BlockStream:
             self.team.sum([counts])
             block.notes.setdefault("tokens", {})[name] = counts.tolist()
 
-    def _collect_pairs(self, block: Block, twin: Block, group: int) -> Stats:
+    def _collect_pairs(self, block: Block, twin: Block, group: int) -> Norms:
         """One group's inputs in the pruned block beside those in the dense one."""
-        collected: dict[int, Stats] = {}
+        collected: dict[int, Norms] = {}
         same = self.dense_inputs is None and group == 0  # nothing before it has been pruned
         dense_chunks = iter(self.dense_inputs) if self.dense_inputs is not None else None
         for chunk in self.inputs:
@@ -202,8 +205,20 @@ class BlockStream:
             block.until(chunk, [group], mine.__setitem__)
             if not same:  # second: experts of the twin are given the tokens that the block's were given
                 twin.until(next(dense_chunks) if dense_chunks else chunk, [group], dense.__setitem__)
-            _add(collected, group, mine[group], dense)
+            self._add(collected, group, mine[group], dense)
         return collected[group]
+
+    def _add(
+        self,
+        collected: dict[int, Norms],
+        group: int,
+        inputs: Tensor,
+        dense: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Add what enters a group, and what enters it in the dense block if that is known."""
+        if group not in collected:
+            collected[group] = self.stats(inputs.shape[-1], device=inputs.device)
+        collected[group].add(inputs, dense.get(group))
 
     @torch.no_grad()
     def _replay(self, block: Block) -> None:
@@ -215,15 +230,6 @@ class BlockStream:
             fill(block)
         self.advance(block.to(self.device))
         block.to("cpu")
-
-
-def _add(
-    collected: dict[int, Stats], group: int, inputs: Tensor, dense: Mapping[int, Tensor] = MappingProxyType({})
-) -> None:
-    """Add what enters a group, and what enters it in the dense block if that is known."""
-    if group not in collected:
-        collected[group] = Stats(inputs.shape[-1], device=inputs.device)
-    collected[group].add(inputs, dense.get(group))
 
 
 def _advance(block: Block, store: ActivationStore) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sparsekit.maths import Pattern, Stats
+from sparsekit.maths import Norms, Pattern
 from sparsekit.model import Block, may_rest, settle
 from sparsekit.system import Team, give_back, tight
 from sparsekit.walk.commits import Commits
@@ -123,7 +123,7 @@ class OneShot(Callback):
             _exchange(stream.team, block, owners)
 
     @torch.no_grad()
-    def _solve(self, block: Block, name: str, stats: Stats) -> None:
+    def _solve(self, block: Block, name: str, stats: Norms) -> None:
         linear, pattern = block.linears[name], self.patterns[name]
         weight = linear.weight.float().contiguous()  # (out, in)
         if not weight.isfinite().all():

@@ -1,0 +1,99 @@
+"""What a model says of each token of a text: its whole forward pass, or block after block where blocks rest on disk."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sparsekit.model import Block, filled, first_inputs, passed_over, put_forward, rests
+from sparsekit.system import ActivationStore
+
+LOGITS = 2**24  # numbers of a vocabulary's logits that are held at once
+
+
+@dataclass(frozen=True)
+class Walked:
+    """How a model is gone through whose blocks rest on disk.
+
+    blocks: of the model, as `discover` finds them; none: it is in memory
+    activations: bytes of activations in memory; the rest is on disk
+    device: where blocks compute; the rest of the model is there already
+    """
+
+    blocks: Sequence[Block] = ()
+    activations: int = 4 * 10**9
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (frozen)
+
+
+@torch.no_grad()
+def surprises(
+    model: Any,
+    tokens: Tensor,
+    *,
+    batch: int = 1,
+    walked: "Walked | None" = None,
+) -> Iterator[Tensor]:
+    """Sequence by sequence the cross-entropy (length - 1,) of each token but the first, in nats, float32.
+
+    tokens: (n, length). batch: sequences per forward pass. The vocabulary's logits are computed for some tokens at a
+    time where the model can do that (`logits_to_keep`).
+    walked: where its blocks rest on disk, all tokens go through one of them after another, so that each is read once
+    """
+    known = list(walked.blocks) if walked else []
+    if walked is None or not any(map(rests, known)):
+        device = next(model.parameters()).device
+        for chunk in tokens.split(batch):
+            yield from _of_chunk(model, chunk.to(device))
+        return
+    device = walked.device
+    store = ActivationStore(walked.activations)
+    try:
+        for hidden in first_inputs(model, known, tokens.to(device), batch):
+            store.append(hidden)
+        for block in known:
+            with filled([block], device):
+                for index, hidden in enumerate(store):
+                    store[index] = block(hidden)
+        for chunk, hidden in zip(tokens.split(batch), store, strict=True):
+            with passed_over(known, hidden.to(device)):
+                yield from _of_chunk(model, chunk.to(device))
+    finally:
+        store.close()
+
+
+def _of_chunk(model: Any, chunk: Tensor) -> Iterator[Tensor]:
+    parts = []
+    for places, logits in _logits(model, chunk):
+        inside = places < chunk.shape[1] - 1  # nothing follows the last token
+        for each, following in zip(logits, chunk, strict=True):
+            parts.append(cross_entropy(each[inside].float(), following[places[inside] + 1], reduction="none"))
+    for row in range(len(chunk)):
+        yield torch.cat(parts[row :: len(chunk)])
+
+
+def _logits(model: Any, chunk: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places (n,) in the text and the logits there (batch, n, vocabulary), piece after piece."""
+    places, base = torch.arange(chunk.shape[1], device=chunk.device), getattr(model, "base_model", model)
+    in_parts = base is not model and "logits_to_keep" in inspect.signature(model.forward).parameters
+    size = max(16, LOGITS // (len(chunk) * model.config.get_text_config().vocab_size)) if in_parts else len(places)
+    if size >= len(places):
+        yield places, model(input_ids=chunk, use_cache=False).logits
+        return
+    found: list[Any] = []
+    original = base.forward
+
+    def kept(*args: Any, **kwargs: Any) -> Any:  # the second time it is known
+        if not found:
+            found.append(original(*args, **kwargs))
+        return found[0]
+
+    undo = put_forward(base, kept)
+    try:
+        for some in places.split(size):
+            yield some, model(input_ids=chunk, use_cache=False, logits_to_keep=some).logits
+    finally:
+        undo()

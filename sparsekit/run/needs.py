@@ -1,0 +1,109 @@
+"""What each stage holds in memory beside activations, and how a budget is kept: by the same numbers."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from sparsekit import registry
+from sparsekit.contracts import matrices
+from sparsekit.maths import Norms
+from sparsekit.model import Block
+from sparsekit.recipe import Recipe, Stage, effect_of, kind, named_solvers, options_of
+from sparsekit.run.methods import statistics_for
+from sparsekit.system import human_size
+
+PROCESS = 8 * 10**8  # bytes of Python and its libraries, without any model
+LEAST = 64 * 10**6  # of activations: a few chunks
+TRAINED = 20  # bytes a parameter of a block in training: float32 and best copy, gradient, AdamW's two moments
+
+Needs = dict[str, int]  # what -> bytes
+
+
+def within(
+    recipe: Recipe, segments: Sequence[Sequence[Stage]], blocks: list[Block], dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes of activations, and of Gram matrices at a time, that keep the recipe's budget; its own where it has none.
+
+    Raises:
+        ValueError: no sizes keep it; the message has the smallest budget that can be kept.
+    """
+    given, budget = recipe.memory, recipe.memory.budget
+    if budget is None:
+        return given.activations, given.statistics
+    least, stage = max((sum(parts.values()), name) for name, parts in needs(recipe, segments, blocks, dtype).items())
+    left = budget - least
+    if left < LEAST:
+        raise ValueError(
+            f"memory.budget is {human_size(budget)}, and {stage} needs {human_size(least + LEAST)}: give at least "
+            "that, or a method that needs less (--dry-run without a budget shows what each stage holds)"
+        )
+    if not any(block.experts for block in blocks):
+        return min(given.activations, left), given.statistics
+    return min(given.activations, left // 2), min(given.statistics, left // 2)  # experts' Grams come in turns
+
+
+def needs(
+    recipe: Recipe, segments: Sequence[Sequence[Stage]], blocks: list[Block], dtype: torch.dtype
+) -> dict[str, Needs]:
+    """What the stages hold at once beside activations, by their names; of experts' Grams those of one expert.
+
+    Of stages that work on the model as a whole only the process is known; see `wholly`.
+    """
+    found: dict[str, Needs] = {}
+    for stages in segments:
+        name, solvers = " -> ".join(stage.name for stage in stages), solvers_of(stages)
+        parts = _walk(recipe, solvers, blocks, dtype) if solvers else {"process": PROCESS}
+        if solvers and effect_of(stages[-1]).gradients:
+            parts["training a block"] = TRAINED * max(map(_parameters, blocks))
+        found[name] = parts
+    return found
+
+
+def wholly(segments: Sequence[Sequence[Stage]]) -> list[str]:
+    """The stages that are given the model as a whole, which is under no budget."""
+    return [stages[0].name for stages in segments if not solvers_of(stages)]
+
+
+def solvers_of(stages: Sequence[Stage]) -> list[Stage]:
+    """The solvers of a walk: themselves, or those that a stage with a loop of its own names; none: it does not walk."""
+    if kind(stages[0]) == "solver":
+        return list(stages)
+    if not effect_of(stages[0]).walks:
+        return []
+    return named_solvers(options_of("stages", stages[0].name, stages[0].options).get("solver", "sparsegpt"))
+
+
+def _walk(recipe: Recipe, solvers: Sequence[Stage], blocks: list[Block], dtype: torch.dtype) -> Needs:
+    coupled = recipe.error_correction in ("block", "model")
+    largest = max(map(_parameters, blocks))
+    copies = [matrices(registry.load("solvers", stage.name)) for stage in solvers]
+    weights, grams = (max(each[place] for each in copies) for place in (0, 1))
+    shapes = [linear.shape for block in blocks for linear in block.linears.values()]
+    held = len(solvers)  # the dense weight, and the answers that later solvers of a chain start from
+    return {
+        "process": PROCESS,
+        "a block, twice" if coupled else "a block": largest * dtype.itemsize * (2 if coupled else 1),
+        "its masks": largest,
+        "its Gram matrices": 0 if statistics_for(solvers) is Norms else max(_grams(b, coupled) for b in blocks),
+        "its largest linear": max(4 * int((weights + held) * out * n + grams * n**2) for out, n in shapes),
+    }
+
+
+def _grams(block: Block, coupled: bool) -> int:
+    sizes = [4 * block.linears[names[0]].shape[1] ** 2 for names in block.groups]
+    if coupled:  # one group after another, with what the dense stream adds
+        return 3 * max(sizes, default=0)
+    outside = sum(size for index, size in enumerate(sizes) if block.expert_of(index) is None)
+    return outside + max(_by_expert(block, sizes), default=0)
+
+
+def _by_expert(block: Block, sizes: Sequence[int]) -> Iterable[int]:
+    found: dict[str, int] = {}
+    for index, size in enumerate(sizes):
+        if (expert := block.expert_of(index)) is not None:
+            found[expert] = found.get(expert, 0) + size
+    return found.values()
+
+
+def _parameters(block: Block) -> int:
+    return sum(parameter.numel() for parameter in block.module.parameters())

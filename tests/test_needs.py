@@ -1,0 +1,73 @@
+"""Memory that a recipe needs, and budgets of it."""
+
+from pathlib import Path
+
+import pytest
+
+from sparsekit.cli import main
+from sparsekit.recipe import load_recipe
+from sparsekit.run import make_plan
+
+
+def _recipe(tmp_path: Path, models: Path, **more: object) -> Path:
+    settings = {
+        "model": models / "tiny-llama",
+        "pattern": '"2:4"',
+        "stages": "[sparsegpt]",
+        "calibration": "{source: python-docs, samples: 64, length: 64}",
+        "output": tmp_path / "run",
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text("".join(f"{key}: {value}\n" for key, value in (settings | more).items()))
+    return file
+
+
+def _plan(tmp_path: Path, models: Path, **more: object):
+    return make_plan(load_recipe(_recipe(tmp_path, models, **more)))
+
+
+def test_wanda_needs_no_gram_and_less_than_others(tmp_path: Path, models: Path) -> None:
+    totals = []
+    for stages in ("[wanda]", "[sparsegpt]", "[alps]", "[wanda, fista]"):
+        (parts,) = _plan(tmp_path, models, stages=stages).needs.values()
+        assert (parts["its Gram matrices"] == 0) == (stages == "[wanda]")
+        totals.append(sum(parts.values()))
+    assert totals == sorted(totals)
+
+
+def test_a_second_block_and_a_training_are_counted(tmp_path: Path, models: Path) -> None:
+    planned = _plan(tmp_path, models, error_correction="model")
+    (parts,) = planned.needs.values()
+    assert parts["a block, twice"] == 8 * parts["its masks"]  # float32, two copies; a byte a weight
+    (parts,) = _plan(tmp_path, models, stages="[lamp]").needs.values()
+    assert parts["training a block"] == 20 * parts["its masks"]
+
+
+def test_a_budget_gives_activations_what_is_left(tmp_path: Path, models: Path) -> None:
+    assert _plan(tmp_path, models).memory == (4 * 10**9, 4 * 10**9)
+    planned = _plan(tmp_path, models, memory="{budget: 1GB}")
+    (parts,) = planned.needs.values()
+    assert planned.memory[0] == 10**9 - sum(parts.values())
+    assert _plan(tmp_path, models, memory="{budget: 1GB, activations: 1MB}").memory[0] == 10**6
+    several = _plan(tmp_path, models, model=models / "tiny-moe", memory="{budget: 1GB}")
+    assert several.memory[0] == several.memory[1] == (10**9 - sum(next(iter(several.needs.values())).values())) // 2
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_with_the_smallest(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _recipe(tmp_path, models, memory="{budget: 500MB}")
+    assert main(["fit", "--recipe", str(file), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "memory.budget is 500.0 MB, and sparsegpt needs 8" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_the_memory_of_every_stage(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _recipe(tmp_path, models, stages="[wanda, {lora: {steps: 2}}]", memory="{budget: 2GB}")
+    assert main(["fit", "--recipe", str(file), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "memory of wanda: " in said and "process 800.0 MB" in said
+    assert "memory of lora: as much as the whole model needs" in said
