@@ -40,7 +40,7 @@ def test_a_second_block_and_a_training_are_counted(tmp_path: Path, models: Path)
     (parts,) = planned.needs.values()
     assert parts["a block, twice"] == 8 * parts["its masks"]  # float32, two copies; a byte a weight
     (parts,) = _plan(tmp_path, models, stages="[lamp]").needs.values()
-    assert parts["training a block"] == 20 * parts["its masks"]
+    assert parts["training it"] == 20 * parts["its masks"] and "its Gram matrices" not in parts
 
 
 def test_a_budget_gives_activations_what_is_left(tmp_path: Path, models: Path) -> None:

@@ -58,7 +58,7 @@ def admm(
     return ((free + dual) / norm).masked_fill_(~mask, 0).to(weight.dtype)
 
 
-admm.memory = (9, 1.1)  # type: ignore[attr-defined]  # see sparsekit.contracts.matrices
+admm.memory = (9, 1.1)  # type: ignore[attr-defined]  # see sparsekit.contracts.held
 
 
 def _inverse(gram: Tensor, damping: float, rho: float) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ def dsnot(
     return weight.masked_fill(~kept, 0)
 
 
-dsnot.memory = (7, 0)  # type: ignore[attr-defined]  # see sparsekit.contracts.matrices
+dsnot.memory = (7, 0)  # type: ignore[attr-defined]  # see sparsekit.contracts.held
 
 
 def _variance(stats: Norms) -> Tensor:

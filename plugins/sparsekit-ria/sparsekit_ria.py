@@ -23,4 +23,4 @@ def ria(weight: Tensor, stats: Norms, pattern: Pattern, *, power: float = 0.5, p
     return weight.masked_fill(~pattern.keep(relative * stats.squares ** (power / 2), per=per), 0)
 
 
-ria.memory = (5, 0)  # type: ignore[attr-defined]  # see sparsekit.contracts.matrices
+ria.memory = (5, 0)  # type: ignore[attr-defined]  # see sparsekit.contracts.held

@@ -20,7 +20,7 @@ from .options import share as share
 from .ranges import WORDS as WORDS
 from .ranges import misfit as misfit
 from .ranges import show as show
-from .solver import matrices as matrices
+from .solver import held as held
 from .solver import needs_gram as needs_gram
 from .stage import Context as Context
 from .stage import Effect as Effect

@@ -12,10 +12,12 @@ def needs_gram(solver: Callable[..., Any]) -> bool:
     return str(getattr(declared, "__name__", declared)).rpartition(".")[2] != "Norms"
 
 
-def matrices(solver: Callable[..., Any]) -> tuple[float, float]:
-    """What a solver holds at once: float32 matrices of the weight's size, and of the Gram's; by its attribute `memory`.
+def held(solver: Callable[..., Any], out: int, width: int) -> int:
+    """Bytes that a solver holds at once, beside weight (out, width) and statistics, by its attribute `memory`.
 
-    Of one that does not say it, more than any solver here needs.
+    The attribute is (weights, grams), float32 matrices of the weight's size and of the Gram's, or a function of out and
+    width that gives float32 numbers. Of a solver that does not say it: more than any here needs.
     """
-    weights, grams = getattr(solver, "memory", (20, 4))
-    return float(weights), float(grams)
+    told = getattr(solver, "memory", (20, 4))
+    count = told(out, width) if callable(told) else told[0] * out * width + told[1] * width**2
+    return int(4 * count)

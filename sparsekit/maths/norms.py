@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-SAMPLE = 256  # tokens at least that are kept, where there are so many, to estimate errors by
+SAMPLE = 512  # tokens at least that are kept, where there are so many, to estimate errors by
 
 
 class Norms:
@@ -16,7 +16,7 @@ class Norms:
     mean, count  of the tokens; all-zero rows (padding) are not tokens
 
     A solver whose parameter `stats` is a `Norms` needs no more, and the walk then gathers no more. Errors are estimated
-    on a sample of tokens, 256 to 512 evenly over all. `Stats` has the Gram besides.
+    on a sample of tokens, 512 to 1024 evenly over all. `Stats` has the Gram besides.
 
     >>> norms = Norms.of(torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 0.0]]))
     >>> norms.squares, norms.mean, norms.count
@@ -26,13 +26,13 @@ class Norms:
     def __init__(self, width: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32):
         self._begin(width, device, dtype)
         self._squares = torch.zeros_like(self.total)
-        self._sample: list[tuple[Tensor, Tensor | None]] = []
-        self._every, self._seen = 1, 0  # of how many tokens one is kept, and how many came
 
     def _begin(self, width: int, device: torch.device | str | None, dtype: torch.dtype) -> None:
         self.total = torch.zeros(width, device=device, dtype=dtype)
         self.tokens = torch.zeros((), device=device, dtype=torch.int64)
         self._cache: dict[Hashable, Any] = {}
+        self._sample: list[tuple[Tensor, Tensor | None]] = []
+        self._every, self._seen = 1, 0  # of how many tokens one is kept, and how many came
 
     @classmethod
     def of(cls, inputs: Tensor, dense: Tensor | None = None) -> Self:
@@ -71,6 +71,9 @@ class Norms:
         x, delta = self._rows_of(inputs, dense)
         self._squares += x.square().sum(0)
         self._count(x, delta)
+        self._keep(x, delta)
+
+    def _keep(self, x: Tensor, delta: Tensor | None) -> None:
         first = -self._seen % self._every
         self._sample.append((x[first :: self._every].clone(), None if delta is None else delta[first :: self._every]))
         self._seen += len(x)
@@ -121,6 +124,10 @@ class Norms:
             error += _energy(moved if delta is None else moved - delta @ dense_weight.t())
         error, energy = self._share * error, self.energy(dense_weight) if energy is None else energy
         return error / energy if energy > 0 else (float("inf") if error > 0 else 0.0)
+
+    def estimate(self, weight: Tensor, dense_weight: Tensor) -> float:
+        """`error` as cheaply as it can be had: on a sample where that is less work."""
+        return self.error(weight, dense_weight)
 
     @property
     def _share(self) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from sparsekit import registry
-from sparsekit.contracts import matrices
+from sparsekit.contracts import held
 from sparsekit.maths import Norms
 from sparsekit.model import Block
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, named_solvers, options_of
@@ -14,7 +14,7 @@ from sparsekit.system import human_size
 
 PROCESS = 8 * 10**8  # bytes of Python and its libraries, without any model
 LEAST = 64 * 10**6  # of activations: a few chunks
-TRAINED = 20  # bytes a parameter of a block in training: float32 and best copy, gradient, AdamW's two moments
+TRAINED = 20  # bytes a parameter of a block in training: float32 and best copy, gradient, two moments of AdamW
 
 Needs = dict[str, int]  # what -> bytes
 
@@ -53,8 +53,10 @@ def needs(
     for stages in segments:
         name, solvers = " -> ".join(stage.name for stage in stages), solvers_of(stages)
         parts = _walk(recipe, solvers, blocks, dtype) if solvers else {"process": PROCESS}
-        if solvers and effect_of(stages[-1]).gradients:
-            parts["training a block"] = TRAINED * max(map(_parameters, blocks))
+        if solvers and effect_of(stages[-1]).gradients:  # in turn: a block is trained, and pruned
+            pruning = {what: parts.pop(what) for what in ("its Gram matrices", "its largest linear")}
+            training = {"training it": TRAINED * max(map(_parameters, blocks))}
+            parts |= pruning if sum(pruning.values()) > sum(training.values()) else training
         found[name] = parts
     return found
 
@@ -76,16 +78,15 @@ def solvers_of(stages: Sequence[Stage]) -> list[Stage]:
 def _walk(recipe: Recipe, solvers: Sequence[Stage], blocks: list[Block], dtype: torch.dtype) -> Needs:
     coupled = recipe.error_correction in ("block", "model")
     largest = max(map(_parameters, blocks))
-    copies = [matrices(registry.load("solvers", stage.name)) for stage in solvers]
-    weights, grams = (max(each[place] for each in copies) for place in (0, 1))
-    shapes = [linear.shape for block in blocks for linear in block.linears.values()]
-    held = len(solvers)  # the dense weight, and the answers that later solvers of a chain start from
+    functions = [registry.load("solvers", stage.name) for stage in solvers]
+    shapes = {linear.shape for block in blocks for linear in block.linears.values()}
+    given = 4 * len(solvers)  # bytes a weight: the dense one, and the answers that later solvers of a chain start from
     return {
         "process": PROCESS,
         "a block, twice" if coupled else "a block": largest * dtype.itemsize * (2 if coupled else 1),
         "its masks": largest,
         "its Gram matrices": 0 if statistics_for(solvers) is Norms else max(_grams(b, coupled) for b in blocks),
-        "its largest linear": max(4 * int((weights + held) * out * n + grams * n**2) for out, n in shapes),
+        "its largest linear": max(given * out * n + held(each, out, n) for each in functions for out, n in shapes),
     }
 
 

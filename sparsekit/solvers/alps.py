@@ -7,7 +7,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from sparsekit.maths import NM, Pattern, Ridge, Scope, Stats, thinned
-from sparsekit.solvers.refit import refit
+from sparsekit.solvers.refit import numbers_held, refit
 
 _EXACT = 2**16  # the largest matrix of which every support is exact; of others only the last
 _THINNED = 17  # one in so many decides the threshold on the way
@@ -50,7 +50,7 @@ def alps(
     has one eigendecomposition for every rho; a Cholesky inverse for each is less work and gives the same iterates.
     Cost: an inverse (in^3 / 2 multiply-adds) every third iteration, one product (out, in) x (in, in) and one selection
     an iteration (in a large matrix with a threshold from a sample, except for the last), and refit: some 20 products.
-    Memory: three more matrices of the Gram's size, six of the weight's.
+    Memory: four more matrices of the Gram's size, six of the weight's.
     Raises ValueError for a weight or init that is not finite or does not fit the statistics or the pattern.
     """
     stats.check_weight(weight, init)
@@ -67,11 +67,18 @@ def alps(
     start = (dense if init is None else init.to(dense)) * norm
     first = stats.cached(("alps", damping, ridge, rho), lambda: _inverse(damped, rho))
     free = _admm(start, linear, damped, first, pattern, iterations, rho, pace, per)
-    kept = (free / norm).masked_fill_(~pattern.keep(free.abs(), per=per), 0)
+    del start, linear, dense, first  # refit needs the room
+    kept = free.masked_fill_(~pattern.keep(free.abs(), per=per), 0).div_(norm)
+    del free
     return refit(weight, stats, pattern, kept.to(weight.dtype), damping=damping, ridge=ridge)
 
 
-alps.memory = (14, 2.1)  # type: ignore[attr-defined]  # see contracts.matrices
+def _memory(out: int, width: int) -> float:
+    grams, size = width**2, out * width
+    return max(7.5 * size + 4.1 * grams, size + numbers_held(out, width) + 2.1 * grams)
+
+
+alps.memory = _memory  # type: ignore[attr-defined]  # see contracts.held
 
 
 def _admm(
@@ -90,8 +97,10 @@ def _admm(
     before, raised = None, False
     free = start
     for iteration in range(1, iterations + 1):
+        del free
         free = torch.sub(linear, dual).add_(sparse, alpha=rho) @ inverse
-        point = torch.add(free, dual, alpha=1 / rho)
+        point = dual.div_(rho).add_(free)
+        del sparse
         support = _largest(point.abs(), pattern, per)
         sparse = point * support
         dual = point.sub_(sparse).mul_(rho)
@@ -133,4 +142,6 @@ def _normalised(gram: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
 def _inverse(damped: Tensor, rho: float) -> Tensor:
     shifted = damped.clone()
     shifted.diagonal().add_(rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    factor = torch.linalg.cholesky(shifted)
+    del shifted
+    return torch.cholesky_inverse(factor)

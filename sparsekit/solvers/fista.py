@@ -133,7 +133,7 @@ def fista(
     return (best.answer / scale).to(weight.dtype)
 
 
-fista.memory = (19, 2.1)  # type: ignore[attr-defined]  # see contracts.matrices
+fista.memory = (19, 2.1)  # type: ignore[attr-defined]  # see contracts.held
 
 
 @dataclass(frozen=True)

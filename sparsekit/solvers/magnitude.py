@@ -17,4 +17,4 @@ def magnitude(weight: Tensor, stats: Norms, pattern: Pattern, *, per: Scope = "m
     return weight.masked_fill(~pattern.keep(weight.abs(), per=per), 0)
 
 
-magnitude.memory = (3, 0)  # type: ignore[attr-defined]  # see contracts.matrices
+magnitude.memory = (3, 0)  # type: ignore[attr-defined]  # see contracts.held

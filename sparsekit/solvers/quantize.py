@@ -83,7 +83,7 @@ def quantize(
     return columns.t().contiguous().to(weight.dtype)
 
 
-quantize.memory = (6.5, 2)  # type: ignore[attr-defined]  # see contracts.matrices
+quantize.memory = (6.5, 2)  # type: ignore[attr-defined]  # see contracts.held
 
 
 def _settle(columns: Tensor, kept: Tensor, gram: Tensor, ridge: float, steps: int) -> None:

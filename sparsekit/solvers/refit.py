@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sparsekit.maths import Pattern, Ridge, Stats
 
+PIECE = 2**23  # weights that are fitted at once
+
 
 @torch.no_grad()
 def refit(
@@ -43,6 +45,10 @@ def refit(
             "damping and tolerance must be at least 0 and iterations at least 1, "
             f"not {damping}, {tolerance} and {iterations}"
         )
+    if weight.numel() > PIECE:  # every row is a problem of its own
+        pieces = zip(*(matrix.split(max(1, PIECE // weight.shape[1])) for matrix in (weight, init)), strict=True)
+        options = {"damping": damping, "ridge": ridge, "iterations": iterations, "tolerance": tolerance}
+        return torch.cat([refit(rows, stats, pattern, first, **options) for rows, first in pieces])  # type: ignore[arg-type]
     gram, dense, answer = stats.gram, weight.to(stats.gram), init.to(stats.gram, copy=True)
     support = init != 0
     diagonal = gram.diagonal()
@@ -89,7 +95,12 @@ def refit(
     return answer.where(better & support, init.to(answer).where(support, 0)).to(weight.dtype)
 
 
-refit.memory = (9, 0)  # type: ignore[attr-defined]  # see contracts.matrices
+def numbers_held(out: int, width: int) -> float:
+    """The float32 numbers that `refit` holds for a weight (out, width)."""
+    return min(9 * out * width, 2 * out * width + 9 * PIECE)
+
+
+refit.memory = numbers_held  # type: ignore[attr-defined]  # see contracts.held
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def sparsegpt(
     return columns.t().contiguous().to(weight.dtype)
 
 
-sparsegpt.memory = (2.5, 1.1)  # type: ignore[attr-defined]  # see contracts.matrices
+sparsegpt.memory = (2.5, 1.1)  # type: ignore[attr-defined]  # see contracts.held
 
 
 def factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -62,7 +62,7 @@ def swaps(
     return weight.masked_fill(~kept, 0)
 
 
-swaps.memory = (1.5, 7)  # type: ignore[attr-defined]  # see contracts.matrices
+swaps.memory = (1.5, 7)  # type: ignore[attr-defined]  # see contracts.held
 
 
 def _refine(

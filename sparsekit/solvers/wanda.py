@@ -19,4 +19,4 @@ def wanda(weight: Tensor, stats: Norms, pattern: Pattern, *, per: Scope = "row")
     return weight.masked_fill(~pattern.keep(score, per=per), 0)
 
 
-wanda.memory = (3, 0)  # type: ignore[attr-defined]  # see contracts.matrices
+wanda.memory = (3, 0)  # type: ignore[attr-defined]  # see contracts.held

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from sparsekit.contracts import matrices, needs_gram
+from sparsekit.contracts import held, needs_gram
 from sparsekit.maths import NM, Norms, Pattern, Stats, Unstructured, parse
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.refit import refit
@@ -65,8 +65,7 @@ def _check_signature(solver: Callable[..., Tensor]) -> bool | None:
 
 
 def _check_memory(solver: Callable[..., Tensor], seed: int, requires_init: bool | None) -> None:
-    """A solver holds no more than it says (`contracts.matrices`), in float32 matrices; small pieces aside."""
-    weights, grams = matrices(solver)
+    """A solver holds no more than it says (`contracts.held`); small pieces aside."""
     for shape in ((768, 384), (384, 768)):
         weight, inputs = _drawn(shape, seed)
         stats = Stats.of(inputs)
@@ -76,8 +75,8 @@ def _check_memory(solver: Callable[..., Tensor], seed: int, requires_init: bool 
         with LiveMemory() as live, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             solver(weight, stats, parse("50%"), *init)
-        allowed = 4 * (weights * weight.numel() + grams * shape[1] ** 2) + 2**20
-        assert live.peak <= allowed, f"it says that it holds {allowed:,.0f} bytes for {shape}, and holds {live.peak:,}"
+        allowed = held(solver, *shape) + 2**20
+        assert live.peak <= allowed, f"it says that it holds {allowed:,} bytes for {shape}, and holds {live.peak:,}"
 
 
 def _drawn(shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:

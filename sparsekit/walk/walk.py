@@ -142,7 +142,7 @@ class OneShot(Callback):
             name,
             solved,
             pattern,
-            error=stats.error(solved, weight) if solved.shape == weight.shape else None,
+            error=stats.estimate(solved, weight) if solved.shape == weight.shape else None,
             seconds=seconds,
             warnings=[str(warning.message) for warning in said],
         )
