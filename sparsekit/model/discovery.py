@@ -17,7 +17,7 @@ from sparsekit.model.tensors import tied_names
 from sparsekit.model.vision import sees_images
 
 # names of what reads no text
-TOWERS = re.compile(r"(^|[._])(vision|visual|image|audio|speech|vit|vqmodel)([._]|$)")
+TOWERS = re.compile(r"(^|[._])(vision|visual|image|audio|speech|vit|vqmodel|qformer|resampler|connector)([._]|$)")
 
 
 def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
@@ -71,20 +71,34 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     _refuse_shared(model)
     try:
         return _discover(model, tokens, routers)
-    except (NotImplementedError, RuntimeError) as error:
-        bare = any(parameter.is_meta for parameter in model.parameters())
-        if not bare or "meta" not in str(error).lower():
+    except (NotImplementedError, RuntimeError):
+        if not any(parameter.is_meta for parameter in model.parameters()):
             raise
-    # what the forward pass does depends on numbers, so it is given some: zeros, which take no memory before written to
-    stand_in = copy.deepcopy(model)._apply(lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
+    except (
+        AttributeError,
+        TypeError,
+    ) as error:  # of the model's own forward pass, which is given less than it asks for
+        raise _cannot_run(model, error) from error
+    # the forward pass depends on numbers, or cannot be run in this dtype: it is given others, zeros, which take no
+    # memory before they are written to
+    stand_in = copy.deepcopy(model)._apply(_zeros)
     try:
         found = _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype), routers)
-    except (NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be run to see its linears ({str(error).splitlines()[0]}), so it is not "
-            "pruned yet"
-        ) from error
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise _cannot_run(model, error) from error
     return adopt(model, found)
+
+
+def _cannot_run(model: nn.Module, error: Exception) -> ValueError:
+    given = "images" if sees_images(model) else "text"
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return ValueError(
+        f"{type(model).__name__} cannot be run on {given} alone to see its linears ({reason}), so it is not pruned yet"
+    )
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def _refuse_shared(model: Any) -> None:
@@ -108,10 +122,11 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
         runs[block.index] += 1
         block.tuple_length = len(out) if isinstance(out, tuple | list) else 0
         before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple | list) else out
-        if before.shape != after.shape:
+        shapes = [tuple(getattr(each, "shape", ("none",))) for each in (before, after)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{block.name} turns hidden states {tuple(before.shape)} into {tuple(after.shape)}: models of several "
-                "stages (Swin) cannot be pruned block by block"
+                f"{block.name} turns hidden states {shapes[0]} into {shapes[1]}: models of several stages (Swin) "
+                "cannot be pruned block by block"
             )
 
     def reached(block: Block, name: str, seen: dict[Any, list[str]], inputs: Tensor) -> None:

@@ -20,7 +20,7 @@ def sample_input(model: Any) -> Tensor:
     """What the forward pass that looks for groups is given: tokens (1, few), or an image, on the model's device."""
     if not sees_images(model):
         return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=model.device)
-    size = height_and_width(vision_config(model.config).image_size)
+    size = height_and_width(getattr(vision_config(model.config), "image_size", 224))  # where it takes any size
     return torch.zeros(1, channels_of(model.config), *size, dtype=model.dtype, device=model.device)
 
 

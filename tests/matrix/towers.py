@@ -1,0 +1,110 @@
+"""Tiny random models that see images, or are no decoders: classes of transformers with small sizes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.matrix.families import SIZES, TOKENIZER
+
+# beside the sizes of text models: those of towers and of what stands between
+MORE: tuple[tuple[str, Any], ...] = (
+    (r"^(image_size|img_size|input_size)$", 32),
+    (r"^(patch_size|spatial_patch_size)$", 8),
+    (r"^(depth|encoder_layers|decoder_layers|num_encoder_layers|encoder_num_layers|num_global_layers)$", 2),
+    (r"^(embed_dim|projection_dim|out_hidden_size|projector_hidden_size|d_kv)$", 64),
+    (r"^(encoder_attention_heads|decoder_attention_heads|num_heads)$", 4),
+    (r"^(encoder_ffn_dim|decoder_ffn_dim|d_ff|mlp_dim|projector_ffn_dim)$", 128),
+    (
+        r"^(image_token_index|image_token_id|video_token_id|vision_start_token_id|vision_end_token_id|audio_token_id)$",
+        5,
+    ),
+    (r"^(image_seq_length|mm_tokens_per_image|num_image_tokens|image_seq_len)$", 16),
+    (r"^(type_vocab_size|num_labels)$", 2),
+    (r"^entity_vocab_size$", 16),
+)
+TASKS = {
+    "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "images": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "two": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+}
+PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "do_resize": True}
+
+
+def names(task: str) -> list[str]:
+    """Model types with a class for this task."""
+    from transformers.models.auto import modeling_auto
+
+    return sorted(getattr(modeling_auto, TASKS[task]))
+
+
+def sizes(kind: Any) -> dict[str, Any]:
+    """Small values for the fields of a config's class, and of the configs inside it."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        fields = kind().to_dict()
+    except Exception:
+        fields = {}
+    fields |= dict.fromkeys(getattr(kind, "__annotations__", {}) | getattr(kind, "attribute_map", {}), None) | fields
+    parts = getattr(kind, "sub_configs", None) or {}
+    given: dict[str, Any] = {}
+    for field, own in fields.items():
+        size = next((size for pattern, size in (*MORE, *SIZES) if re.fullmatch(pattern, field)), None)
+        if field not in parts and size is not None and not isinstance(own, list | dict | bool):
+            given[field] = size
+        if isinstance(own, dict) and "mrope_section" in own:  # positions in time, height and width, of half a head
+            half = int(8 * own.get("partial_rotary_factor", fields.get("partial_rotary_factor") or 1))
+            given[field] = own | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    if "kv_lora_rank" in fields:
+        given["num_key_value_heads"] = 4
+    for name, part in parts.items():
+        own = fields.get(name)
+        told = own.get("model_type") if isinstance(own, dict) else None
+        part = CONFIG_MAPPING.get(told, part)
+        if getattr(part, "model_type", ""):
+            given[name] = sizes(part) | {"model_type": part.model_type}
+    return given
+
+
+def save(task: str, name: str, folder: Path) -> type:
+    """Build a tiny random model of a type for a task and write it with what reads its input; its class."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto
+
+    found = getattr(modeling_auto, TASKS[task])[name]
+    cls = getattr(transformers, found if isinstance(found, str) else found[0])
+    kind = CONFIG_MAPPING[name]
+    torch.manual_seed(0)
+    model: Any = cls(kind(**sizes(kind))).eval()
+    if sum(parameter.numel() for parameter in model.parameters()) > 20_000_000:
+        raise ValueError("its config has sizes that no rule makes small")
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in key and parameter.std() < 0.1:
+                parameter.mul_(min(5.0, 0.15 / max(float(parameter.std()), 1e-3)))
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / file, folder / file)
+    if task == "images":
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return cls
+
+
+def pictures(folder: Path) -> Path:
+    """A few small images of noise, in a folder for each of two classes."""
+    from PIL import Image
+
+    random = torch.Generator().manual_seed(0)
+    for index in range(8):
+        target = folder / str(index % 2) / f"{index}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (32, 32, 3), generator=random, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(target)
+    return folder
