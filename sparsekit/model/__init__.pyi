@@ -9,6 +9,7 @@ from .discovery import adopt as adopt
 from .discovery import discover as discover
 from .discovery import find_blocks as find_blocks
 from .discovery import first_inputs as first_inputs
+from .discovery import parts_of as parts_of
 from .discovery import passed_over as passed_over
 from .discovery import run_model as run_model
 from .expert_forms import as_linears as as_linears
@@ -54,6 +55,7 @@ from .tensors import Tensors as Tensors
 from .tensors import tied_names as tied_names
 from .vision import channels_of as channels_of
 from .vision import height_and_width as height_and_width
+from .vision import in_two_parts as in_two_parts
 from .vision import patches as patches
 from .vision import predicts_text as predicts_text
 from .vision import sees_images as sees_images

@@ -101,6 +101,7 @@ class Block:
         self.trained: set[str] = set()
         self.notes: dict[str, Any] = {}
         self.tuple_length = 0  # 0: the block returns a tensor; n: a tuple of n, hidden states first
+        self.passes: tuple[int, ...] = ()  # places in it, but the first, that are tensors
         self.arguments: dict[int, Given] = {}
         self.carried = Carried()
 
@@ -126,10 +127,12 @@ class Block:
 
         dtype: what the hidden states, and the arguments that are of floating point, are cast to before.
         """
+        chunk = hidden
         args, kwargs = self.carried.of(self.index, hidden, self.arguments[hidden.shape[0]])
         hidden, args = (moved(given, self.device, dtype) for given in (hidden, args))
         kwargs = {key: moved(given, self.device, dtype) for key, given in kwargs.items()}
         out = functional_call(self.module, parameters, (hidden, *args), kwargs)
+        self.carried.take(self.index, chunk, out)
         return out[0] if isinstance(out, tuple | list) else out
 
     def expert_of(self, group: int) -> str | None:

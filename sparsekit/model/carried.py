@@ -6,18 +6,23 @@ import torch
 from torch import Tensor
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments that follow the hidden states
+Place = tuple[int, int]  # an output of a block: the block's index, and which of its outputs
 
 
 class Carried:
     """Arguments of all blocks that depend on the text, by chunk. Those that do not are kept once, in the block.
 
     A mapping among the arguments is something that blocks write into for later ones (Gemma 3n's shared keys and
-    values): every store of chunks has its own.
+    values): every store of chunks has its own. What a block gives beside hidden states and a later one is given (T5's
+    biases of positions) is kept for every chunk, and once where chunks have the same.
     """
 
     def __init__(self) -> None:
         self.arguments: dict[tuple[int, int], Given] = {}  # (block, chunk)
         self._written: dict[tuple[int, int], dict[Any, Any]] = {}  # (the mapping's id, the store's number)
+        # a block's arguments that earlier blocks give, by place or name
+        self.passed: dict[int, dict[int | str, Place]] = {}
+        self._outputs: dict[tuple[Any, Place], Tensor] = {}  # (the chunk's place, of what)
 
     def keep(self, block: int, chunk: int, known: Given, given: Given) -> None:
         """Keep a chunk's arguments, unless they are what is known; equal tensors in them are kept once."""
@@ -28,7 +33,24 @@ class Carried:
         """The arguments for a chunk that comes from an `ActivationStore`; else those that are known."""
         place = getattr(hidden, "place", None)
         found = known if place is None else self.arguments.get((block, place[1]), known)
-        return found if place is None else self._with_own(found, place[0])
+        found = found if place is None else self._with_own(found, place[0])
+        if block not in self.passed:
+            return found
+        args, kwargs = list(found[0]), dict(found[1])
+        for slot, source in self.passed[block].items():
+            if isinstance(slot, int):
+                args[slot] = self._outputs[place, source]
+            else:
+                kwargs[slot] = self._outputs[place, source]
+        return tuple(args), kwargs
+
+    def take(self, block: int, hidden: Tensor, out: Any) -> None:
+        """Keep what a block gave for a chunk, as far as later ones are given it."""
+        place = getattr(hidden, "place", None)
+        for source in {each for slots in self.passed.values() for each in slots.values() if each[0] == block}:
+            own = out[source[1]].detach().cpu()
+            alike = next((each for (_, other), each in self._outputs.items() if other == source), None)
+            self._outputs[place, source] = alike if alike is not None and _same(alike, own) else own
 
     def _with_own(self, value: Any, store: int) -> Any:
         """The same with the store's own mappings inside the arguments."""

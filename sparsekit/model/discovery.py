@@ -3,8 +3,9 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,17 +15,21 @@ from sparsekit.model.blocks import Block, Linear, _modules, _Stop, decides, put_
 from sparsekit.model.carried import Carried
 from sparsekit.model.expert_forms import split_experts
 from sparsekit.model.tensors import tied_names
-from sparsekit.model.vision import sees_images
+from sparsekit.model.vision import in_two_parts, sees_images
 
 # names of what reads no text
 TOWERS = re.compile(r"(^|[._])(vision|visual|image|audio|speech|vit|vqmodel|qformer|resampler|connector)([._]|$)")
 
 
 def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
-    """One forward pass of tokens (sequences, length), or of pixels, for the sake of what hooks see."""
+    """One forward pass of tokens (sequences, length), or of pixels, for the sake of what hooks see.
+
+    Where a model has an encoder and a decoder, both read the same text.
+    """
     if not sees_images(model):
         known = inspect.signature(model.forward).parameters  # encoders have no cache
-        model(input_ids=given, **({"use_cache": use_cache} if "use_cache" in known else {}))
+        both = {"decoder_input_ids": given} if in_two_parts(model) else {}
+        model(input_ids=given, **both, **({"use_cache": use_cache} if "use_cache" in known else {}))
         return
     encode = getattr(model, "get_image_embeddings", model)  # what follows SAM's image encoder asks for points
     encode(pixel_values=given.to(model.dtype))
@@ -33,7 +38,8 @@ def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
 def find_blocks(model: nn.Module) -> list[Block]:
     """The model's blocks: the list of modules that holds the most weight in linears.
 
-    Of a model that reads text and sees images, or hears sound, too: the list of those that text goes through.
+    Of a model that reads text and sees images, or hears sound, too: the list of those that text goes through. Where
+    there is an encoder and a decoder: the blocks of both, one after the other.
 
     Raises:
         ValueError: the model has no list of blocks with linears.
@@ -45,13 +51,26 @@ def find_blocks(model: nn.Module) -> list[Block]:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not sees_images(model):  # a model of text and images is pruned in its text
         lists = [(name, m) for name, m in lists if not TOWERS.search(name)]
-    name, layers = max(lists, key=lambda item: weight(item[1]), default=("", nn.ModuleList()))
-    if not weight(layers):
+    if in_two_parts(model):
+        parts = [[item for item in lists if f".{part}." in f".{item[0]}."] for part in ("encoder", "decoder")]
+        chosen = [max(part, key=lambda item: weight(item[1])) for part in parts if part]
+    else:
+        chosen = [max(lists, key=lambda item: weight(item[1]), default=("", nn.ModuleList()))]
+    if not chosen or not all(weight(layers) for _, layers in chosen):
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks: sparsekit needs a list of modules (nn.ModuleList) that "
             "hold linears, as every transformer in the transformers library has"
         )
-    return [Block(index, f"{name}.{index}", layer) for index, layer in enumerate(layers)]
+    named = [(f"{name}.{index}", layer) for name, layers in chosen for index, layer in enumerate(layers)]
+    return [Block(index, name, layer) for index, (name, layer) in enumerate(named)]
+
+
+def parts_of(blocks: list[Block]) -> list[list[Block]]:
+    """The blocks of each list that a model has: one, or an encoder's and a decoder's."""
+    found: dict[str, list[Block]] = {}
+    for block in blocks:
+        found.setdefault(block.name.rpartition(".")[0], []).append(block)
+    return list(found.values())
 
 
 @torch.no_grad()
@@ -121,6 +140,7 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
     def ran(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         runs[block.index] += 1
         block.tuple_length = len(out) if isinstance(out, tuple | list) else 0
+        block.passes = tuple(n for n in range(1, block.tuple_length) if isinstance(out[n], Tensor))
         before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple | list) else out
         shapes = [tuple(getattr(each, "shape", ("none",))) for each in (before, after)]
         if shapes[0] != shapes[1]:
@@ -181,7 +201,8 @@ def adopt(model: nn.Module, known: list[Block]) -> list[Block]:
     blocks = find_blocks(model)
     for block, other in zip(blocks, known, strict=True):
         block.linears = {name: block.linears[name] for name in other.linears}
-        block.groups, block.skipped, block.tuple_length = other.groups, other.skipped, other.tuple_length
+        block.groups, block.skipped = other.groups, other.skipped
+        block.tuple_length, block.passes = other.tuple_length, other.passes
         block.fixed = other.fixed
     return blocks
 
@@ -202,17 +223,30 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             # a cache that is given all the same would grow with every pass through the block
             kwargs = {key: None if hasattr(value, "get_seq_length") else value for key, value in kwargs.items()}
+            rest, kwargs = _unmarked(block, rest, kwargs)
             known = block.arguments.setdefault(hidden.shape[0], (rest, kwargs))
             carried.keep(block.index, len(done), known, (rest, kwargs))
-            if block.index == 0:
+            if block is blocks[0]:
                 caught.append(hidden)
-            if block.index == len(blocks) - 1:
+            if block is blocks[-1]:
                 raise _Stop
-            return _returned(block, hidden)
+            marked = {place: hidden.new_empty(0) for place in block.passes}
+            marks.update({id(mark): (mark, (block.index, place)) for place, mark in marked.items()})
+            return _returned(block, hidden, marked)
 
         return forward
 
+    def _unmarked(block: Block, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments without what earlier blocks gave, of which it is noted where it came from."""
+        slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for slot, value in slots:
+            if id(value) in marks:
+                carried.passed.setdefault(block.index, {})[slot] = marks[id(value)][1]
+        plain = tuple(None if id(value) in marks else value for value in args)
+        return plain, {key: None if id(value) in marks else value for key, value in kwargs.items()}
+
     done: list[int] = []
+    marks: dict[int, tuple[Tensor, tuple[int, int]]] = {}  # stands for an output of a block, by its id
     carried = Carried()
     for block in blocks:
         block.arguments.clear()
@@ -226,6 +260,7 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
         finally:
             for each in undo:
                 each()
+        marks.clear()
         done.append(start)
         yield caught.pop()
 
@@ -240,7 +275,7 @@ def passed_over(blocks: list[Block], result: Tensor) -> Iterator[None]:
     def stand_in(block: Block) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs["hidden_states"]
-            return _returned(block, result if block.index == len(blocks) - 1 else given)
+            return _returned(block, result if block is blocks[-1] else given)
 
         return forward
 
@@ -250,6 +285,6 @@ def passed_over(blocks: list[Block], result: Tensor) -> Iterator[None]:
         yield
 
 
-def _returned(block: Block, hidden: Tensor) -> Any:
-    """What a block's module gives where its hidden states are these."""
-    return (hidden,) + (None,) * (block.tuple_length - 1) if block.tuple_length else hidden
+def _returned(block: Block, hidden: Tensor, others: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
+    """What a block's module gives where its hidden states are these, with other outputs by their places."""
+    return (hidden, *map(others.get, range(1, block.tuple_length))) if block.tuple_length else hidden

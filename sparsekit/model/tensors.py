@@ -162,7 +162,8 @@ class _Group:
         try:
             for key, pattern in self.parts:
                 work.add_tensor(self.first, key, pattern, lambda key=key: read(key))
-            found: dict[str, Any] = work.convert(self.first, model=model, config=model.config)
+            with joined(model):  # some conversions look at the model's own parameters
+                found: dict[str, Any] = work.convert(self.first, model=model, config=model.config)
         except (RuntimeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the tensors from {self.parts[0][0]} to {self.parts[-1][0]} do not make {self.first}: {error}"
@@ -187,4 +188,7 @@ def stored_form(model: Any, tensors: Mapping[str, Tensor], *, original: bool = T
 
     left_out = {*tied_names(model), *(getattr(model, "_keys_to_ignore_on_save", None) or ())}
     stored = {name: tensor.detach() for name, tensor in tensors.items() if name not in left_out}
-    return dict(revert_weight_conversion(model, stored)) if original else stored
+    if not original:
+        return stored
+    with joined(model):
+        return dict(revert_weight_conversion(model, stored))

@@ -10,14 +10,16 @@ def sees_images(model: Any) -> bool:
 
 def predicts_text(model: Any) -> bool:
     """Whether a model says of each token of a text which one comes next: perplexity and prompts have a meaning."""
-    whole: Any = getattr(model, "config", None)
-    return bool(model.can_generate()) and not getattr(whole, "is_encoder_decoder", False) and not sees_images(model)
+    return bool(model.can_generate()) and not in_two_parts(model) and not sees_images(model)
+
+
+def in_two_parts(model: Any) -> bool:
+    """Whether a model has an encoder, and a decoder that reads what the encoder makes of another text."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def unreadable(model: Any) -> str:
     """Why neither text alone nor images alone go through a model, as a part of a sentence; empty: they do."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "has an encoder and a decoder, and its decoder reads what the encoder makes of another text"
     given = getattr(model, "main_input_name", "input_ids")
     if given not in ("input_ids", "pixel_values"):
         return f"is given {given}, and neither text nor images"

@@ -1,4 +1,4 @@
-"""What structural stages will leave, as far as that is known before any weight is read."""
+"""What can be said before any weight is read: whether a model can be asked this, and what structural stages leave."""
 
 import copy
 import warnings
@@ -10,13 +10,61 @@ from torch import Tensor, nn
 from sparsekit import registry
 from sparsekit.contracts import share
 from sparsekit.maths import NM, parse
-from sparsekit.model import Block, adopt, discover
+from sparsekit.model import Block, adopt, discover, in_two_parts, predicts_text, sees_images, unreadable
 from sparsekit.model.structure import Removal, Shape, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
 from sparsekit.run.allocation import pattern_of, sample_input
 from sparsekit.run.context import Context
 from sparsekit.run.selection import found_blocks
 from sparsekit.walk import check_walk
+
+
+def check_reading(recipe: Recipe, model: nn.Module) -> None:
+    """Raise ValueError for what cannot be asked of a model that reads what this one reads."""
+    if why := unreadable(model):
+        raise ValueError(f"{type(model).__name__} {why}: sparsekit cannot walk through it yet, so it is not pruned")
+    if sees_images(model) or not predicts_text(model):
+        _refuse_text(recipe, model)
+    if in_two_parts(model):
+        _refuse_dense_streams(recipe, model)
+    if recipe.evaluate.accuracy and not sees_images(model):
+        raise ValueError(
+            f"{type(model).__name__} reads text, so evaluate.accuracy has nothing to measure; leave it out"
+        )
+
+
+def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
+    """Raise ValueError for what a recipe asks of a model that predicts no text, and only models have that do."""
+    name = type(model).__name__
+    what = "sees images" if sees_images(model) else "predicts no next token"
+    for index, stage in enumerate(recipe.stages):
+        if "images" not in effect_of(stage).reads:
+            raise ValueError(
+                f"stage {index + 1}, `{stage.name}`, is for causal language models, and {name} {what}: its weights are "
+                "pruned by solvers, alone or in `lamp`"
+            )
+    for key in ("perplexity", "tasks"):
+        if getattr(recipe.evaluate, key):
+            instead = (
+                "give evaluate.accuracy, a folder of images with a folder for each class"
+                if sees_images(model)
+                else "leave it out"
+            )
+            raise ValueError(f"evaluate.{key} is for causal language models, and {name} {what}: {instead}")
+
+
+def _refuse_dense_streams(recipe: Recipe, model: nn.Module) -> None:
+    """Raise ValueError for what needs the dense model beside the pruned one, where a decoder reads a pruned encoder."""
+    told = f"{type(model).__name__} has an encoder, and a decoder that reads what the pruned encoder gives"
+    if recipe.error_correction != "prefix":
+        raise ValueError(f"{told}: error_correction {recipe.error_correction} is not for it, give prefix")
+    for index, stage in enumerate(recipe.stages):
+        if effect_of(stage).gradients:
+            raise ValueError(
+                f"{told}: stage {index + 1}, `{stage.name}`, needs the dense outputs, so give solvers, or sparsellm"
+            )
+    if "dense" in registry.asks(registry.load("allocators", recipe.allocation.name)):
+        raise ValueError(f"{told}: allocation by {recipe.allocation.name} needs the dense model, give uniform")
 
 
 def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:

@@ -25,11 +25,10 @@ from sparsekit.model import (
     read_json,
     sees_images,
     skeleton,
-    unreadable,
     vision_config,
 )
 from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
-from sparsekit.run.ahead import check_cuts
+from sparsekit.run.ahead import check_cuts, check_reading
 from sparsekit.run.allocation import allocate, sample_input
 from sparsekit.run.needs import Needs, needs, within
 from sparsekit.run.selection import found_blocks
@@ -172,14 +171,7 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
         model = stored.model
         model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
         source = from_folder(folder, dense, trust_remote_code=recipe.model.trust_remote_code)
-    if why := unreadable(model):
-        raise ValueError(f"{type(model).__name__} {why}: sparsekit cannot walk through it yet, so it is not pruned")
-    if sees_images(model) or not predicts_text(model):
-        _refuse_text(recipe, model)
-    if recipe.evaluate.accuracy and not sees_images(model):
-        raise ValueError(
-            f"{type(model).__name__} reads text, so evaluate.accuracy has nothing to measure; leave it out"
-        )
+    check_reading(recipe, model)
     blocks = found_blocks(recipe, model)
     check_cuts(recipe, model, blocks)
     planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks), source)
@@ -300,26 +292,6 @@ def _unmerged(recipe: Recipe) -> list[str]:
             "that recovery with merge: true, or give the run that it went on from"
         ]
     return []
-
-
-def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
-    """Raise ValueError for what a recipe asks of a model that predicts no text, and only models have that do."""
-    name = type(model).__name__
-    what = "sees images" if sees_images(model) else "predicts no next token"
-    for index, stage in enumerate(recipe.stages):
-        if "images" not in effect_of(stage).reads:
-            raise ValueError(
-                f"stage {index + 1}, `{stage.name}`, is for causal language models, and {name} {what}: its weights are "
-                "pruned by solvers, alone or in `lamp`"
-            )
-    for key in ("perplexity", "tasks"):
-        if getattr(recipe.evaluate, key):
-            instead = (
-                "give evaluate.accuracy, a folder of images with a folder for each class"
-                if sees_images(model)
-                else "leave it out"
-            )
-            raise ValueError(f"evaluate.{key} is for causal language models, and {name} {what}: {instead}")
 
 
 def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: Path) -> dict[str, Pattern]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model import Block, filled, first_inputs
+from sparsekit.model import Block, filled, first_inputs, parts_of
 from sparsekit.system import ActivationStore
 
 
@@ -29,6 +29,8 @@ def weights_and_norms(
     Raises:
         ValueError: weights or activations are not finite.
     """
+    if len(parts_of(blocks)) > 1:
+        raise ValueError("a decoder reads what the encoder gives, so one dense pass cannot go over both")
     store = ActivationStore(budget, folder)
     try:
         for hidden in first_inputs(model, blocks, tokens, batch):

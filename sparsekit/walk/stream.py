@@ -1,6 +1,6 @@
 """The stream of blocks: carries activations from one block to the next, and gathers what solvers may know of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.maths import Norms, Stats
-from sparsekit.model import Block, fill, filled, first_inputs
+from sparsekit.model import Block, fill, filled, filled_in_turn, first_inputs, parts_of
 from sparsekit.system import ActivationStore, Team, give_back
 from sparsekit.walk.commits import Commits
 from sparsekit.walk.turns import Given, turns
@@ -65,6 +65,8 @@ class BlockStream:
         self.rounds = turns + [None] * (-(-len(remaining) // lanes.size) - len(turns))  # None: nothing left to do
         self.pace = lanes.size  # blocks that are finished in a round
         self.device = torch.device("cpu")  # where blocks compute; the walk sets it
+        # a decoder's first block -> what enters it, chunk by chunk, once the encoder is pruned
+        self.starts: dict[int, Callable[[], Iterator[Tensor]]] = {}
 
     @classmethod
     def over(
@@ -92,12 +94,18 @@ class BlockStream:
                     "give more samples, fewer devices, or error_correction: block"
                 )
             tokens = tokens[team.rank :: team.size]
+        first, *later = parts_of(blocks)
+        if later and error_correction != "prefix":
+            raise ValueError(f"a decoder reads what the pruned encoder gives, so it cannot have {error_correction}")
         count = 2 if error_correction == "model" else 1
         stores = [ActivationStore(budget // count, folder) for _ in range(count)]
-        for hidden in first_inputs(model, blocks, tokens, batch):
+        for hidden in first_inputs(model, first, tokens, batch):
             for store in stores:
                 store.append(hidden)
-        return cls(blocks, *stores, error_correction=error_correction, team=team, **options)
+        stream = cls(blocks, *stores, error_correction=error_correction, team=team, **options)
+        for part in later:
+            stream.starts[part[0].index] = partial(_enter, model, blocks, part, tokens, batch)
+        return stream
 
     def close(self) -> None:
         """Forget the activations."""
@@ -111,6 +119,9 @@ class BlockStream:
     def __iter__(self) -> Iterator[Block | None]:
         turns = [block for block in self.rounds if block is not None]
         for block in self.blocks[: turns[-1].index + 1 if turns else 0]:
+            if block.index in self.starts:
+                for index, hidden in enumerate(self.starts[block.index]()):
+                    self.inputs[index] = hidden
             with filled([block]):
                 if block in turns:
                     yield block
@@ -230,6 +241,12 @@ class BlockStream:
             fill(block)
         self.advance(block.to(self.device))
         block.to("cpu")
+
+
+def _enter(model: nn.Module, blocks: list[Block], part: list[Block], tokens: Tensor, batch: int) -> Iterator[Tensor]:
+    """What enters a later part of a model, run through the parts before as they are now."""
+    with filled_in_turn(blocks[: part[0].index]):
+        yield from first_inputs(model, part, tokens, batch)
 
 
 def _advance(block: Block, store: ActivationStore) -> None:

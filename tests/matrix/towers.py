@@ -26,6 +26,7 @@ MORE: tuple[tuple[str, Any], ...] = (
     (r"^(type_vocab_size|num_labels)$", 2),
     (r"^entity_vocab_size$", 16),
 )
+MROPE = r"(qwen2_vl|qwen2_5_vl|glm4v|glm46v|glm_ocr|paddleocr_vl|qwen2_5_omni)"  # families of such positions
 TASKS = {
     "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -58,15 +59,17 @@ def sizes(kind: Any) -> dict[str, Any]:
         size = next((size for pattern, size in (*MORE, *SIZES) if re.fullmatch(pattern, field)), None)
         if field not in parts and size is not None and not isinstance(own, list | dict | bool):
             given[field] = size
-        if isinstance(own, dict) and "mrope_section" in own:  # positions in time, height and width, of half a head
-            half = int(8 * own.get("partial_rotary_factor", fields.get("partial_rotary_factor") or 1))
-            given[field] = own | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    if "rope_parameters" in fields and re.match(MROPE, kind.model_type):
+        half = 4 if "moe" in kind.model_type else 8  # of a head, in time, height and width
+        given["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0} | {
+            "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]
+        }
     if "kv_lora_rank" in fields:
         given["num_key_value_heads"] = 4
     for name, part in parts.items():
         own = fields.get(name)
         told = own.get("model_type") if isinstance(own, dict) else None
-        part = CONFIG_MAPPING.get(told, part)
+        part = CONFIG_MAPPING[told] if told in CONFIG_MAPPING else part  # noqa: SIM401 (no mapping's get)
         if getattr(part, "model_type", ""):
             given[name] = sizes(part) | {"model_type": part.model_type}
     return given
@@ -81,10 +84,12 @@ def save(task: str, name: str, folder: Path) -> type:
     found = getattr(modeling_auto, TASKS[task])[name]
     cls = getattr(transformers, found if isinstance(found, str) else found[0])
     kind = CONFIG_MAPPING[name]
+    made = kind(**sizes(kind))
+    with torch.device("meta"):
+        if sum(parameter.numel() for parameter in cls(made).parameters()) > 20_000_000:
+            raise ValueError("its config has sizes that no rule makes small")
     torch.manual_seed(0)
-    model: Any = cls(kind(**sizes(kind))).eval()
-    if sum(parameter.numel() for parameter in model.parameters()) > 20_000_000:
-        raise ValueError("its config has sizes that no rule makes small")
+    model: Any = cls(made).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in key and parameter.std() < 0.1:
