@@ -9,7 +9,7 @@ import torch
 from sparsekit.model import discover
 from sparsekit.model.structure import choose, find_units, masking
 from sparsekit.model.structure.cutting import cut
-from tests.matrix import families
+from tests.matrix import families, towers
 from tests.matrix.__main__ import RECIPES, cell
 
 FEW = {
@@ -54,6 +54,31 @@ def test_every_family(source, family, tmp_path):
     for recipe in RECIPES:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         outcome(family, recipe, tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    "name", ["image-text/gemma3", "image-text/qwen3_vl_moe", "masked/modernbert", "images/siglip", "two/umt5"]
+)
+def test_a_few_towers(name, tmp_path):
+    task, _, kind = name.partition("/")
+    towers.save(task, kind, tmp_path / "source")
+    found = cell(name, tmp_path / "source", "sparsegpt", tmp_path)
+    assert found["cell"] == "works" and found["share"] > 0.97, found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", towers.TASKS)
+def test_every_tower(task, tmp_path):
+    for kind in towers.names(task):
+        home = tmp_path / kind
+        home.mkdir()
+        try:
+            towers.save(task, kind, home / "source")
+        except Exception:  # no tiny model can be built of it
+            continue
+        found = cell(f"{task}/{kind}", home / "source", "sparsegpt", home)
+        assert found["cell"] in RIGHT, (kind, found)
+        shutil.rmtree(home)
 
 
 @pytest.mark.parametrize("family", ["phi3", "glm4", "gptj", "codegen"])

@@ -93,10 +93,7 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     except (NotImplementedError, RuntimeError):
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
-    except (
-        AttributeError,
-        TypeError,
-    ) as error:  # of the model's own forward pass, which is given less than it asks for
+    except (AttributeError, IndexError, TypeError) as error:  # of a forward pass that asks for more than it is given
         raise _cannot_run(model, error) from error
     # the forward pass depends on numbers, or cannot be run in this dtype: it is given others, zeros, which take no
     # memory before they are written to

@@ -23,7 +23,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE"
 
 import torch
 
-from tests.matrix import families
+from tests.matrix import families, towers
 
 BASE = {
     "calibration": {"source": "python-docs", "samples": 8, "length": 32},
@@ -51,7 +51,11 @@ def cell(name: str, source: Path, recipe: str, home: Path) -> dict[str, Any]:
     output = home / "run"
     shutil.rmtree(output, ignore_errors=True)
     file = home / "recipe.yaml"
-    file.write_text(json.dumps({"model": str(source), "output": str(output), **BASE, **RECIPES[recipe]}))
+    settings = {"model": str(source), "output": str(output), **BASE, **RECIPES[recipe]}
+    if name.startswith("images/"):
+        path = str(towers.pictures(home / "pictures"))
+        settings["calibration"] = {"source": "images", "path": path, "samples": 4}
+    file.write_text(json.dumps(settings))
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -72,7 +76,7 @@ def cell(name: str, source: Path, recipe: str, home: Path) -> dict[str, Any]:
     if status != 0:
         return {"cell": "WRONG", "why": " ".join(said[-2:])[:300]}
     try:
-        return checked(source, output / "model", recipe)
+        return (tower_checked if "/" in name else checked)(source, output / "model", recipe)
     except Exception as error:
         return {"cell": "WRONG", "why": f"reloaded: {type(error).__name__}: {error}"[:300]}
 
@@ -116,10 +120,39 @@ def checked(source: Path, folder: Path, recipe: str) -> dict[str, Any]:
     return found
 
 
+def tower_checked(source: Path, folder: Path, recipe: str) -> dict[str, Any]:
+    """The same of a model that is opened by the class that its config names; nothing is generated."""
+    from sparsekit.model import auto_class, decides, find_blocks, split_experts
+
+    model = auto_class(folder).from_pretrained(folder).eval()
+    split_experts(model)
+    zeros = total = 0
+    for block in find_blocks(model):
+        for name, linear in block.linears.items():
+            if not decides(name):
+                zeros, total = zeros + int((linear.weight == 0).sum()), total + linear.weight.numel()
+    return {"cell": "works", "share": round(2 * zeros / max(1, total), 3)}
+
+
+def tower_table(known: dict[tuple[str, str], dict[str, Any]]) -> str:
+    """Of each kind of model: what works, wholly or in part, and what is refused, with the sentence."""
+    lines = []
+    for task in towers.TASKS:
+        mine = {name.partition("/")[2]: entry for (name, _), entry in known.items() if name.startswith(f"{task}/")}
+        whole = [name for name, entry in mine.items() if entry.get("share", 0) >= 0.97]
+        part = [f"{name} ({entry['share']:.0%})" for name, entry in mine.items() if entry.get("share", 1) < 0.97]
+        lines += [f"**{task}**: {len(whole) + len(part)} of {len(mine)}.", "", f"- works: {', '.join(whole)}"]
+        lines += [f"- works in part: {', '.join(part)}"] if part else []
+        others = {name: entry for name, entry in mine.items() if "share" not in entry}
+        lines += [f"- {entry['cell']}: {name}: {entry['why']}" for name, entry in others.items()] + [""]
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Run what is not in the file yet."""
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.add_argument("--families", nargs="*")
+    parser.add_argument("--towers", action="store_true", help="models that see images or are no decoders, by sparsegpt")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--results", type=Path, default=Path("matrix.jsonl"))
     parser.add_argument("--shard", default="0/1")
@@ -132,17 +165,21 @@ def main() -> int:
             entry = json.loads(line)
             known[entry["family"], entry["recipe"]] = entry
     if given.table:
-        print(table(known))
+        print(tower_table(known) if given.towers else table(known))
         return 0
     mine, of = map(int, given.shard.split("/"))
     torch.set_num_threads(1)
+    if given.towers:
+        given.recipes = ["sparsegpt"]
+        given.families = given.families or [f"{task}/{name}" for task in towers.TASKS for name in towers.names(task)]
     for name in (given.families or families.names())[mine::of]:
         wanted = [recipe for recipe in given.recipes if (name, recipe) not in known]
         with tempfile.TemporaryDirectory() as folder:
             home, source = Path(folder), Path(folder) / "source"
             try:
-                made = families.save(name, source) if wanted else None
-            except Exception as error:
+                task, _, kind = name.rpartition("/")
+                made = wanted and (towers.save(task, kind, source) if task else families.save(name, source))
+            except BaseException as error:  # of packages that are not installed too
                 print(f"{name}: no tiny model: {error}"[:200], file=sys.stderr, flush=True)
                 continue
             del made
