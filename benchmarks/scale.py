@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsekit.model import discover
 from sparsekit.recipe import load_recipe
-from sparsekit.run import needs
+from sparsekit.run import memory_needs
 
 SHAPES = {  # width, inner, blocks, heads, key and value heads, vocabulary
     "7B": (4096, 11008, 32, 32, 32, 32000),
@@ -49,7 +49,7 @@ def main() -> None:
                 settings = {"model": "x", "pattern": "2:4", "stages": chain, "calibration": {"source": "python-docs"}}
                 file.write_text(json.dumps(settings))
                 recipe = load_recipe(file)
-            (parts,) = needs(recipe, [recipe.stages], blocks, torch.bfloat16).values()
+            (parts,) = memory_needs(recipe, [recipe.stages], blocks, torch.bfloat16).values()
             cells.append(f"{sum(parts.values()) / 1e9:.1f} GB")
         cells.append(f"{128 * 2048 * width * 2 / 1e9:.1f} GB")
         print(f"| {name} | " + " | ".join(cells) + " |")

@@ -60,7 +60,8 @@ def surprises(
                     store[index] = block(hidden)
         for chunk, hidden in zip(tokens.split(batch), store, strict=True):
             with passed_over(known, hidden.to(device)):
-                yield from _of_chunk(model, chunk.to(device))
+                found = list(_of_chunk(model, chunk.to(device)))
+            yield from found  # whoever gets it may run the model
     finally:
         store.close()
 

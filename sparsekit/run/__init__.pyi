@@ -5,7 +5,7 @@ from .door import fit as fit
 from .fitting import evaluate_path as evaluate_path
 from .fitting import run_recipe as run_recipe
 from .memory import prune as prune
-from .needs import needs as needs
+from .needs import memory_needs as memory_needs
 from .plan import BATCH_TOKENS as BATCH_TOKENS
 from .plan import Plan as Plan
 from .plan import make_plan as make_plan

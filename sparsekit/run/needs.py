@@ -30,7 +30,9 @@ def within(
     given, budget = recipe.memory, recipe.memory.budget
     if budget is None:
         return given.activations, given.statistics
-    least, stage = max((sum(parts.values()), name) for name, parts in needs(recipe, segments, blocks, dtype).items())
+    least, stage = max(
+        (sum(parts.values()), name) for name, parts in memory_needs(recipe, segments, blocks, dtype).items()
+    )
     left = budget - least
     if left < LEAST:
         raise ValueError(
@@ -42,7 +44,7 @@ def within(
     return min(given.activations, left // 2), min(given.statistics, left // 2)  # experts' Grams come in turns
 
 
-def needs(
+def memory_needs(
     recipe: Recipe, segments: Sequence[Sequence[Stage]], blocks: list[Block], dtype: torch.dtype
 ) -> dict[str, Needs]:
     """What the stages hold at once beside activations, by their names; of experts' Grams those of one expert.

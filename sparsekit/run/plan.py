@@ -30,7 +30,7 @@ from sparsekit.model import (
 from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
 from sparsekit.run.ahead import check_cuts, check_reading
 from sparsekit.run.allocation import allocate, sample_input
-from sparsekit.run.needs import Needs, needs, within
+from sparsekit.run.needs import Needs, memory_needs, within
 from sparsekit.run.selection import found_blocks
 from sparsekit.run.sources import Source, from_folder
 from sparsekit.system import human_size
@@ -125,7 +125,7 @@ class Plan:
     @property
     def needs(self) -> dict[str, Needs]:
         """What each stage holds in memory beside activations."""
-        return needs(self.recipe, self.segments, self.blocks, self.dtype)
+        return memory_needs(self.recipe, self.segments, self.blocks, self.dtype)
 
     @property
     def memory(self) -> tuple[int, int]:
