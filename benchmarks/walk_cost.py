@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def walk(recipe: str, overrides: list[str], tokens: torch.Tensor, limit: int | N
         model, _ = load_plain(planned.folder)
         touch(model)
         _cut(model, planned.blocks[0].name, limit)
-        planned.blocks = planned.blocks[:limit]
+        planned = replace(planned, blocks=planned.blocks[:limit])
         start = time.perf_counter()
         run_stages(planned, model, tokens, Path(folder), meter, Console(file=open("/dev/null", "w")))  # noqa: SIM115
         return {"total": time.perf_counter() - start} | meter.seconds
