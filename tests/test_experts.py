@@ -15,7 +15,7 @@ from sparsekit.model import Experts, adopt, discover, first_inputs, join_experts
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.system import ActivationStore
 from sparsekit.walk import BlockStream
-from sparsekit.walk.turns import turns
+from sparsekit.walk.turns import in_turns
 
 BASE = {
     "vocab_size": 96,
@@ -211,7 +211,7 @@ def test_experts_in_several_turns_are_pruned_as_in_one(family, mode):
         seen = []
         blocks = prune(model, sparsegpt, mode=mode, grams=grams)
         for block in blocks:
-            seen.append(turns(block, grams))
+            seen.append(in_turns(block, grams))
             assert sorted(group for turn in seen[-1] for group in turn) == list(range(len(block.groups)))
         assert (len(seen[0]) > 1) == (grams < 10**9)
         answers[grams] = {name: p.clone() for name, p in model.named_parameters()}

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+import sparsekit
 from sparsekit.cli import main
 from sparsekit.recipe import load_recipe
 from sparsekit.run import make_plan
@@ -63,6 +65,21 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_smallest(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_in_memory_has_no_budget(models: Path) -> None:
+    model, _ = sparsekit.load(models / "tiny-llama")
+    tokens = torch.zeros(2, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match="this one is in memory"):
+        sparsekit.prune(model, pattern="2:4", stages=["wanda"], calibration=tokens, memory={"budget": "4GB"})
+
+
+@pytest.mark.parametrize(("given", "said"), [("lots", '"4GB", "512MB" or "4GiB"'), ("0", "greater than 0")])
+def test_a_budget_that_is_none(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str], given, said) -> None:
+    assert (
+        main(["fit", "--recipe", str(_recipe(tmp_path, models)), "--dry-run", "--set", f"memory.budget={given}"]) == 2
+    )
+    assert said in capsys.readouterr().err
+
+
 def test_a_dry_run_tells_the_memory_of_every_stage(
     tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,3 +88,5 @@ def test_a_dry_run_tells_the_memory_of_every_stage(
     said = capsys.readouterr().out
     assert "memory of wanda: " in said and "process 800.0 MB" in said
     assert "memory of lora: as much as the whole model needs" in said
+    with pytest.warns(UserWarning, match="lora is given the model as a whole and not held to it"):
+        make_plan(load_recipe(file))

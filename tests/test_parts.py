@@ -1,5 +1,9 @@
 """Models of an encoder and a decoder, and what blocks give to later ones beside hidden states."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +24,9 @@ from sparsekit.model import (
     skeleton,
 )
 from sparsekit.walk import BlockStream, Commits, check_walk
-from tests.matrix import families, towers
 
+Tiny = Callable[[str], Path]
 TEXT = torch.randint(5, 90, (3, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("parts")
-
-
-def _saved(folders: Path, name: str) -> Path:
-    folder = folders / name
-    if not folder.exists():
-        towers.save("two", name, folder)
-    return folder
 
 
 def _resting(folder: Path) -> tuple[Any, list[Any]]:
@@ -59,28 +51,26 @@ def _recipe(tmp_path: Path, source: Path, **more: object) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "t5gemma"])
-def test_the_walk_is_the_models_own_forward_pass(folders: Path, name: str) -> None:
-    model, blocks = _resting(_saved(folders, name))
+def test_the_walk_is_the_models_own_forward_pass(tiny: Tiny, name: str) -> None:
+    model, blocks = _resting(tiny(f"two/{name}"))
     assert len(parts_of(blocks)) == 2
     assert [block.index for block in blocks] == list(range(len(blocks)))
     check_walk(model, blocks, TEXT)
 
 
 @pytest.mark.parametrize("name", ["zaya", "hy_v4"])
-def test_what_blocks_give_to_later_ones_is_carried(folders: Path, name: str) -> None:
-    folder = folders / name
-    families.save(name, folder)
-    model, blocks = _resting(folder)
+def test_what_blocks_give_to_later_ones_is_carried(tiny: Tiny, name: str) -> None:
+    model, blocks = _resting(tiny(name))
     check_walk(model, blocks, TEXT)
     assert blocks[0].carried.passed
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_a_decoder_is_given_what_the_pruned_encoder_gives(folders: Path, tmp_path: Path, name: str) -> None:
+def test_a_decoder_is_given_what_the_pruned_encoder_gives(tiny: Tiny, tmp_path: Path, name: str) -> None:
     """The oracle is the library's own pass of the model with the encoder's weights changed."""
-    model, blocks = _resting(_saved(folders, name))
-    whole: Any = load(_saved(folders, name))[0]
+    model, blocks = _resting(tiny(f"two/{name}"))
+    whole: Any = load(tiny(f"two/{name}"))[0]
     first = parts_of(blocks)[1][0]
     commits = Commits(tmp_path / "blocks", Weights(tmp_path / "weights", model))
     commits.prepare(blocks)
@@ -108,8 +98,8 @@ def test_a_decoder_is_given_what_the_pruned_encoder_gives(folders: Path, tmp_pat
             torch.testing.assert_close(first(chunk), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_one_part_can_be_left_as_it_is(folders: Path, tmp_path: Path) -> None:
-    source = _saved(folders, "bart")
+def test_one_part_can_be_left_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny("two/bart")
     assert main(_recipe(tmp_path, source, targets="[decoder]")) == 0
     dense, pruned = load(source)[0], load(tmp_path / "run" / "model")[0]
     for before, after in zip(find_blocks(dense), find_blocks(pruned), strict=True):
@@ -130,7 +120,26 @@ def test_one_part_can_be_left_as_it_is(folders: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_needs_the_dense_model_is_refused_in_advance(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: dict[str, object], said: str
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: dict[str, object], said: str
 ) -> None:
-    assert main([*_recipe(tmp_path, _saved(folders, "bart"), **more), "--dry-run"]) == 2
+    assert main([*_recipe(tmp_path, tiny("two/bart"), **more), "--dry-run"]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_in_two_processes_too(tiny: Tiny, tmp_path: Path) -> None:
+    """The decoder's weights are solved for what the pruned encoder gives in every process."""
+    pruned = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        trainer = f"{{accelerator: cpu, devices: {devices}}}"
+        command = _recipe(folder, tiny("two/bart"), pattern='"75%"', trainer=trainer)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", "sparsekit", *command], capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr.decode()
+        pruned.append(load(folder / "run" / "model")[0].state_dict())
+    one, two = pruned
+    for name in one:
+        if ".decoder.layers." in name and one[name].dim() == 2:
+            apart = float((one[name] - two[name]).norm() / one[name].norm())
+            assert apart < 0.02, (name, apart)

@@ -1,5 +1,6 @@
 """Blocks that stay on disk until their turn comes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,31 +23,19 @@ from sparsekit.model import (
 from sparsekit.recipe import load_recipe
 from sparsekit.run import run_recipe
 from sparsekit.walk import Walk
-from tests.matrix import families
 
 # tied embeddings, transposed weights, experts one by one on disk, experts fused on disk, other names, a state space
 NAMES = ("llama", "gpt2", "mixtral", "gpt_oss", "deepseek_v3", "gemma3_text", "bloom", "llama4_text", "mamba2")
+Tiny = Callable[[str], Path]
 TEXT = torch.arange(5, 21)[None]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("families")
-
-
-def _saved(folders: Path, name: str) -> Path:
-    folder = folders / name
-    if not folder.exists():
-        families.save(name, folder)
-    return folder
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_filled_in_turn_it_is_the_model_that_transformers_loads(folders: Path, name: str, dtype: str | None) -> None:
-    whole = load(_saved(folders, name), dtype=dtype)[0]
-    model = load_resting(_saved(folders, name), dtype=dtype)
+def test_filled_in_turn_it_is_the_model_that_transformers_loads(tiny: Tiny, name: str, dtype: str | None) -> None:
+    whole = load(tiny(name), dtype=dtype)[0]
+    model = load_resting(tiny(name), dtype=dtype)
     blocks = find_blocks(model)
     assert all(rests(block) for block in blocks)
     assert not any(p.is_meta for n, p in model.named_parameters() if not n.startswith(tuple(b.name for b in blocks)))
@@ -63,8 +52,8 @@ def test_filled_in_turn_it_is_the_model_that_transformers_loads(folders: Path, n
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_what_was_not_written_is_as_it_was(folders: Path, name: str) -> None:
-    model = load_resting(_saved(folders, name))
+def test_what_was_not_written_is_as_it_was(tiny: Tiny, name: str) -> None:
+    model = load_resting(tiny(name))
     block = find_blocks(model)[1]
     linear = next(reversed(block.linears.values()))
     with filled([block]):
@@ -77,8 +66,8 @@ def test_what_was_not_written_is_as_it_was(folders: Path, name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_block_is_filled_from_where_it_was_written(folders: Path, tmp_path: Path, name: str) -> None:
-    model = load_resting(_saved(folders, name))
+def test_a_block_is_filled_from_where_it_was_written(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    model = load_resting(tiny(name))
     blocks = find_blocks(model)
     weights = Weights(tmp_path / "weights", model)
     weights.lay_out(block.name for block in blocks)
@@ -98,10 +87,10 @@ def test_a_block_is_filled_from_where_it_was_written(folders: Path, tmp_path: Pa
     assert bool((linear.weight == 0.25).all())
 
 
-def test_a_lost_tensor_is_named(folders: Path, tmp_path: Path) -> None:
+def test_a_lost_tensor_is_named(tiny: Tiny, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    source = _saved(folders, "llama")
+    source = tiny("llama")
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(source / "model.safetensors")
@@ -118,7 +107,7 @@ def test_a_lost_tensor_is_named(folders: Path, tmp_path: Path) -> None:
     [(["wanda", {"fista": {"iterations": 2}}], "prefix"), (["wanda"], "model"), ([{"lamp": {"epochs": 1}}], "prefix")],
 )
 def test_a_walk_holds_one_block(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: list[object], correction: str
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: list[object], correction: str
 ) -> None:
     seen: list[int] = []
     step = Walk.training_step
@@ -129,7 +118,7 @@ def test_a_walk_holds_one_block(
 
     monkeypatch.setattr(Walk, "training_step", spy)
     recipe = tmp_path / "recipe.yaml"
-    source = _saved(folders, "llama")
+    source = tiny("llama")
     recipe.write_text(
         f"model: {source}\npattern: '2:4'\nstages: {stages}\nerror_correction: {correction}\n"
         "calibration: {source: python-docs, samples: 4, length: 32}\nevaluate: {samples: false}\nbos: published\n"

@@ -17,6 +17,8 @@ from sparsekit.model.expert_forms import split_experts
 from sparsekit.model.tensors import tied_names
 from sparsekit.model.vision import in_two_parts, sees_images
 
+# by the forward pass of a family that is given less than it asks for
+RAISED = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError)
 # names of what reads no text
 TOWERS = re.compile(r"(^|[._])(vision|visual|image|audio|speech|vit|vqmodel|qformer|resampler|connector)([._]|$)")
 
@@ -90,27 +92,22 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     _refuse_shared(model)
     try:
         return _discover(model, tokens, routers)
-    except (NotImplementedError, RuntimeError):
+    except RAISED:
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
-    except (AttributeError, IndexError, TypeError) as error:  # of a forward pass that asks for more than it is given
-        raise _cannot_run(model, error) from error
     # the forward pass depends on numbers, or cannot be run in this dtype: it is given others, zeros, which take no
     # memory before they are written to
     stand_in = copy.deepcopy(model)._apply(_zeros)
     try:
         found = _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype), routers)
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
-        raise _cannot_run(model, error) from error
+    except RAISED as error:
+        given = "images" if sees_images(model) else "text"
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on {given} alone to see its linears ({reason}), so it is not pruned "
+            "yet"
+        ) from error
     return adopt(model, found)
-
-
-def _cannot_run(model: nn.Module, error: Exception) -> ValueError:
-    given = "images" if sees_images(model) else "text"
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return ValueError(
-        f"{type(model).__name__} cannot be run on {given} alone to see its linears ({reason}), so it is not pruned yet"
-    )
 
 
 def _zeros(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def load_plain(folder: Path, *, dtype: str | None = None, trust_remote_code: boo
     model, info = auto_class(folder).from_pretrained(
         folder, output_loading_info=True, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     )
-    _refuse_lost(folder, model, info)
+    refuse_lost(folder, model, _lost(info))
     return model.eval(), load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
@@ -39,8 +39,7 @@ def plain_structure(folder: Path, *, dtype: str | None = None, trust_remote_code
     opens = auto_class(folder)
     options = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     model, info = opens.from_pretrained(folder, output_loading_info=True, device_map={"": "meta"}, **options)
-    _refuse_lost(folder, model, info)
-    vars(model).pop("hf_device_map", None)  # where versions of transformers say that it is on "meta"
+    refuse_lost(folder, model, _lost(info))
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with unfilled():
         if hasattr(opens, "from_config"):
@@ -54,8 +53,13 @@ def plain_structure(folder: Path, *, dtype: str | None = None, trust_remote_code
     return model.eval()
 
 
-def _refuse_lost(folder: Path, model: nn.Module, info: dict[str, Any]) -> None:
-    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+def _lost(info: dict[str, Any]) -> list[str]:
+    """Names without a tensor, by what from_pretrained tells of its loading."""
+    return sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+
+
+def refuse_lost(folder: Path, model: nn.Module, lost: list[str]) -> None:
+    """Raise ValueError where tensors of a model are not in its folder."""
     if lost:
         raise ValueError(f"{folder} lacks {len(lost)} tensors of {type(model).__name__}, the first is {lost[0]}")
 

@@ -16,7 +16,7 @@ from sparsekit.model.checkpoint import Checkpoint
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.expert_forms import as_linears, join_experts, split_experts
 from sparsekit.model.folders import locate
-from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton, plain_structure
+from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton, plain_structure, refuse_lost
 from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.resting import fill_outside, settle
 from sparsekit.model.structure.shape import Shape
@@ -203,8 +203,7 @@ def load_resting(folder: str | Path, *, dtype: str | None = None, trust_remote_c
         _with_generation(model, folder)
     split_experts(model)
     stored = Tensors(Checkpoint(folder), model)
-    if stored.missing:
-        raise ValueError(f"{folder} lacks {len(stored.missing)} tensors of {type(model).__name__}: {stored.missing[0]}")
+    refuse_lost(folder, model, stored.missing)
     blocks = find_blocks(model)
     fill_outside(model, blocks, stored)
     for block in blocks:
@@ -286,9 +285,7 @@ def _fill(model: Any, stored: Checkpoint, dtype: torch.dtype | None) -> None:
     """Give a model that was built its weights. dtype: of those of floating point; None: as they are stored."""
     copies = tied_names(model)
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in copies or name in stored}
-    lost = [name for name in wanted if name not in stored]
-    if lost:
-        raise ValueError(f"{stored.folder} lacks {len(lost)} tensors of {type(model).__name__}, the first is {lost[0]}")
+    refuse_lost(stored.folder, model, [name for name in wanted if name not in stored])
     for name, tensor in wanted.items():
         if stored.shape(name) != tuple(tensor.shape):
             raise ValueError(

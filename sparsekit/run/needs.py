@@ -1,6 +1,6 @@
 """What each stage holds in memory beside activations, and how a budget is kept: by the same numbers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -11,6 +11,7 @@ from sparsekit.model import Block
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, named_solvers, options_of
 from sparsekit.run.methods import statistics_for
 from sparsekit.system import human_size
+from sparsekit.walk import in_turns
 
 PROCESS = 8 * 10**8  # bytes of Python and its libraries, without any model
 LEAST = 64 * 10**6  # of activations: a few chunks
@@ -30,9 +31,8 @@ def within(
     given, budget = recipe.memory, recipe.memory.budget
     if budget is None:
         return given.activations, given.statistics
-    least, stage = max(
-        (sum(parts.values()), name) for name, parts in memory_needs(recipe, segments, blocks, dtype).items()
-    )
+    told = memory_needs(recipe, segments, blocks, dtype)
+    least, stage = max(((sum(parts.values()), name) for name, parts in told.items()), default=(PROCESS, "the process"))
     left = budget - least
     if left < LEAST:
         raise ValueError(
@@ -47,19 +47,18 @@ def within(
 def memory_needs(
     recipe: Recipe, segments: Sequence[Sequence[Stage]], blocks: list[Block], dtype: torch.dtype
 ) -> dict[str, Needs]:
-    """What the stages hold at once beside activations, by their names; of experts' Grams those of one expert.
-
-    Of stages that work on the model as a whole only the process is known; see `wholly`.
-    """
+    """What stages that walk hold at once beside activations, by their names; of experts' Grams those of one expert."""
     found: dict[str, Needs] = {}
     for stages in segments:
-        name, solvers = " -> ".join(stage.name for stage in stages), solvers_of(stages)
-        parts = _walk(recipe, solvers, blocks, dtype) if solvers else {"process": PROCESS}
-        if solvers and effect_of(stages[-1]).gradients:  # in turn: a block is trained, and pruned
+        solvers = solvers_of(stages)
+        if not solvers:
+            continue
+        parts = _walk(recipe, solvers, blocks, dtype)
+        if effect_of(stages[-1]).gradients:  # in turn: a block is trained, and pruned
             pruning = {what: parts.pop(what) for what in ("its Gram matrices", "its largest linear")}
             training = {"training it": TRAINED * max(map(_parameters, blocks))}
             parts |= pruning if sum(pruning.values()) > sum(training.values()) else training
-        found[name] = parts
+        found[" -> ".join(stage.name for stage in stages)] = parts
     return found
 
 
@@ -96,16 +95,7 @@ def _grams(block: Block, coupled: bool) -> int:
     sizes = [4 * block.linears[names[0]].shape[1] ** 2 for names in block.groups]
     if coupled:  # one group after another, with what the dense stream adds
         return 3 * max(sizes, default=0)
-    outside = sum(size for index, size in enumerate(sizes) if block.expert_of(index) is None)
-    return outside + max(_by_expert(block, sizes), default=0)
-
-
-def _by_expert(block: Block, sizes: Sequence[int]) -> Iterable[int]:
-    found: dict[str, int] = {}
-    for index, size in enumerate(sizes):
-        if (expert := block.expert_of(index)) is not None:
-            found[expert] = found.get(expert, 0) + size
-    return found.values()
+    return max(sum(sizes[group] for group in turn) for turn in in_turns(block, 0))
 
 
 def _parameters(block: Block) -> int:

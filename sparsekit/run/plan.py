@@ -30,7 +30,7 @@ from sparsekit.model import (
 from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
 from sparsekit.run.ahead import check_cuts, check_reading
 from sparsekit.run.allocation import allocate, sample_input
-from sparsekit.run.needs import Needs, memory_needs, within
+from sparsekit.run.needs import Needs, memory_needs, wholly, within
 from sparsekit.run.selection import found_blocks
 from sparsekit.run.sources import Source, from_folder
 from sparsekit.system import human_size
@@ -179,6 +179,7 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
         for block in blocks:
             for name, linear in block.linears.items():
                 planned.quantization.columns(linear.shape[1], name)
+    _check_budget(planned, in_memory=memory is not None)
     if memory is None:
         _check_room(planned, recipe.output)
     return planned
@@ -251,6 +252,23 @@ def _nodes(recipe: Recipe) -> list[str]:
         f"trainer.num_nodes is {nodes}, and this process was not started by torchrun: start it on every machine by "
         f"torchrun --nnodes {nodes} ..., or give 1"
     ]
+
+
+def _check_budget(planned: Plan, *, in_memory: bool) -> None:
+    """Raise ValueError for a budget that cannot be kept; say for which stages it is not held."""
+    if planned.recipe.memory.budget is None:
+        return
+    if in_memory:
+        raise ValueError(
+            "memory.budget is for models that are read from disk block by block, and this one is in memory: give "
+            "memory.activations, or the model's folder"
+        )
+    _ = planned.memory
+    if others := wholly(planned.segments):
+        warnings.warn(
+            f"memory.budget is kept by walks; {', '.join(others)} is given the model as a whole and not held to it",
+            stacklevel=3,
+        )
 
 
 def _check_room(planned: Plan, output: str | None) -> None:

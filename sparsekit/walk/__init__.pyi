@@ -15,6 +15,7 @@ from .routing import by_expert as by_expert
 from .stream import BlockStream as BlockStream
 from .structural import Cutting as Cutting
 from .structural import Remove as Remove
+from .turns import in_turns as in_turns
 from .walk import Commit as Commit
 from .walk import Inspect as Inspect
 from .walk import OneShot as OneShot

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sparsekit.maths import Norms, Stats
 from sparsekit.model import Block, fill, filled, filled_in_turn, first_inputs, parts_of
-from sparsekit.system import ActivationStore, Team, give_back
+from sparsekit.system import ActivationStore, Team, give_back, meet
 from sparsekit.walk.commits import Commits
-from sparsekit.walk.turns import Given, turns
+from sparsekit.walk.turns import Given, in_turns
 
 SMALL = 512  # inputs of a linear whose Gram matrix is not worth asking the system for its memory back
 ERROR_CORRECTIONS = ("prefix", "none", "block", "model")
@@ -120,6 +120,7 @@ class BlockStream:
         turns = [block for block in self.rounds if block is not None]
         for block in self.blocks[: turns[-1].index + 1 if turns else 0]:
             if block.index in self.starts:
+                meet()  # the first process may still be writing the block before
                 for index, hidden in enumerate(self.starts[block.index]()):
                     self.inputs[index] = hidden
             with filled([block]):
@@ -173,7 +174,7 @@ class BlockStream:
         Experts whose Gram matrices do not fit beside the others come later, from what their module was given: a pruned
         block does not change it, nor the weights of experts that are still to come.
         """
-        groups, *later = turns(block, self.grams) if self.stats is Stats else [list(range(len(block.groups)))]
+        groups, *later = in_turns(block, self.grams) if self.stats is Stats else [list(range(len(block.groups)))]
         collected: dict[int, Norms] = {}
         see = partial(self._add, collected)
         outputs = self.error_correction == "none" and block is not self.blocks[-1]

@@ -11,7 +11,7 @@ from sparsekit.model import Block, Experts
 from sparsekit.system import ActivationStore
 
 
-def turns(block: Block, room: int) -> list[list[int]]:
+def in_turns(block: Block, room: int) -> list[list[int]]:
     """The groups of a block in turns, each of as many experts as have `room` bytes for the Gram matrices of all.
 
     The first turn has all groups that are not of experts. Groups of one expert come in one turn, since what enters the

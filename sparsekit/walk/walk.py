@@ -204,5 +204,5 @@ class Commit(Callback):
         if walk.stream.team.rank == 0:
             self.commits.commit(block)
         block.masks.clear()
-        if may_rest(block) and walk.stream.team.size == 1:
+        if may_rest(block):  # in every process: before it is filled again, they meet
             settle(block, self.commits.weights.stored)

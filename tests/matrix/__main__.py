@@ -23,7 +23,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE"
 
 import torch
 
-from tests.matrix import families, towers
+from tests.matrix import families, save, towers
 
 BASE = {
     "calibration": {"source": "python-docs", "samples": 8, "length": 32},
@@ -177,12 +177,11 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             home, source = Path(folder), Path(folder) / "source"
             try:
-                task, _, kind = name.rpartition("/")
-                made = wanted and (towers.save(task, kind, source) if task else families.save(name, source))
+                if wanted:
+                    save(name, source)
             except BaseException as error:  # of packages that are not installed too
                 print(f"{name}: no tiny model: {error}"[:200], file=sys.stderr, flush=True)
                 continue
-            del made
             for recipe in wanted:
                 entry = {"family": name, "recipe": recipe, **cell(name, source, recipe, home)}
                 with given.results.open("a") as handle:
