@@ -1,5 +1,6 @@
 from .budget import conserve as conserve
 from .chaining import chain as chain
+from .chaining import rows_apart as rows_apart
 from .grid import Grid as Grid
 from .grid import Quantization as Quantization
 from .grid import ends_on_grid as ends_on_grid

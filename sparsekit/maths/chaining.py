@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,23 @@ Solver = Callable[..., Tensor]
 def init_parameter(solver: Solver) -> inspect.Parameter | None:
     """The parameter `init` of a solver: None if it cannot start from an answer, without default if it must."""
     return inspect.signature(solver).parameters.get("init")
+
+
+def rows_apart(solver: Solver, pattern: Pattern) -> bool:
+    """Whether a solver's answer for a row of a weight (out, in) depends on that row alone, with its options.
+
+    A solver says so by its attribute `rows_apart`, a function of the pattern and of the options that are given.
+
+    >>> from sparsekit.maths import NM
+    >>> rows_apart(lambda weight, stats, pattern: weight, NM(2, 4))
+    False
+    """
+    options: dict[str, Any] = {}
+    told = getattr(solver, "rows_apart", None)
+    while told is None and (inner := getattr(solver, "__wrapped__", getattr(solver, "func", None))) is not None:
+        options = getattr(solver, "keywords", {}) | options
+        solver, told = inner, getattr(inner, "rows_apart", None)
+    return told is not None and bool(told(pattern, options))
 
 
 def chain(*solvers: Solver) -> Solver:
@@ -44,6 +62,10 @@ def chain(*solvers: Solver) -> Solver:
         assert init is not None
         return init
 
+    def apart(pattern: Pattern, options: Any) -> bool:
+        return all(rows_apart(solver, pattern) for solver in solvers)
+
+    chained.rows_apart = apart  # type: ignore[attr-defined]
     chained.__name__ = f"chain({', '.join(map(_name, solvers))})"
     own = [parameter for name, parameter in inspect.signature(chained).parameters.items() if name != "init"]
     chained.__signature__ = inspect.Signature(own + ([first] if first else []))  # type: ignore[attr-defined]

@@ -6,7 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-SAMPLE = 512  # tokens at least that are kept, where there are so many, to estimate errors by
+SAMPLE = 512  # tokens at least that are kept, where there are enough, to estimate errors by
+ROWS = 256  # tokens whose outputs are there at a time
+FEWEST, SHARE = 128, 32  # tokens at least of fewer: one in SHARE, so that estimates cost little beside forward passes
 
 
 class Norms:
@@ -16,7 +18,7 @@ class Norms:
     mean, count  of the tokens; all-zero rows (padding) are not tokens
 
     A solver whose parameter `stats` is a `Norms` needs no more, and the walk then gathers no more. Errors are estimated
-    on a sample of tokens, 512 to 1024 evenly over all. `Stats` has the Gram besides.
+    on a sample of tokens, evenly over all: one in 16 to 32, from 128 to 1024 of them. `Stats` has the Gram besides.
 
     >>> norms = Norms.of(torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 0.0]]))
     >>> norms.squares, norms.mean, norms.count
@@ -77,7 +79,7 @@ class Norms:
         first = -self._seen % self._every
         self._sample.append((x[first :: self._every].clone(), None if delta is None else delta[first :: self._every]))
         self._seen += len(x)
-        while sum(len(rows) for rows, _ in self._sample) > 2 * SAMPLE:
+        while sum(len(rows) for rows, _ in self._sample) > 2 * min(SAMPLE, max(FEWEST, self._seen // SHARE)):
             self._thin()
 
     def _thin(self) -> None:
@@ -108,9 +110,8 @@ class Norms:
     @torch.no_grad()
     def energy(self, dense_weight: Tensor) -> float:
         """||W x_d||^2 over the sample, as far as it goes for all tokens."""
-        return self._share * sum(
-            _energy((x if delta is None else x + delta) @ dense_weight.t()) for x, delta in self._sample
-        )
+        x, delta = self._drawn()
+        return self._share * _energy(x if delta is None else x + delta, dense_weight)
 
     @torch.no_grad()
     def error(self, weight: Tensor, dense_weight: Tensor, energy: float | None = None) -> float:
@@ -118,12 +119,19 @@ class Norms:
 
         A layer of zero energy has error 0, or infinity when V's output is not zero.
         """
-        error = 0.0
-        for x, delta in self._sample:
-            moved = x @ (weight - dense_weight).t()
-            error += _energy(moved if delta is None else moved - delta @ dense_weight.t())
-        error, energy = self._share * error, self.energy(dense_weight) if energy is None else energy
+        x, delta = self._drawn()
+        error = self._share * _energy(x, weight - dense_weight, delta, dense_weight)
+        energy = self.energy(dense_weight) if energy is None else energy
         return error / energy if energy > 0 else (float("inf") if error > 0 else 0.0)
+
+    def _drawn(self) -> tuple[Tensor, Tensor | None]:
+        """The sample in one piece: tokens (n, in), and what the dense model's differ by."""
+        if len(self._sample) != 1:
+            x = torch.cat([self.total.new_empty(0, self.width), *(rows for rows, _ in self._sample)])
+            drifts = [torch.zeros_like(rows) if delta is None else delta for rows, delta in self._sample]
+            drifted = any(delta is not None for _, delta in self._sample)
+            self._sample = [(x, torch.cat(drifts) if drifted else None)]
+        return self._sample[0]
 
     def estimate(self, weight: Tensor, dense_weight: Tensor) -> float:
         """`error` as cheaply as it can be had: on a sample where that is less work."""
@@ -185,5 +193,12 @@ def _empty_rows(x: Tensor, delta: Tensor | None = None) -> int:
     return int(empty.count_nonzero())
 
 
-def _energy(outputs: Tensor) -> float:
-    return float(outputs.square().sum(dtype=torch.float64))
+def _energy(x: Tensor, weight: Tensor, drift: Tensor | None = None, dense: Tensor | None = None) -> float:
+    """||W x - W_d delta||^2 over tokens x (n, in), some of them at a time."""
+    energy = torch.zeros((), dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), ROWS):
+        outputs = x[start : start + ROWS] @ weight.t()
+        if drift is not None and dense is not None:
+            outputs -= drift[start : start + ROWS] @ dense.t()
+        energy += outputs.square_().sum(dtype=torch.float64)
+    return float(energy)

@@ -113,10 +113,12 @@ class NM:
         _check_score(score)
         self.check(score.shape[1], "this layer")
         groups = score.reshape(-1, self.group)
+        return self.lowest(groups.t().contiguous()).logical_not_().t().reshape(score.shape)
+
+    def lowest(self, groups: Tensor) -> Tensor:
+        """What goes of groups (group, n), one in each column, by their scores, of which none is NaN."""
         pruned = self.group - self.kept
-        if self.group > _PAIRWISE:
-            return _lowest(groups, pruned).logical_not_().view(score.shape)
-        return (_rank(groups) >= pruned).reshape(score.shape)
+        return _lowest(groups.t(), pruned).t() if self.group > _PAIRWISE else _rank(groups) < pruned
 
     def satisfied(self, weight: Tensor, per: Scope = "row") -> bool:
         """Whether every group of `weight` (out, in) has at least group - keep zeros."""
@@ -212,14 +214,13 @@ def _lowest(score: Tensor, count: int) -> Tensor:
 
 
 def _rank(groups: Tensor) -> Tensor:
-    """The rank of every entry in its row of `groups` (n, group), of equal ones the earlier first."""
-    columns = groups.t().contiguous()  # (group, n): long vectors, few operations
-    rank = torch.zeros_like(columns, dtype=torch.uint8)
-    for i in range(len(columns) - 1):
-        first = columns[i] <= columns[i + 1 :]
+    """The rank of every entry in its column of `groups` (group, n), of equal ones the earlier first."""
+    rank = torch.zeros_like(groups, dtype=torch.uint8)
+    for i in range(len(groups) - 1):
+        first = groups[i] <= groups[i + 1 :]
         rank[i + 1 :] += first
         rank[i] += first.logical_not_().sum(0, dtype=torch.uint8)
-    return rank.t()
+    return rank
 
 
 def has_pattern(weight: Tensor, pattern: "Pattern") -> bool:

@@ -11,7 +11,7 @@ from sparsekit.model import Block
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, named_solvers, options_of
 from sparsekit.run.methods import statistics_for
 from sparsekit.system import human_size
-from sparsekit.walk import in_turns
+from sparsekit.walk import TOGETHER, in_turns
 
 PROCESS = 8 * 10**8  # bytes of Python and its libraries, without any model
 LEAST = 64 * 10**6  # of activations: a few chunks
@@ -81,6 +81,7 @@ def _walk(recipe: Recipe, solvers: Sequence[Stage], blocks: list[Block], dtype: 
     largest = max(map(_parameters, blocks))
     functions = [registry.load("solvers", stage.name) for stage in solvers]
     shapes = {linear.shape for block in blocks for linear in block.linears.values()}
+    shapes |= {_together(block, group) for block in blocks for group in block.groups}
     given = 4 * len(solvers)  # bytes a weight: the dense one, and the answers that later solvers of a chain start from
     return {
         "process": PROCESS,
@@ -96,6 +97,12 @@ def _grams(block: Block, coupled: bool) -> int:
     if coupled:  # one group after another, with what the dense stream adds
         return 3 * max(sizes, default=0)
     return max(sum(sizes[group] for group in turn) for turn in in_turns(block, 0))
+
+
+def _together(block: Block, group: list[str]) -> tuple[int, int]:
+    """The shape of what may be solved in one call, of the linears of one input."""
+    width = block.linears[group[0]].shape[1]
+    return min(sum(block.linears[name].shape[0] for name in group), -(-TOGETHER // width)), width
 
 
 def _parameters(block: Block) -> int:

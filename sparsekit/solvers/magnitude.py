@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparsekit.maths import Norms, Pattern, Scope
+from sparsekit.maths import NM, Norms, Pattern, Scope
 
 
 def magnitude(weight: Tensor, stats: Norms, pattern: Pattern, *, per: Scope = "matrix") -> Tensor:
@@ -18,3 +18,4 @@ def magnitude(weight: Tensor, stats: Norms, pattern: Pattern, *, per: Scope = "m
 
 
 magnitude.memory = (3, 0)  # type: ignore[attr-defined]  # see contracts.held
+magnitude.rows_apart = lambda pattern, options: isinstance(pattern, NM) or options.get("per", "matrix") == "row"  # type: ignore[attr-defined]

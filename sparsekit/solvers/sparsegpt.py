@@ -69,6 +69,7 @@ def sparsegpt(
 
 
 sparsegpt.memory = (2.5, 1.1)  # type: ignore[attr-defined]  # see contracts.held
+sparsegpt.rows_apart = lambda pattern, options: isinstance(pattern, NM)  # type: ignore[attr-defined]  # see maths.rows_apart
 
 
 def factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -107,7 +108,8 @@ def _prune(
     errors = torch.empty_like(scale)
 
     def choose(first: int, last: int, into: Tensor) -> None:
-        pruned = ~pattern.keep((columns[first:last] / pivot[first:last]).square_().t(), per="matrix").t()
+        score = (columns[first:last] / pivot[first:last]).square_()
+        pruned = pattern.lowest(score) if isinstance(pattern, NM) else ~pattern.keep(score.t(), per="matrix").t()
         torch.div(pruned, pivot[first:last], out=into)
 
     for first in range(0, width, block):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparsekit.maths import Norms, Pattern, Scope
+from sparsekit.maths import NM, Norms, Pattern, Scope
 
 
 def wanda(weight: Tensor, stats: Norms, pattern: Pattern, *, per: Scope = "row") -> Tensor:
@@ -20,3 +20,4 @@ def wanda(weight: Tensor, stats: Norms, pattern: Pattern, *, per: Scope = "row")
 
 
 wanda.memory = (3, 0)  # type: ignore[attr-defined]  # see contracts.held
+wanda.rows_apart = lambda pattern, options: isinstance(pattern, NM) or options.get("per", "row") == "row"  # type: ignore[attr-defined]

@@ -38,6 +38,26 @@ class Team:
         if self.size > 1:
             distributed.broadcast(tensor, owner)
 
+    def rows(self, count: int) -> slice:
+        """Those of `count` rows that are this process's, in one piece; none where there are too few.
+
+        >>> [Team(rank, 3).rows(8) for rank in range(3)]
+        [slice(0, 2, None), slice(2, 5, None), slice(5, 8, None)]
+        """
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def join(self, mine: Tensor, count: int) -> Tensor:
+        """The matrix of `count` rows of which every process has its `rows`."""
+        if self.size == 1:
+            return mine
+        whole = mine.new_empty(count, mine.shape[1])
+        whole[self.rows(count)] = mine
+        for rank in range(self.size):
+            part = whole[Team(rank, self.size).rows(count)]
+            if len(part):
+                self.send(part, rank)
+        return whole
+
     def tell(self, value: Any, owner: int) -> Any:
         """A value of plain types that process `owner` has."""
         if self.size == 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.contracts import held, needs_gram
-from sparsekit.maths import NM, Norms, Pattern, Stats, Unstructured, parse
+from sparsekit.maths import NM, Norms, Pattern, Stats, Unstructured, parse, rows_apart
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
@@ -24,9 +24,10 @@ def check_solver(solver: Callable[..., Tensor], patterns: Iterable[str | Pattern
     A solver is a function `(weight, stats, pattern, *, options...) -> weight` with a docstring, all options
     keyword-only and with defaults; it may have `init` after `pattern` to start from an earlier answer. It returns a new
     finite float32 matrix of the weight's shape with the pattern's zeros, the same for the same arguments, and changes
-    none of them. What it says that it needs is enough (norms alone; memory, by its attribute). That holds for
-    tall and wide layers, correlated inputs, inputs that are always zero, equal weights and targets that come from a
-    dense stream. With `init` its answer is no worse than init, or at least depends on it.
+    none of them. What it says that it needs is enough (norms alone; memory, by its attribute), and rows that it says
+    are apart (`maths.rows_apart`) are. That holds for tall and wide layers, correlated inputs, inputs that are always
+    zero, equal weights and targets that come from a dense stream. With `init` its answer is no worse than init, or at
+    least depends on it.
     """
     requires_init = _check_signature(solver)
     for pattern in map(parse, patterns):
@@ -36,6 +37,12 @@ def check_solver(solver: Callable[..., Tensor], patterns: Iterable[str | Pattern
             _check_zeros(answer, pattern, 0, f"{pattern}, shape {shape}")
             if requires_init is not None:
                 _check_init(solver, weight, stats, pattern, answer)
+            if rows_apart(solver, pattern):
+                upper = _solve(solver, weight[: len(weight) // 3].contiguous(), stats, pattern, requires_init)
+                same = torch.allclose(upper, answer[: len(upper)], rtol=1e-3, atol=1e-4)
+                assert same, (
+                    f"{pattern}: it says that each row's answer depends on that row alone, and others change it"
+                )
         for case in ("a dead input", "equal weights", "a dense stream"):
             weight, stats = _problem(_SHAPES[0], seed, case)
             answer = _solve(solver, weight, stats, pattern, requires_init)

@@ -16,6 +16,7 @@ from .stream import BlockStream as BlockStream
 from .structural import Cutting as Cutting
 from .structural import Remove as Remove
 from .turns import in_turns as in_turns
+from .walk import TOGETHER as TOGETHER
 from .walk import Commit as Commit
 from .walk import Inspect as Inspect
 from .walk import OneShot as OneShot

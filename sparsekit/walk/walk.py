@@ -11,12 +11,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sparsekit.maths import Norms, Pattern
+from sparsekit.maths import Norms, Pattern, rows_apart
 from sparsekit.model import Block, may_rest, settle
 from sparsekit.system import Team, give_back, tight
 from sparsekit.walk.commits import Commits
 from sparsekit.walk.findings import Inspector, mean_error, prune_linear
 from sparsekit.walk.stream import SMALL, BlockStream
+
+TOGETHER = 2**23  # weights of linears that are solved in one call, at most; of larger ones a call more costs nothing
 
 
 class Walk(LightningModule):
@@ -88,7 +90,9 @@ class OneShot(Callback):
     seed: of torch's random numbers, set anew for each linear, so that a solver that draws some gives the same after a
         resume and in whatever process it runs
 
-    Processes that walk together share out the linears whose statistics are known at the same time.
+    Where a solver's answer for a row depends on that row alone (`maths.rows_apart`), small linears of one input are
+    solved in one call, and processes that walk together share out the rows of each. Of other solvers they share out the
+    linears whose statistics are known at the same time.
     """
 
     def __init__(
@@ -104,48 +108,82 @@ class OneShot(Callback):
             ValueError: weights or activations are not finite, or the solver broke its contract.
         """
         stream = walk.stream
-        owners = stream.team.owners(_costs(block, list(block.linears)))
+        whole = [name for name in block.linears if not self._apart(name)]  # each of them is one process's work
+        owners = stream.team.owners(_costs(block, whole))
         for names, stats in stream.statistics(block):
             stats.check(names[0])
             if stream.coupled:
-                owners = stream.team.owners(_costs(block, names))
-            for name in names:
-                if owners[name] != stream.team.rank:
+                owners = stream.team.owners(_costs(block, [name for name in names if name in whole]))
+            for together in self._pieces(block, names):
+                if owners.get(together[0], stream.team.rank) != stream.team.rank:
                     continue
                 with tight() if stats.width > SMALL else nullcontext():
-                    self._solve(block, name, stats)
+                    self._solve(stream.team, block, together, stats)
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
                     if hasattr(callback, "on_linear_end"):
-                        callback.on_linear_end(trainer, block, name)
+                        for name in together:
+                            callback.on_linear_end(trainer, block, name)
             if stream.coupled:
                 _exchange(stream.team, block, owners)
         if not stream.coupled:
             _exchange(stream.team, block, owners)
 
+    def _apart(self, name: str) -> bool:
+        """Whether the answer for a row of this linear depends on that row alone."""
+        return name not in self.answers and rows_apart(self.solver, self.patterns[name])
+
+    def _pieces(self, block: Block, names: list[str]) -> list[list[str]]:
+        """Linears of one input in pieces that are solved in one call: several where rows are apart and few."""
+        pieces: list[list[str]] = []
+        for name in names:
+            size = block.linears[name].weight.numel()
+            last = pieces[-1] if pieces else []
+            joins = (
+                last and self._apart(name) and self._apart(last[0]) and self.patterns[name] == self.patterns[last[0]]
+            )
+            if joins and size + sum(block.linears[each].weight.numel() for each in last) <= TOGETHER:
+                last.append(name)
+            else:
+                pieces.append([name])
+        return pieces
+
     @torch.no_grad()
-    def _solve(self, block: Block, name: str, stats: Norms) -> None:
-        linear, pattern = block.linears[name], self.patterns[name]
-        weight = linear.weight.float().contiguous()  # (out, in)
-        if not weight.isfinite().all():
-            raise ValueError(f"the weight of {name} contains NaN or Inf; repair the checkpoint before pruning it")
-        torch.manual_seed(self.seed + zlib.crc32(name.encode()))
+    def _solve(self, team: Team, block: Block, names: list[str], stats: Norms) -> None:
+        """Solve linears that are one piece; where rows are apart, every process takes some, and all get the answer."""
+        for name in names:
+            if not block.linears[name].weight.isfinite().all():
+                raise ValueError(f"the weight of {name} contains NaN or Inf; repair the checkpoint before pruning it")
+        dense = [block.linears[name].weight.float() for name in names]
+        weight = torch.cat(dense) if len(dense) > 1 else dense[0].contiguous()  # (out, in)
+        apart, pattern = self._apart(names[0]), self.patterns[names[0]]
+        rows = team.rows(len(weight)) if apart else slice(0, len(weight))
+        torch.manual_seed(self.seed + zlib.crc32(names[0].encode()))
         started = time.perf_counter()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            if name in self.answers:
-                solved = self.answers[name]
+            if names[0] in self.answers:
+                solved = self.answers[names[0]]
             else:
-                solved = self.solver(weight, stats, pattern, **({"init": weight} if self.continues else {}))
+                mine = weight[rows]
+                given = {"init": mine} if self.continues else {}
+                solved = self.solver(mine, stats, pattern, **given) if len(mine) else mine
+                if solved.shape == mine.shape and apart:
+                    solved = team.join(solved, len(weight))
         seconds = time.perf_counter() - started
-        prune_linear(
-            block,
-            name,
-            solved,
-            pattern,
-            error=stats.estimate(solved, weight) if solved.shape == weight.shape else None,
-            seconds=seconds,
-            warnings=[str(warning.message) for warning in said],
-        )
+        sizes = [len(each) for each in dense] if solved.shape == weight.shape else [len(solved)]
+        for place, (name, own, answer) in enumerate(zip(names, dense, solved.split(sizes), strict=False)):
+            teller = place % team.size if apart else team.rank
+            prune_linear(
+                block,
+                name,
+                answer,
+                pattern,
+                error=stats.estimate(answer, own) if answer.shape == own.shape and teller == team.rank else None,
+                seconds=seconds * len(own) / len(weight),
+                warnings=[str(warning.message) for warning in said],
+            )
+            if apart:
+                block.records[name] = team.tell(block.records[name], teller)
 
 
 def _costs(block: Block, names: list[str]) -> dict[str, float]:
