@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all test-chaos lint setup
+.PHONY: demo test test-all test-chaos test-device lint setup
 
 demo: setup
 	$(BIN)/sparsekit fit --recipe recipes/demo.yaml --resume
@@ -14,8 +14,12 @@ demo: setup
 test: setup lint
 	$(PYTEST)
 
-test-all: setup lint
+test-all: setup lint test-device
 	$(PYTEST) -m "long or not long"
+
+# where tensors are, and what a card would be asked to do, on a device that is CPU memory; needs a C++ compiler
+test-device: setup
+	$(PYTEST) -m device tests/device
 
 # kills, full disks, damages and senseless recipes; CHAOS="--recipes 5000 --kills 2000" for more
 test-chaos: setup

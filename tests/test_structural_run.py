@@ -98,6 +98,15 @@ def test_solvers_go_on_with_the_smaller_model(tmp_path: Path) -> None:
     assert list(one) == list(other) and all(torch.equal(one.tensor(name), other.tensor(name)) for name in one)
 
 
+def test_least_squares_may_give_biases_to_linears_that_had_none(tmp_path: Path) -> None:
+    done = fit(recipe(tmp_path, '{flap: {remove: "30%", compensate: true, bias: true}}'))
+    assert done.returncode == 0, done.stderr
+    cut = Checkpoint(tmp_path / "run" / "model")
+    biases = [name for name in cut if name.endswith(("o_proj.bias", "down_proj.bias"))]
+    assert biases and all(cut.tensor(name).count_nonzero() for name in biases)
+    assert report_of(tmp_path)["verified"] is True
+
+
 def test_a_dry_run_shows_what_there_is(tmp_path: Path) -> None:
     done = fit(recipe(tmp_path, POLICY), "--dry-run")
     assert done.returncode == 0, done.stderr

@@ -5,11 +5,10 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Annotated
 
-import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from sparsekit.maths import conserve
+from sparsekit.maths import conserve, total
 
 
 def owl(
@@ -59,5 +58,5 @@ def owl(
 def _outliers(scores: list[Tensor], threshold: float) -> float:
     """The share of scores (out, in), (out, in) ... above `threshold` times the mean of them all."""
     count = sum(score.numel() for score in scores)
-    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
+    mean = sum(float(total(score)) for score in scores) / count
     return sum(int((score > threshold * mean).count_nonzero()) for score in scores) / count

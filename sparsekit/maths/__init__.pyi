@@ -20,3 +20,7 @@ from .pattern import thinned as thinned
 from .statistics import PANEL as PANEL
 from .statistics import Ridge as Ridge
 from .statistics import Stats as Stats
+from .sums import double as double
+from .sums import home_of_double as home_of_double
+from .sums import row_totals as row_totals
+from .sums import total as total

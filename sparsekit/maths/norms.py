@@ -6,6 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sparsekit.maths.sums import home_of_double, total
+
 SAMPLE = 512  # tokens at least that are kept, where there are enough, to estimate errors by
 ROWS = 256  # tokens whose outputs are there at a time
 FEWEST, SHARE = 128, 32  # tokens at least of fewer: one in SHARE, so that estimates cost little beside forward passes
@@ -195,10 +197,10 @@ def _empty_rows(x: Tensor, delta: Tensor | None = None) -> int:
 
 def _energy(x: Tensor, weight: Tensor, drift: Tensor | None = None, dense: Tensor | None = None) -> float:
     """||W x - W_d delta||^2 over tokens x (n, in), some of them at a time."""
-    energy = torch.zeros((), dtype=torch.float64, device=x.device)
+    energy = torch.zeros((), dtype=torch.float64, device=home_of_double(x.device))
     for start in range(0, len(x), ROWS):
         outputs = x[start : start + ROWS] @ weight.t()
         if drift is not None and dense is not None:
             outputs -= drift[start : start + ROWS] @ dense.t()
-        energy += outputs.square_().sum(dtype=torch.float64)
+        energy += total(outputs.square_())
     return float(energy)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.maths.norms import SAMPLE, Norms, refuse_infinite
+from sparsekit.maths.sums import total
 
 PANEL = 2**19  # elements of a panel of rows
 Ridge = Literal["mean", "column"]
@@ -164,4 +165,4 @@ class Stats(Norms):
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(dtype=torch.float64))
+    return float(total(a * b))

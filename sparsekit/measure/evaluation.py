@@ -42,7 +42,7 @@ def losses(model: Any, tokens: Tensor, *, device: torch.device | str | None = No
     model.eval()
     try:
         for each in surprises(model, tokens, **options):
-            seen.update(each.mean().double().cpu())
+            seen.update(each.mean().cpu().double())
     finally:
         model.train(training)
     return seen.compute().double().flatten().cpu()

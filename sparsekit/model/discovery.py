@@ -28,6 +28,7 @@ def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
 
     Where a model has an encoder and a decoder, both read the same text.
     """
+    given = given.to(next((p.device for p in model.parameters() if not p.is_meta), given.device))
     if not sees_images(model):
         known = inspect.signature(model.forward).parameters  # encoders have no cache
         both = {"decoder_input_ids": given} if in_two_parts(model) else {}

@@ -9,7 +9,7 @@ import torch
 from annotated_types import Ge, Le, Lt
 from torch import Tensor
 
-from sparsekit.maths import NM, Pattern, Scope, Stats, has_pattern, thinned
+from sparsekit.maths import NM, Pattern, Scope, Stats, has_pattern, row_totals, thinned
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.solvers.wanda import wanda
@@ -266,7 +266,7 @@ def _scaled(stats: Stats, precondition: bool, damping: float) -> tuple[Tensor, T
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1, keepdim=True, dtype=torch.float64)  # (out, 1)
+    return row_totals(a * b)  # (out, 1)
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

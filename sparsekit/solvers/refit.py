@@ -7,7 +7,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from sparsekit.maths import Pattern, Ridge, Stats
+from sparsekit.maths import Pattern, Ridge, Stats, row_totals
 
 PIECE = 2**23  # weights that are fitted at once
 
@@ -55,13 +55,13 @@ def refit(
     added = stats.ridge(damping, ridge)  # (in,)
     precondition = 1 / (diagonal + added).where(diagonal + added > 0, 1)
     pull = 0 if stats.drift_cross is None else dense @ stats.drift_cross  # (out, in)
-    constant = 0 if stats.drift_gram is None else (dense @ stats.drift_gram * dense).sum(1, True, dtype=torch.float64)
+    constant = 0 if stats.drift_gram is None else row_totals(dense @ stats.drift_gram * dense)
 
     def damped(rows: Tensor) -> Tensor:
         return torch.addmm(rows * added, rows, gram)
 
     def objective(product: Tensor) -> Tensor:
-        return ((answer - dense) * (product - 2 * pull)).sum(1, keepdim=True, dtype=torch.float64)  # (out, 1)
+        return row_totals((answer - dense) * (product - 2 * pull))  # (out, 1)
 
     product = damped(answer - dense)
     start = objective(product)

@@ -64,10 +64,6 @@ class Budget:
         mine = self.weight[self.where]
         return mine, mine.square(), float(mine.sum()), float(mine.min())
 
-    def to(self, device: torch.device) -> "Budget":
-        """The same on a device."""
-        return Budget(self.members.to(device), self.weight.to(device), self.limit)
-
     def project(self, values: Tensor, low: float, high: float, limit: float | None = None) -> Tensor:
         """The nearest point to `values` (groups,) with sum(weight s) <= limit and low <= s <= high, for the members.
 
@@ -164,7 +160,7 @@ def sample(probabilities: Tensor, count: int, generator: torch.Generator, antith
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     if antithetic:
         uniform = torch.stack([uniform, 1 - uniform], 1).flatten(0, 1)[:count]
-    return (uniform < probabilities.detach().double().cpu()).double()
+    return (uniform < probabilities.detach().cpu().double()).double()
 
 
 def leave_one_out(losses: Tensor, antithetic: bool = False) -> Tensor:

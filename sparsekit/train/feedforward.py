@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsekit.maths import ACTIVATIONS, Pattern, Stats, best_gate, best_up, pull
+from sparsekit.maths import ACTIVATIONS, Pattern, Stats, best_gate, best_up, home_of_double, pull, total
 from sparsekit.system import ActivationStore
 
 _TERMS = ("gate", "up", "hidden", "down")  # of the objective
@@ -152,7 +152,7 @@ class Fit:
     def gain(self, current: Tensor, new: Tensor) -> float:
         """By how much `new` lowers ||W x - t||^2."""
         change = new - current
-        return float((change * (2 * self.residual - change @ self.stats.gram)).sum(dtype=torch.float64))
+        return float(total(change * (2 * self.residual - change @ self.stats.gram)))
 
     def better(
         self, dense: Tensor, current: Tensor, solver: Callable[..., Tensor], pattern: Pattern, always: bool = False
@@ -176,7 +176,7 @@ def _begin(
     """Fill the store with the dense values; statistics of what enters the part and `down`, energies of the terms."""
     inner, width = part.gate.shape
     stats, hidden = (Stats(size, part.gate.device, part.gate.dtype) for size in (width, inner))
-    energy = torch.zeros(len(_TERMS), dtype=torch.float64, device=part.gate.device)
+    energy = torch.zeros(len(_TERMS), dtype=torch.float64, device=home_of_double(part.gate.device))
     for chunk in inputs:
         x = chunk.reshape(-1, width).to(part.gate)
         s, z = part.branches(part.weights, x)
@@ -199,7 +199,7 @@ class _Seen:
         self.hidden, self.given = (Stats(len(part.gate), device, part.gate.dtype) for _ in range(2))
         self.residual = {role: torch.zeros_like(weight) for role, weight in weights.items()}
         self.missed = torch.zeros_like(part.down)  # residual of `down` where it is given `given`
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=home_of_double(device))
 
     @property
     def error(self) -> float:
@@ -262,4 +262,4 @@ def _epoch(
 
 
 def _square(x: Tensor) -> Tensor:
-    return x.square().sum(dtype=torch.float64)
+    return total(x.square())

@@ -20,6 +20,8 @@ from sparsekit.train.schedule import cosine
 SCALINGS = {"natural": 1.0, "sqrt": 0.5, "none": 0.0}  # power of s (1 - s) that multiplies the gradient
 FIRST, STEP = 0.05, 0.05  # progressive: the share that is removed at first, and by how much it grows
 LOOKS = 4  # times that the way is looked at on held-out text, the end included
+# of what was seen, in float64 on the CPU, since not every device has that: in the checkpoint beside the probabilities
+SEEN = ("start", "average", "spread", "best", "best_loss", "lost", "looks")
 MEMORY = 0.95  # of the running variance of what the baseline leaves
 
 
@@ -84,13 +86,13 @@ class PolicyGradient(LightningModule):
         self.seed, self.team, self.say, self.rate = seed, team, say, cosine(steps)
         count = Groups.by_score(units, torch.zeros(len(units)), group).count
         self.probabilities = nn.Parameter(torch.zeros(count))
-        self.register_buffer("start", torch.zeros(len(units), dtype=torch.float64))
-        self.register_buffer("average", torch.tensor(math.nan, dtype=torch.float64))
-        self.register_buffer("spread", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("best", torch.zeros(len(units), dtype=torch.float64))
-        self.register_buffer("best_loss", torch.tensor(math.inf, dtype=torch.float64))
-        self.register_buffer("lost", torch.zeros((), dtype=torch.long))
-        self.register_buffer("looks", torch.full((LOOKS + 1,), math.nan, dtype=torch.float64))
+        self.start = torch.zeros(len(units), dtype=torch.float64)
+        self.average = torch.tensor(math.nan, dtype=torch.float64)
+        self.spread = torch.zeros((), dtype=torch.float64)
+        self.best = torch.zeros(len(units), dtype=torch.float64)
+        self.best_loss = torch.tensor(math.inf, dtype=torch.float64)
+        self.lost = torch.zeros((), dtype=torch.long)
+        self.looks = torch.full((LOOKS + 1,), math.nan, dtype=torch.float64)
         self.curve: list[list[float]] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -100,7 +102,7 @@ class PolicyGradient(LightningModule):
     def on_train_start(self) -> None:
         """Put the model on the device, find the start unless a checkpoint brought it, say what it will take."""
         model, _ = self.outside
-        scores = self.start.cpu()
+        scores = self.start
         if self.global_step == 0:
             scores = self.score().double().cpu() if self.score else self._at_random()
             self.start.copy_(scores)
@@ -109,7 +111,6 @@ class PolicyGradient(LightningModule):
         self.keep_at_start = choose(self.units, scores, self.remove, **self.choice)
         shape, joint = self.choice["shape"], self.choice["budgets"] == "joint"
         self.allowed = bernoulli.budgets(self.units, self.groups, self.keep_at_start, shape, joint)
-        self.moved = [budget.to(self.device) for budget in self.allowed]
         if self.global_step == 0:
             self._begin()
         for point in self.curve:  # of the run that is gone on with: loggers begin anew
@@ -157,7 +158,7 @@ class PolicyGradient(LightningModule):
                 yield bernoulli.sigmoid_norm(
                     self.units,
                     self.groups,
-                    self.start.cpu(),
+                    self.start,
                     self.allowed,
                     across=across,
                     sharpness=self.sharpness,
@@ -174,7 +175,7 @@ class PolicyGradient(LightningModule):
         return 1 - (1 - budget.limit) * removed / self.remove
 
     def _project(self, values: Tensor, step: int) -> Tensor:
-        for budget in self.allowed if values.device.type == "cpu" else self.moved:
+        for budget in self.allowed:
             values = budget.project(values, self.floor, 1 - self.floor, limit=self._limit(budget, step))
         return values
 
@@ -197,7 +198,7 @@ class PolicyGradient(LightningModule):
             with masking(blocks, self.units) as mask:
                 mask(kept)
                 total = float(losses(model, mine, batch=len(mine)).sum())
-        sums = torch.tensor([total, len(mine)], dtype=torch.float64, device=self.device)
+        sums = torch.tensor([total, len(mine)], dtype=torch.float64)
         self.team.sum([sums])
         return float(sums[0] / sums[1])
 
@@ -220,8 +221,7 @@ class PolicyGradient(LightningModule):
             settings["lr"] = self.peak * self.rate(step)
         optimizer.step()  # type: ignore[union-attr]
         with torch.no_grad():
-            here = self.probabilities.cpu() if self.device.type == "mps" else self.probabilities  # without float64
-            self.probabilities.copy_(self._project(here.detach(), step))
+            self.probabilities.copy_(self._project(self.probabilities.detach().cpu(), step))
         entropy = float(torch.special.entr(s).add(torch.special.entr(1 - s)).mean())
         self.curve.append([step, float(seen.mean()), entropy])
         self._log(self.curve[-1])
@@ -248,14 +248,14 @@ class PolicyGradient(LightningModule):
 
     def _baseline(self, seen: Tensor, known: Tensor) -> Tensor:
         """What is subtracted from each loss (draws,); NaN where nothing is known yet that is independent of it."""
-        before = self.average.clone().cpu()
+        before = self.average.clone()
         if self.baseline == "none":
             return torch.zeros_like(seen)
         now, old = known.mean(), (torch.zeros(()) if self.baseline == "published" else known.mean())
         old = old.to(known) if torch.isnan(before) else before
         self.average.copy_(old + (now - old) / self.window)
         if self.baseline == "published":  # Eq. 8, from 0, with the step's own losses in it
-            return self.average.cpu().expand_as(seen)
+            return self.average.expand_as(seen)
         if self.baseline == "leave-one-out":
             others = bernoulli.leave_one_out(seen, self.antithetic)
             return others.where(others.isfinite(), before)  # a single pair has no others: what was before
@@ -269,16 +269,19 @@ class PolicyGradient(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The curve so far, beside the probabilities and what was looked at."""
         checkpoint["curve"] = self.curve
+        checkpoint["seen"] = {name: getattr(self, name) for name in SEEN}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The curve of the run that was left."""
         self.curve = checkpoint["curve"]
+        for name, value in checkpoint["seen"].items():
+            setattr(self, name, value)
 
     def by_units(self) -> Tensor:
         """The probabilities as scores (units,); units of a group are told apart by what they started from."""
         order = torch.empty(len(self.units), dtype=torch.float64)
-        order[self.start.cpu().argsort(stable=True)] = torch.arange(len(self.units), dtype=torch.float64)
-        return self.probabilities.detach().double().cpu()[self.groups.number] + 1e-6 * order / len(self.units)
+        order[self.start.argsort(stable=True)] = torch.arange(len(self.units), dtype=torch.float64)
+        return self.probabilities.detach().cpu().double()[self.groups.number] + 1e-6 * order / len(self.units)
 
     def _look(self, number: int) -> None:
         """Compare the mask that would be chosen now with the best one so far, on held-out text."""
@@ -297,7 +300,7 @@ class PolicyGradient(LightningModule):
     @property
     def scores(self) -> Tensor:
         """What was learned, as scores (units,): the best on held-out text, where there is some."""
-        return self.best.cpu() if len(self.testing) else self.by_units()
+        return self.best if len(self.testing) else self.by_units()
 
     @property
     def notes(self) -> dict[str, Any]:

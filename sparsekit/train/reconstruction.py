@@ -188,7 +188,7 @@ class _Task:
         """Each value's sum over the processes."""
         if self.team.size == 1:
             return list(values)
-        sums = torch.tensor(values, dtype=torch.float64, device=self.block.device)
+        sums = torch.tensor(values, dtype=torch.float64)
         self.team.sum([sums])
         return list(sums.tolist())
 
@@ -217,7 +217,7 @@ class _Task:
                 raise ValueError(f"chunk {index}: inputs {tuple(x.shape)}, targets {tuple(y.shape)}; make them equal")
             if not (x.isfinite().all() and y.isfinite().all()):
                 raise ValueError(f"chunk {index} contains NaN or Inf, so a block cannot be trained on it")
-            energies.append(y.float().square().mean(-1).flatten().double().cpu())
+            energies.append(y.float().square().mean(-1).flatten().cpu().double())
         energy = torch.cat(energies or [torch.zeros(0)])
         if self.per_token:
             there = energy[energy > 0].log()

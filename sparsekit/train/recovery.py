@@ -75,19 +75,19 @@ class Recovery(LightningModule):
     def validate(self, rows: Rows, batch: int) -> float:
         """The mean cross-entropy of the labels of `rows`; with several processes each looks at its share."""
         self.switch(False)
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2, dtype=torch.float64)
         mine = rows[self.team.rank :: self.team.size]
         with self.trainer.precision_plugin.val_step_context():
             for start in range(0, len(mine.ids), batch):  # a process may have no rows
                 part = mine[start : start + batch].to(self.device)
                 total, count = text_loss(forward(self.model, part.ids, part.positions).logits, part.labels)
-                sums += torch.tensor([float(total), count], dtype=torch.float64).to(sums)
+                sums += torch.tensor([float(total), count], dtype=torch.float64)
         self.team.sum([sums])
         return float(sums[0] / sums[1].clamp_min(1))
 
     def mean_loss(self) -> float:
         """The mean text loss since it was last asked for, over all processes."""
-        sums = torch.tensor([self.text, self.predicted], dtype=torch.float64, device=self.device)
+        sums = torch.tensor([self.text, self.predicted], dtype=torch.float64)
         self.team.sum([sums])
         self.text, self.predicted = 0.0, 0
         return float(sums[0] / sums[1].clamp_min(1))

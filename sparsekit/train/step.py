@@ -19,7 +19,7 @@ def mean_gradients(leaves: Iterable[Tensor], weight: float, team: Team) -> None:
     """
     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
     if team.size > 1:
-        total = torch.tensor([weight], dtype=torch.float64, device=gradients[0].device if gradients else None)
+        total = torch.tensor([weight], dtype=torch.float64)
         team.sum([total])
         team.sum(gradients)
         weight = float(total)

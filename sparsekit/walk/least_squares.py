@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsekit.maths import Stats
+from sparsekit.maths import Stats, double
 from sparsekit.model import Linear
 from sparsekit.model.structure import Units
 from sparsekit.walk.stream import BlockStream
@@ -27,15 +27,15 @@ def solve(
         raise ValueError("a bias can be solved for only with error_correction prefix or none")
     solved = torch.zeros_like(weight)
     target = stats.target(weight)[:, columns]  # (out, kept)
-    gram = stats.gram[columns][:, columns].double()  # (kept, kept)
+    gram = double(stats.gram[columns][:, columns])  # (kept, kept)
     mean = stats.mean.to(weight)
     if bias:  # centred, which is the same as a constant input
         target = target - (weight @ mean)[:, None] * stats.total.to(weight)[columns]
-        gram = gram - stats.count * torch.outer(mean[columns], mean[columns]).double()
+        gram = gram - stats.count * double(torch.outer(mean[columns], mean[columns]))
     ridge = damping * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     gram.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(gram)
-    solved[:, columns] = torch.cholesky_solve(target.double().t(), factor).t().to(weight)
+    solved[:, columns] = torch.cholesky_solve(double(target).t(), factor).t().to(weight)
     return solved, weight @ mean - solved @ mean if bias else None
 
 
@@ -55,6 +55,7 @@ def compensate(
     for block in stream:
         assert block is not None
         block.to(stream.device)
+        known = changed.keys() | {f"{block.name}.{name}" for name, _ in block.module.named_parameters()}
         pairs = zip(units.parts, masks, strict=True)
         parts = {part.output: (part, mask) for part, mask in pairs if part.block == block.index}
         for names, stats in stream.statistics(block):
@@ -65,6 +66,8 @@ def compensate(
                 if part is not None and mask is not None and not mask.all():
                     _write(changed, block.linears[name], stats, part.columns[mask].flatten(), bias, damping)
         stream.advance(block)
+        for name in changed.keys() - known:  # biases that it did not have: the run adds them when it cuts
+            block.module.get_submodule(name.removeprefix(f"{block.name}.").rpartition(".")[0]).bias = None  # type: ignore[assignment]
         block.to("cpu")
     return changed
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sparsekit.maths import double, home_of_double
 from sparsekit.model import Block
 from sparsekit.model.structure import Units
 from sparsekit.system import Team
@@ -26,10 +27,10 @@ class Routed:
 
     def add(self, index: int, weights: Tensor, outputs: Tensor) -> None:
         """Add an expert's tokens: weights (tokens,), outputs (tokens, hidden)."""
-        norms = outputs.double().norm(dim=-1)
+        norms = double(outputs).norm(dim=-1)
         self.count[index] += len(norms)
         self.norms[index] += norms.sum()
-        self.weighted[index] += (weights.double() * norms).sum()
+        self.weighted[index] += (double(weights) * norms).sum()
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def routed(stream: BlockStream, units: Units, team: Team) -> Iterator[tuple[int,
 
 def _watch(block: Block, name: str, device: torch.device) -> Routed:
     experts = block.experts[name]
-    sums = Routed(*(torch.zeros(experts.count, dtype=torch.float64, device=device) for _ in range(3)))
+    sums = Routed(*(torch.zeros(experts.count, dtype=torch.float64, device=home_of_double(device)) for _ in range(3)))
     experts.observer = partial(Routed.add, sums)
     return sums
 
