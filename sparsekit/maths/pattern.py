@@ -47,13 +47,14 @@ class Unstructured:
         """
         return int(Fraction(repr(self.sparsity)) * total)
 
-    def keep(self, score: Tensor, per: Scope = "row") -> Tensor:
+    def keep(self, score: Tensor, per: Scope = "row", *, checked: bool = False) -> Tensor:
         """The mask (out, in) of what stays: in every scope the lowest scores go, of equal scores the earlier first.
 
         per: "row", "matrix", or an int: blocks of that many columns, all rows jointly.
+        checked: the caller knows that there is no NaN; an accelerator is not waited for then
         Raises ValueError for NaN in the score.
         """
-        _check_score(score)
+        _check_score(score, checked)
         mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
         for part, out in zip(_scopes(score, per), _scopes(mask, per), strict=True):
             flat = part if per == "row" else part.reshape(1, -1)
@@ -105,12 +106,13 @@ class NM:
         """The fraction removed."""
         return (self.group - self.kept) / self.group
 
-    def keep(self, score: Tensor, per: Scope = "row") -> Tensor:
+    def keep(self, score: Tensor, per: Scope = "row", *, checked: bool = False) -> Tensor:
         """The mask (out, in) of what stays; `per` changes nothing, as a group is its own scope.
 
+        checked: the caller knows that there is no NaN
         Raises ValueError for NaN in the score and for a width that the group does not divide.
         """
-        _check_score(score)
+        _check_score(score, checked)
         self.check(score.shape[1], "this layer")
         groups = score.reshape(-1, self.group)
         return self.lowest(groups.t().contiguous()).logical_not_().t().reshape(score.shape)
@@ -191,10 +193,10 @@ def _scopes(matrix: Tensor, per: Scope) -> tuple[Tensor, ...]:
     raise ValueError(f'per is "row", "matrix" or a number of columns, not {per!r}')
 
 
-def _check_score(score: Tensor) -> None:
+def _check_score(score: Tensor, checked: bool) -> None:
     if score.ndim != 2:
         raise ValueError(f"a score is a matrix (out, in), not of shape {tuple(score.shape)}")
-    if score.isnan().any():
+    if not checked and score.isnan().any():
         raise ValueError("the score contains NaN, so its lowest entries are not defined; look at the weight and inputs")
 
 
@@ -204,6 +206,9 @@ def _lowest(score: Tensor, count: int) -> Tensor:
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = score.kthvalue(count, dim=1, keepdim=True).values  # (rows, 1)
     lowest = score <= threshold
+    if score.device.type != "cpu":  # to ask whether there are ties would be to wait for the answer
+        below = score < threshold
+        return below | ((lowest & ~below).cumsum(1) <= count - below.sum(1, keepdim=True)) & lowest
     tied = (lowest.sum(1) != count).nonzero().squeeze(1)
     if len(tied):  # sorting everything for their sake would dominate a walk
         score, threshold = score[tied], threshold[tied]

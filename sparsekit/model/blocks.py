@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
-from sparsekit.model.carried import Carried, Given, moved
+from sparsekit.model.carried import Carried, Given, Known, moved
 from sparsekit.model.experts import Experts
 
 
@@ -103,11 +104,19 @@ class Block:
         self.tuple_length = 0  # 0: the block returns a tensor; n: a tuple of n, hidden states first
         self.passes: tuple[int, ...] = ()  # places in it, but the first, that are tensors
         self.arguments: dict[int, Given] = {}
+        self._there: Known = {}  # tensors among them, on the block's device
         self.carried = Carried()
 
     def to(self, device: torch.device | str, *_: Any, **__: Any) -> "Block":
         """Move the weights; Lightning calls this by itself."""
         self.module.to(device)
+        self._there = {}
+        if torch.device(device).type != "cpu":  # once, not for every chunk
+            self._there = {
+                id(each): (each, each.to(device))
+                for each in tree_leaves([*self.arguments.values()])
+                if isinstance(each, Tensor)
+            }
         return self
 
     @property
@@ -129,8 +138,8 @@ class Block:
         """
         chunk = hidden
         args, kwargs = self.carried.of(self.index, hidden, self.arguments[hidden.shape[0]])
-        hidden, args = (moved(given, self.device, dtype) for given in (hidden, args))
-        kwargs = {key: moved(given, self.device, dtype) for key, given in kwargs.items()}
+        hidden, args = (moved(given, self.device, dtype, self._there) for given in (hidden, args))
+        kwargs = {key: moved(given, self.device, dtype, self._there) for key, given in kwargs.items()}
         out = functional_call(self.module, parameters, (hidden, *args), kwargs)
         self.carried.take(self.index, chunk, out)
         return out[0] if isinstance(out, tuple | list) else out

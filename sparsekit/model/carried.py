@@ -63,20 +63,26 @@ class Carried:
         return self._written.setdefault((id(value), store), dict(value))
 
 
-def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+Known = dict[int, tuple[Tensor, Tensor]]  # the id of a tensor -> itself, and the same on a device
+
+
+def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None, known: Known | None = None) -> Any:
     """The tensors of a structure on a device, and those of floating point in `dtype` if it is given.
+
+    known: those that are there already
 
     Mappings stay the objects that they are, so that what is written into them is found again; with a dtype they are
     copied.
     """
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        there = value if known is None else known.get(id(value), (value, value))[1]
+        return there.to(device, dtype if value.is_floating_point() else None)
     if hasattr(value, "_fields"):  # a namedtuple
-        return type(value)(*(moved(item, device, dtype) for item in value))
+        return type(value)(*(moved(item, device, dtype, known) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(moved(item, device, dtype) for item in value)
+        return type(value)(moved(item, device, dtype, known) for item in value)
     if isinstance(value, dict):
-        found = {key: moved(item, device, dtype) for key, item in value.items()}
+        found = {key: moved(item, device, dtype, known) for key, item in value.items()}
         if dtype is not None:
             return found
         value.update(found)

@@ -99,7 +99,7 @@ class Context:
     def through(self) -> Any:
         """A stream through the model as it is, on `device`: nothing is read, restored or pruned on the way."""
         stream = self.stream(error_correction="prefix", commits=None)
-        stream.device = self.device
+        stream.move(self.device)
         return stream
 
     def solver(self, given: Any) -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from sparsekit.maths import NM, Pattern, Quantization, Stats, ends_on_grid
+from sparsekit.solvers.strips import prune_strip
 
 _STRIP = 16  # columns that are updated one by one before a matrix product updates the rest of their block
 _LARGEST_DAMPING = 1e4
@@ -101,7 +102,7 @@ def _prune(
     nearest: Callable[[int, Tensor], Tensor] | None,
 ) -> None:
     """Prune `columns` (in, out) in place, and round what is kept by `nearest(j, column)`."""
-    group = pattern.group if isinstance(pattern, NM) else 1
+    group, keep = (pattern.group, pattern.kept) if isinstance(pattern, NM) else (1, 0)
     block, strip = (-(-size // group) * group for size in (block, _STRIP))  # rounded up to whole groups
     width, pivot = len(columns), upper.diagonal().unsqueeze(1)  # (in, 1)
     scale = torch.zeros_like(columns[:block])  # 1 / U_jj where pruned, else 0
@@ -109,8 +110,21 @@ def _prune(
 
     def choose(first: int, last: int, into: Tensor) -> None:
         score = (columns[first:last] / pivot[first:last]).square_()
-        pruned = pattern.lowest(score) if isinstance(pattern, NM) else ~pattern.keep(score.t(), per="matrix").t()
+        if isinstance(pattern, NM):
+            pruned = pattern.lowest(score)
+        else:
+            pruned = pattern.keep(score.t(), per="matrix", checked=True).logical_not_().t()
         torch.div(pruned, pivot[first:last], out=into)
+
+    def round_and_prune(left: int, right: int, scale: Tensor, errors: Tensor) -> None:
+        for j in range(left, right):
+            i = j - left
+            if group > 1 and i % group == 0:
+                choose(j, j + group, scale[i : i + group])
+            rounded = nearest(j, columns[j]).masked_fill_(scale[i] != 0, 0)  # type: ignore[misc]
+            error = torch.sub(columns[j], rounded, out=errors[i]).div_(pivot[j])
+            columns[j] = rounded
+            columns[j + 1 : right].addr_(upper[j, j + 1 : right], error, alpha=-1)
 
     for first in range(0, width, block):
         last = min(first + block, width)
@@ -118,18 +132,12 @@ def _prune(
             choose(first, last, scale[: last - first])
         for left in range(first, last, strip):
             right = min(left + strip, last)
-            for j in range(left, right):
-                i = j - first
-                if group > 1 and j % group == 0:
-                    choose(j, j + group, scale[i : i + group])
-                if nearest is None:
-                    error = torch.mul(columns[j], scale[i], out=errors[i])
-                else:
-                    rounded = nearest(j, columns[j]).masked_fill_(scale[i] != 0, 0)
-                    error = torch.sub(columns[j], rounded, out=errors[i]).div_(pivot[j])
-                    columns[j] = rounded
-                columns[j + 1 : right].addr_(upper[j, j + 1 : right], error, alpha=-1)
-            done = errors[left - first : right - first]
+            own, done = (each[left - first : right - first] for each in (scale, errors))
+            if nearest is None:
+                corner = upper[left:right, left:right]
+                prune_strip(columns[left:right], corner, own, done, keep, group if group > 1 else 0)
+            else:
+                round_and_prune(left, right, own, done)
             columns[right:last].addmm_(upper[left:right, right:last].t(), done, alpha=-1)
         columns[last:].addmm_(upper[first:last, last:].t(), errors[: last - first], alpha=-1)
         columns[first:last].masked_fill_(scale[: last - first] != 0, 0)

@@ -1,5 +1,6 @@
 from .activations import ActivationStore as ActivationStore
 from .activations import give_back as give_back
+from .activations import room_on as room_on
 from .activations import tight as tight
 from .begin import begin_vector_maths as begin_vector_maths
 from .begin import session as session

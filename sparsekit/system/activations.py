@@ -1,4 +1,4 @@
-"""Activations between two blocks: chunks in CPU memory up to a byte budget, beyond it in files."""
+"""Activations between two blocks: chunks on the accelerator or in CPU memory up to byte budgets, else in files."""
 
 import ctypes
 import itertools
@@ -29,6 +29,12 @@ class _OnDisk:
         # mapped, copied, unmapped: what stays resident is one chunk, not the file
         mapped = torch.from_file(str(self.file), shared=False, size=math.prod(self.shape), dtype=self.dtype)
         return mapped.view(self.shape).clone()
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes of an accelerator that activations may take: half of what is free; none where it cannot be asked."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None) if device.type != "cpu" else None
+    return 0 if ask is None else ask(device)[0] // 2
 
 
 def give_back() -> None:
@@ -65,6 +71,7 @@ class ActivationStore:
 
     What comes out knows where it was: its `place` is (this store's `number`, the chunk's index).
 
+    room: bytes that may stay on the accelerator that computed them; none unless somebody says so
     budget: bytes kept in CPU memory; chunks that would exceed it go to files under `folder`, are read through a memory
     map and prefetched by a thread while the chunk before is in use. What comes out is bit for bit what went in.
     folder: where the files lie, made when first needed; None means the system's temporary folder.
@@ -73,9 +80,9 @@ class ActivationStore:
     """
 
     def __init__(self, budget: int, folder: str | Path | None = None):
-        self.budget = budget
+        self.budget, self.room = budget, 0
         self.number = next(_NUMBERS)
-        self.resident = 0  # bytes of the chunks in memory
+        self.resident = self.placed = 0  # bytes of the chunks in CPU memory, and on an accelerator
         self.parent = folder
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._chunks: list[Tensor | _OnDisk] = []
@@ -94,8 +101,10 @@ class ActivationStore:
 
     def __setitem__(self, index: int, chunk: Tensor) -> None:
         old = self._chunks[index]
-        if isinstance(old, Tensor):
+        if isinstance(old, Tensor) and old.device.type == "cpu":
             self.resident -= old.nbytes
+        elif isinstance(old, Tensor):
+            self.placed -= old.nbytes
         self._chunks[index] = self._place(chunk, index)
 
     def __getitem__(self, index: int) -> Tensor:
@@ -105,7 +114,7 @@ class ActivationStore:
         return found
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The chunks in order, on the CPU; the next one is read while the caller works on this one."""
+        """The chunks in order, wherever they are; the next one is read while the caller works on this one."""
         with ThreadPoolExecutor(max_workers=1) as reader:
             ahead = reader.submit(self.__getitem__, 0) if len(self) else None
             for index in range(len(self)):
@@ -118,13 +127,17 @@ class ActivationStore:
     def close(self) -> None:
         """Forget all chunks and remove the files."""
         self._chunks.clear()
-        self.resident = 0
+        self.resident = self.placed = 0
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
     def _place(self, chunk: Tensor, index: int) -> Tensor | _OnDisk:
-        chunk = chunk.detach().to("cpu").contiguous()
+        chunk = chunk.detach().contiguous()
+        if chunk.device.type != "cpu" and self.placed + chunk.nbytes <= self.room:
+            self.placed += chunk.nbytes
+            return chunk
+        chunk = chunk.to("cpu")
         if self.resident + chunk.nbytes <= self.budget:
             self.resident += chunk.nbytes
             return chunk

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekit.maths import Norms, Stats
 from sparsekit.model import Block, fill, filled, filled_in_turn, first_inputs, parts_of
-from sparsekit.system import ActivationStore, Team, give_back, meet
+from sparsekit.system import ActivationStore, Team, give_back, meet, room_on
 from sparsekit.walk.commits import Commits
 from sparsekit.walk.turns import Given, in_turns
 
@@ -64,7 +64,7 @@ class BlockStream:
         turns: list[Block | None] = list(remaining[lanes.rank :: lanes.size])
         self.rounds = turns + [None] * (-(-len(remaining) // lanes.size) - len(turns))  # None: nothing left to do
         self.pace = lanes.size  # blocks that are finished in a round
-        self.device = torch.device("cpu")  # where blocks compute; the walk sets it
+        self.device = torch.device("cpu")  # where blocks compute; see `move`
         # a decoder's first block -> what enters it, chunk by chunk, once the encoder is pruned
         self.starts: dict[int, Callable[[], Iterator[Tensor]]] = {}
 
@@ -106,6 +106,13 @@ class BlockStream:
         for part in later:
             stream.starts[part[0].index] = partial(_enter, model, blocks, part, tokens, batch)
         return stream
+
+    def move(self, device: torch.device) -> None:
+        """Blocks compute there from now on, and what leaves them stays there as far as there is room."""
+        self.device = device
+        stores = [store for store in (self.inputs, self.dense_inputs) if store is not None]
+        for store in stores:
+            store.room = room_on(device) // len(stores)
 
     def close(self) -> None:
         """Forget the activations."""

@@ -65,7 +65,7 @@ class Cutting:
         if self.stream is not None:
             started = time.perf_counter()
             stream = self.stream()
-            stream.device = self.device
+            stream.move(self.device)
             changed = compensate(stream, units, kept, damping=self.damping, bias=self.bias)
             stream.close()
             notes["compensation_seconds"] = round(time.perf_counter() - started, 3)

@@ -39,7 +39,7 @@ class Walk(LightningModule):
 
     def on_train_start(self) -> None:
         """Tell the stream where blocks compute."""
-        self.stream.device = self.device
+        self.stream.move(self.device)
 
     def training_step(self, block: Block, index: int) -> Tensor:
         """Log what is known of the pruned block, compute what enters the next, take the block off the accelerator.

@@ -90,7 +90,7 @@ class Counting(TorchDispatchMode):
                 if on_card(source):
                     self.syncs[line] += 1
                 return
-        if name in WAITS or (name in BOTH and any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])):
+        if name in WAITS or (name.strip("_").startswith("index") and any(x.dtype == torch.bool for x in given[1:])):
             self.syncs[line] += 1
         if name not in VIEWS and name != "_local_scalar_dense":
             self.launches[name] += 1
