@@ -87,11 +87,27 @@ def test_sums_over_two_processes_are_those_of_one_up_to_rounding(mode, tmp_path)
         assert close.float().mean() > 0.999, name
 
 
+@pytest.mark.parametrize(
+    ("stage", "apart"), [("sparsellm: {epochs: 2}", 0.02), ("lamp: {epochs: 4, solver: wanda}", 0.1)]
+)
+def test_stages_with_a_loop_of_their_own_share_their_work(stage, apart, tmp_path):
+    """Errors of the blocks as one process makes them; lamp's steps are other ones, as each process draws its own."""
+    errors = []
+    for devices in (1, 2):
+        done = fit(recipe(tmp_path, TINY, "prefix", devices), "--set", f"stages=[{{{stage}}}]")
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / f"prefix{devices}" / "report.json").read_text())
+        assert report["verified"] is True
+        errors.append(sum(report["error"].values()) / len(report["error"]))
+    assert abs(errors[1] / errors[0] - 1) < apart, errors
+
+
 def test_a_killed_process_ends_the_others_and_one_alone_goes_on(tmp_path, model, alone):
     script = tmp_path / "die.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from sparsekit import cli, commits\n"
+        "from sparsekit import cli\n"
+        "from sparsekit.walk import commits\n"
         "whole = commits.Commits.commit\n"
         "def commit(self, block):\n"
         "    if os.environ.get('LOCAL_RANK') == '1':\n"

@@ -46,6 +46,7 @@ def _effect(options: Mapping[str, Any]) -> Effect:
         reads=("text", "images"),
         gradients=True,
         corrections=("prefix",),
+        processes="many",
         walks=True,
     )
 
@@ -80,7 +81,7 @@ def lamp(
         turn: later blocks make up for rounding as they do for pruning.
     learning_rate: its peak; null: by the block's sparsity, see `rate_for`. A quarter of it is tried where it betters
         nothing.
-    batch: sequences in a step; null: as many as have 256 tokens, half of all at most. The recipe's calibration.batch,
+    batch: sequences in a step of each process; null: as many as have 256 tokens in all, half of all at most. The recipe's calibration.batch,
         how many are computed together elsewhere, does not count here.
     epochs, trainable (all, low-rank, norms-and-biases), rank, held_out (a share of the sequences), warmup, patience,
         per_token: see `reconstruct`
@@ -96,18 +97,21 @@ def lamp(
         )
     if all(pattern.sparsity == 0 for pattern in context.patterns.values()):
         raise ValueError("the pattern removes nothing, so that there is nothing to make up for: leave lamp out")
-    if len(context.tokens) < 2:
-        raise ValueError("lamp trains on some sequences and holds others out: give calibration at least 2 samples")
+    count = len(context.tokens) // context.team.size  # sequences of a process
+    if count < 2:
+        raise ValueError(
+            "lamp trains on some sequences and holds others out: give calibration at least 2 samples for each process"
+        )
     grid = None
     if quantize is not None:
         grid = OneShot(context.solver({"quantize": quantize}), context.patterns, context.seed, continues=True)
     length = math.prod(context.tokens.shape[1:]) if context.tokens.ndim == 2 else TOKENS  # a picture is a step
-    batch = batch or max(1, min(TOKENS // length, len(context.tokens) // 2))
+    batch = batch or max(1, min(TOKENS // length // context.team.size, count // 2))
     together = batch if batch * length <= TOGETHER else 1
-    if together >= len(context.tokens):
+    if together >= count:
         raise ValueError(
-            f"batch is {batch}, and there are {len(context.tokens)} sequences, of which some are held out: give a "
-            "smaller batch, or more samples"
+            f"batch is {batch}, and there are {count} sequences, of which some are held out: give a smaller batch, or "
+            "more samples"
         )
     stream = context.stream(LampStream, error_correction="model", batch=together)
     train = Lamp(

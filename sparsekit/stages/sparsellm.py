@@ -30,6 +30,7 @@ def _effect(options: Mapping[str, Any]) -> Effect:
         grid=grid_of(options["solver"]),
         reads=("text", "images"),
         corrections=CORRECTIONS,
+        processes="many",
         walks=True,
     )
 
@@ -121,7 +122,7 @@ class SparseLLM(Callback):
             return
         if not block.groups:
             return
-        part, seconds = find_part(block, walk.stream.inputs[0]), 0.0
+        part, seconds = walk.stream.team.tell(find_part(block, walk.stream.inputs[0]), 0), 0.0
         self.local.answers = {}
         with warnings.catch_warnings(record=True) as caught, tight():
             warnings.simplefilter("always")
