@@ -2,7 +2,7 @@
 
     python -m benchmarks.processes [--model smollm2-135m] [--samples 24] [--length 256] [--stages sparsegpt lamp ...]
 
-Start-up, loading, hashing and the proof from disk are in it; evaluation is not, as a recipe without `evaluate` has none.
+Start-up, loading, hashing and the proof from disk are in it; evaluation is not, as the recipe has no `evaluate`.
 """
 
 import argparse

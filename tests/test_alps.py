@@ -130,7 +130,7 @@ def test_one_factor_for_linears_of_one_input_and_fresh_ones_after_more_tokens():
     weight, x, _ = problem()
     stats, pattern = Stats.of(x), Unstructured(0.5)
     first = alps(weight, stats, pattern)
-    stats.cached(("alps", None, "mean"), lambda: pytest.fail("the normalised Gram was not kept"))
+    stats.cached(("alps", None, "mean", 0.5), lambda: pytest.fail("the first inverse was not kept"))
     assert torch.equal(alps(weight, stats, pattern), first)
     stats.add(x[:9] * 3)
     again = Stats.of(torch.cat([x, x[:9] * 3]))  # the same sums in another order: other last bits, no other answer

@@ -1,5 +1,7 @@
 """ALPS: support and weights together, by ADMM with a rising penalty."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -7,10 +9,11 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from sparsekit.maths import NM, Pattern, Ridge, Scope, Stats, thinned
-from sparsekit.solvers.refit import numbers_held, refit
+from sparsekit.solvers.refit import PIECE, numbers_held, refit
 
 _EXACT = 2**16  # the largest matrix of which every support is exact; of others only the last
 _THINNED = 17  # one in so many decides the threshold on the way
+_WIDE = 8192  # inputs up to which the first inverse is kept for other linears of the same
 _EVERY = 3  # iterations between two looks at the support
 _RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # for a change above this fraction of the support, this factor
 _LOWER, _SMALLEST, _LARGEST = 5.0, 1e-3, 1e6  # below that a Gram of low rank would have no inverse in float32
@@ -50,7 +53,7 @@ def alps(
     has one eigendecomposition for every rho; a Cholesky inverse for each is less work and gives the same iterates.
     Cost: an inverse (in^3 / 2 multiply-adds) every third iteration, one product (out, in) x (in, in) and one selection
     an iteration (in a large matrix with a threshold from a sample, except for the last), and refit: some 20 products.
-    Memory: four more matrices of the Gram's size, six of the weight's.
+    Memory: three more matrices of the Gram's size, five to eight of the weight's.
     Raises ValueError for a weight or init that is not finite or does not fit the statistics or the pattern.
     """
     stats.check_weight(weight, init)
@@ -60,48 +63,56 @@ def alps(
             "damping must be at least 0, iterations at least 1, rho and pace above 0, "
             f"not {damping}, {iterations}, {rho} and {pace}"
         )
-    added = stats.ridge(damping, ridge)  # (in,)
-    damped, norm = stats.cached(("alps", damping, ridge), lambda: _normalised(stats.gram, added))
+    diagonal = stats.gram.diagonal() + stats.ridge(damping, ridge)  # (in,)
+    norm = diagonal.sqrt() + 1e-8
+    inverse = partial(_inverse, stats.gram, diagonal / norm**2, norm)
     dense = weight.to(stats.gram)
-    linear = stats.target(dense).addcmul_(dense, added).div_(norm)  # (out, in)
-    start = (dense if init is None else init.to(dense)) * norm
-    first = stats.cached(("alps", damping, ridge, rho), lambda: _inverse(damped, rho))
-    free = _admm(start, linear, damped, first, pattern, iterations, rho, pace, per)
+    linear = stats.target(dense).addcmul_(dense, stats.ridge(damping, ridge)).div_(norm)  # (out, in)
+    start = partial(torch.mul, dense if init is None else init.to(dense), norm)
+    first = None
+    if stats.width <= _WIDE:  # linears of one input share it
+        first = stats.cached(("alps", damping, ridge, rho), lambda: inverse(rho))
+    free = _admm(start, linear, inverse, first, pattern, iterations, rho, pace, per)
     del start, linear, dense, first  # refit needs the room
-    kept = free.masked_fill_(~pattern.keep(free.abs(), per=per), 0).div_(norm)
+    kept = free.masked_fill_(_largest(free, pattern, per, exactly=True).logical_not_(), 0).div_(norm)
     del free
     return refit(weight, stats, pattern, kept.to(weight.dtype), damping=damping, ridge=ridge)
 
 
 def _memory(out: int, width: int) -> float:
     grams, size = width**2, out * width
-    return max(7.5 * size + 4.1 * grams, size + numbers_held(out, width) + 2.1 * grams)
+    shared = width <= _WIDE  # the first inverse
+    pieces = size if size <= PIECE else PIECE  # what is there twice for some of the rows at a time
+    return max(
+        5.3 * size + 2.2 * pieces + (2.1 + shared) * grams, size + numbers_held(out, width) + (0.1 + shared) * grams
+    )
 
 
 alps.memory = _memory  # type: ignore[attr-defined]  # see contracts.held
 
 
 def _admm(
-    start: Tensor,
+    start: Callable[[], Tensor],
     linear: Tensor,
-    damped: Tensor,
-    inverse: Tensor,
+    inverse_for: Callable[[float], Tensor],
+    inverse: Tensor | None,
     pattern: Pattern,
     iterations: int,
     rho: float,
     pace: float,
     per: Scope,
 ) -> Tensor:
-    """The last V, in normalised units. inverse: of `damped` with the first rho"""
-    sparse, dual = start, torch.zeros_like(start)
+    """The last V, in normalised units. inverse_for: (H + rho)^-1 by rho; inverse: that for the first, if it is known"""
+    sparse, dual = start(), torch.zeros_like(linear)
     before, raised = None, False
-    free = start
+    free = torch.empty_like(linear)
     for iteration in range(1, iterations + 1):
-        del free
-        free = torch.sub(linear, dual).add_(sparse, alpha=rho) @ inverse
+        inverse = inverse_for(rho) if inverse is None else inverse
+        for rows in _pieces(linear):
+            free[rows] = torch.sub(linear[rows], dual[rows]).add_(sparse[rows], alpha=rho) @ inverse
         point = dual.div_(rho).add_(free)
         del sparse
-        support = _largest(point.abs(), pattern, per)
+        support = _largest(point, pattern, per)
         sparse = point * support
         dual = point.sub_(sparse).mul_(rho)
         before = support if before is None else before
@@ -117,31 +128,31 @@ def _admm(
         elif rho <= _SMALLEST:
             break
         else:  # so strong a penalty that the first support never moved
-            rho, before, sparse, dual = max(rho / _LOWER, _SMALLEST), None, start, torch.zeros_like(start)
-        inverse = _inverse(damped, rho)
+            rho, before, sparse, dual = max(rho / _LOWER, _SMALLEST), None, start(), torch.zeros_like(linear)
+        inverse = None  # makes room for the next
     return free
 
 
-def _largest(score: Tensor, pattern: Pattern, per: Scope) -> Tensor:
-    """The support on the way: of a large matrix up to a threshold from a sample, as selecting is half of the work."""
-    if per != "matrix" or isinstance(pattern, NM) or score.numel() <= _EXACT:
-        return pattern.keep(score, per=per)
-    sample = thinned(score, score.numel() // _THINNED)
-    return score > sample.kthvalue(max(1, pattern.pruned(len(sample)))).values
+def _largest(values: Tensor, pattern: Pattern, per: Scope, exactly: bool = False) -> Tensor:
+    """The support of these values (out, in): of a large matrix, on the way, up to a threshold from a sample."""
+    if isinstance(pattern, NM) or per == "row":
+        return torch.cat([pattern.keep(values[rows].abs(), per=per) for rows in _pieces(values)])
+    if per != "matrix" or exactly or values.numel() <= _EXACT:
+        return pattern.keep(values.abs(), per=per)
+    sample = thinned(values, values.numel() // _THINNED).abs()
+    return values.abs() > sample.kthvalue(max(1, pattern.pruned(len(sample)))).values
 
 
-def _normalised(gram: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """H (in, in), the damped Gram with diagonal 1, and the norms (in,) by which it was divided on both sides."""
-    diagonal = gram.diagonal() + added
-    norm = diagonal.sqrt() + 1e-8
-    damped = gram / norm
-    damped.div_(norm.unsqueeze(1)).diagonal().copy_(diagonal / norm**2)
-    return damped, norm
+def _pieces(matrix: Tensor) -> Iterator[slice]:
+    """Its rows, some at a time where there are many."""
+    step = max(1, PIECE // matrix.shape[1])
+    return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
-def _inverse(damped: Tensor, rho: float) -> Tensor:
-    shifted = damped.clone()
-    shifted.diagonal().add_(rho)
+def _inverse(gram: Tensor, diagonal: Tensor, norm: Tensor, rho: float) -> Tensor:
+    """(H + rho)^-1, H being the Gram divided by `norm` (in,) on both sides, with this diagonal (in,)."""
+    shifted = gram / norm
+    shifted.div_(norm.unsqueeze(1)).diagonal().copy_(diagonal + rho)
     factor = torch.linalg.cholesky(shifted)
     del shifted
     return torch.cholesky_inverse(factor)

@@ -81,8 +81,8 @@ def lamp(
         turn: later blocks make up for rounding as they do for pruning.
     learning_rate: its peak; null: by the block's sparsity, see `rate_for`. A quarter of it is tried where it betters
         nothing.
-    batch: sequences in a step of each process; null: as many as have 256 tokens in all, half of all at most. The recipe's calibration.batch,
-        how many are computed together elsewhere, does not count here.
+    batch: sequences in a step of each process; null: as many as have 256 tokens in all, half of all at most. The
+        recipe's calibration.batch, how many are computed together elsewhere, does not count here.
     epochs, trainable (all, low-rank, norms-and-biases), rank, held_out (a share of the sequences), warmup, patience,
         per_token: see `reconstruct`
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-M_MMAP_THRESHOLD = -3  # of <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+KEPT = 2**30  # bytes of freed memory that the C library may keep between two calls of `give_back`
 _LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -55,11 +56,13 @@ def tight() -> Iterator[None]:
     if not hasattr(_LIBC, "mallopt"):
         yield
         return
+    _LIBC.malloc_trim(0)
     _LIBC.mallopt(M_MMAP_THRESHOLD, 2**20)
     try:
         yield
     finally:
         _LIBC.mallopt(M_MMAP_THRESHOLD, 2**25)  # as far as glibc itself raises it
+        _LIBC.mallopt(M_TRIM_THRESHOLD, KEPT)  # which it would raise as well, had nobody set the other
         _LIBC.malloc_trim(0)
 
 

@@ -15,7 +15,7 @@ from sparsekit.system import ActivationStore, Team, give_back, meet, room_on
 from sparsekit.walk.commits import Commits
 from sparsekit.walk.turns import Given, in_turns
 
-SMALL = 512  # inputs of a linear whose Gram matrix is not worth asking the system for its memory back
+SMALL = 2048  # inputs of a linear whose Gram matrix is not worth asking the system for its memory back
 ERROR_CORRECTIONS = ("prefix", "none", "block", "model")
 
 
