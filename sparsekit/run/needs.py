@@ -1,6 +1,6 @@
 """What each stage holds in memory beside activations, and how a budget is kept: by the same numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from sparsekit.run.methods import statistics_for
 from sparsekit.system import human_size
 from sparsekit.walk import TOGETHER, in_turns
 
-PROCESS = 8 * 10**8  # bytes of Python and its libraries, without any model
+PROCESS = 6 * 10**8  # bytes of Python and its libraries, without any model
 LEAST = 64 * 10**6  # of activations: a few chunks
 TRAINED = 20  # bytes a parameter of a block in training: float32 and best copy, gradient, two moments of AdamW
 
@@ -55,7 +55,7 @@ def memory_needs(
             continue
         parts = _walk(recipe, solvers, blocks, dtype)
         if effect_of(stages[-1]).gradients:  # in turn: a block is trained, and pruned
-            pruning = {what: parts.pop(what) for what in ("its Gram matrices", "its largest linear")}
+            pruning = {what: parts.pop(what) for what in ("Gram matrices that are left", "the linear that is solved")}
             training = {"training it": TRAINED * max(map(_parameters, blocks))}
             parts |= pruning if sum(pruning.values()) > sum(training.values()) else training
         found[" -> ".join(stage.name for stage in stages)] = parts
@@ -80,29 +80,39 @@ def _walk(recipe: Recipe, solvers: Sequence[Stage], blocks: list[Block], dtype: 
     coupled = recipe.error_correction in ("block", "model")
     largest = max(map(_parameters, blocks))
     functions = [registry.load("solvers", stage.name) for stage in solvers]
-    shapes = {linear.shape for block in blocks for linear in block.linears.values()}
-    shapes |= {_together(block, group) for block in blocks for group in block.groups}
     given = 4 * len(solvers)  # bytes a weight: the dense one, and the answers that later solvers of a chain start from
+
+    def solving(shape: tuple[int, int]) -> int:
+        return given * shape[0] * shape[1] + max(held(each, *shape) for each in functions)
+
+    norms = statistics_for(solvers) is Norms
+    grams, linear = max((_step(block, coupled, norms, solving) for block in blocks), key=sum)
     return {
         "process": PROCESS,
         "a block, twice" if coupled else "a block": largest * dtype.itemsize * (2 if coupled else 1),
         "its masks": largest,
-        "its Gram matrices": 0 if statistics_for(solvers) is Norms else max(_grams(b, coupled) for b in blocks),
-        "its largest linear": max(given * out * n + held(each, out, n) for each in functions for out, n in shapes),
+        "Gram matrices that are left": grams,
+        "the linear that is solved": linear,
     }
 
 
-def _grams(block: Block, coupled: bool) -> int:
-    sizes = [4 * block.linears[names[0]].shape[1] ** 2 for names in block.groups]
-    if coupled:  # one group after another, with what the dense stream adds
-        return 3 * max(sizes, default=0)
-    return max(sum(sizes[group] for group in turn) for turn in in_turns(block, 0))
+def _step(block: Block, coupled: bool, norms: bool, solving: Callable[[tuple[int, int]], int]) -> tuple[int, int]:
+    """Bytes of Grams, and of what is solved, where they are most together: a group's Gram goes once it is solved."""
+    sizes = [0 if norms else 4 * block.linears[names[0]].shape[1] ** 2 for names in block.groups]
+    steps = [(0, 0)]
+    for turn in in_turns(block, 0):
+        for place, group in enumerate(turn):
+            shapes = {block.linears[name].shape for name in block.groups[group]} | {_together(block, group)}
+            left = 3 * sizes[group] if coupled else sum(sizes[each] for each in turn[place:])
+            steps.append((left, max(map(solving, shapes))))
+    return max(steps, key=sum)
 
 
-def _together(block: Block, group: list[str]) -> tuple[int, int]:
+def _together(block: Block, group: int) -> tuple[int, int]:
     """The shape of what may be solved in one call, of the linears of one input."""
-    width = block.linears[group[0]].shape[1]
-    return min(sum(block.linears[name].shape[0] for name in group), -(-TOGETHER // width)), width
+    shapes = [block.linears[name].shape for name in block.groups[group]]
+    width = shapes[0][1]
+    return min(sum(out for out, _ in shapes), -(-TOGETHER // width)), width
 
 
 def _parameters(block: Block) -> int:

@@ -102,19 +102,22 @@ def _admm(
     pace: float,
     per: Scope,
 ) -> Tensor:
-    """The last V, in normalised units. inverse_for: (H + rho)^-1 by rho; inverse: that for the first, if it is known"""
-    sparse, dual = start(), torch.zeros_like(linear)
+    """The last V, in normalised units. inverse_for: (H + rho)^-1 by rho; inverse: that for the first, if it is known
+
+    Of D and Y their sum is kept, in `point` = V + Y / rho: where the support is true it is D, elsewhere Y over the rho
+    of its making, which is `made`.
+    """
+    point, support, made = start(), torch.ones_like(linear, dtype=torch.bool), rho
     before, raised = None, False
     free = torch.empty_like(linear)
     for iteration in range(1, iterations + 1):
         inverse = inverse_for(rho) if inverse is None else inverse
         for rows in _pieces(linear):
-            free[rows] = torch.sub(linear[rows], dual[rows]).add_(sparse[rows], alpha=rho) @ inverse
-        point = dual.div_(rho).add_(free)
-        del sparse
-        support = _largest(point, pattern, per)
-        sparse = point * support
-        dual = point.sub_(sparse).mul_(rho)
+            dual = point[rows].masked_fill(support[rows], 0).mul_(made)
+            sparse = point[rows].mul_(support[rows])
+            free[rows] = torch.sub(linear[rows], dual).add_(sparse, alpha=rho) @ inverse
+            point[rows] = dual.div_(rho).add_(free[rows])
+        support, made = _largest(point, pattern, per), rho
         before = support if before is None else before
         if iteration % _EVERY or iteration == iterations:
             continue
@@ -128,7 +131,8 @@ def _admm(
         elif rho <= _SMALLEST:
             break
         else:  # so strong a penalty that the first support never moved
-            rho, before, sparse, dual = max(rho / _LOWER, _SMALLEST), None, start(), torch.zeros_like(linear)
+            rho, before, support = max(rho / _LOWER, _SMALLEST), None, torch.ones_like(support)
+            point.copy_(start())
         inverse = None  # makes room for the next
     return free
 
