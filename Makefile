@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all test-chaos test-device lint setup
+.PHONY: demo test test-all test-chaos test-device test-gpu lint setup
 
 demo: setup
 	$(BIN)/sparsekit fit --recipe recipes/demo.yaml --resume
@@ -20,6 +20,10 @@ test-all: setup lint test-device
 # where tensors are, and what a card would be asked to do, on a device that is CPU memory; needs a C++ compiler
 test-device: setup
 	$(PYTEST) -m device tests/device
+
+# the same on the accelerator that torch finds
+test-gpu: setup
+	$(BIN)/pytest -m gpu tests/device
 
 # kills, full disks, damages and senseless recipes; CHAOS="--recipes 5000 --kills 2000" for more
 test-chaos: setup
