@@ -112,7 +112,8 @@ def lora(
             f"merge: false writes an adapter of peft, which knows no linear called {min(inside)}: experts lie in one "
             "parameter there; merge, or give targets without experts"
         )
-    stored = Stored(context.model, wide=precision(context.device) == "32-true")
+    summed = {f"{name}.weight" for name in chosen & masks.keys()} if variant != "prune" and not dropout else set()
+    stored = Stored(context.model, wide=precision(context.device) == "32-true", narrow=summed)
     free = flat_parameters(context.blocks, biases, norms)
     layers = attach_updates(
         context.model,

@@ -1,6 +1,6 @@
 """What `lora` and `finetune` share: text, precision, checkpointed activations, and the parts Trainer.fit takes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,14 +105,15 @@ class Stored:
     """A model's parameters as they were stored, while it is trained: what they were is what they become again.
 
     wide: it computes in float32 meanwhile. Otherwise half precision stays what it is, beside float32 leaves.
+    narrow: parameters that stay what they are even so, as whoever computes with them makes them wide
     """
 
-    def __init__(self, model: nn.Module, wide: bool):
+    def __init__(self, model: nn.Module, wide: bool, narrow: Collection[str] = ()):
         self.model = model
         self.kinds = {name: (tensor.dtype, tensor.requires_grad) for name, tensor in _named(model)}
         self.masters: dict[str, Tensor] = {}
-        for _, tensor in _named(model):
-            if wide and tensor.dtype in HALF:
+        for name, tensor in _named(model):
+            if wide and name not in narrow and tensor.dtype in HALF:
                 tensor.data = tensor.data.float()
         model.requires_grad_(False)
 
