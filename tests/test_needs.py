@@ -42,7 +42,7 @@ def test_a_second_block_and_a_training_are_counted(tmp_path: Path, models: Path)
     (parts,) = planned.needs.values()
     assert parts["a block, twice"] == 8 * parts["its masks"]  # float32, two copies; a byte a weight
     (parts,) = _plan(tmp_path, models, stages="[lamp]").needs.values()
-    assert parts["training it"] == 20 * parts["its masks"] and "Gram matrices that are left" not in parts
+    assert parts["training it"] == 21 * parts["its masks"] and "Gram matrices that are left" not in parts
 
 
 def test_a_budget_gives_activations_what_is_left(tmp_path: Path, models: Path) -> None:

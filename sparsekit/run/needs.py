@@ -15,7 +15,7 @@ from sparsekit.walk import TOGETHER, in_turns
 
 PROCESS = 6 * 10**8  # bytes of Python and its libraries, without any model
 LEAST = 64 * 10**6  # of activations: a few chunks
-TRAINED = 20  # bytes a parameter of a block in training: float32 and best copy, gradient, two moments of AdamW
+TRAINED = 21  # bytes a parameter of a block in training: float32 and best copy, gradient, moments of AdamW; measured
 
 Needs = dict[str, int]  # what -> bytes
 
