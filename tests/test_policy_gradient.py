@@ -213,7 +213,7 @@ def learner(small, steps=30, score=None, testing=TEXT[:2], **options):
 def learn(small, steps=30, loader=None, callbacks=(), resume=None, loss=None, **options):
     module = learner(small, steps, **options)
     if loss is not None:
-        module._loss = loss
+        module._losses = lambda tokens, masks: torch.tensor([loss(tokens, each) for each in masks], dtype=torch.float64)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,

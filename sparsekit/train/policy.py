@@ -189,18 +189,25 @@ class PolicyGradient(LightningModule):
         return self.text[torch.stack(chosen)]
 
     @torch.no_grad()
-    def _loss(self, tokens: Tensor, kept: Tensor) -> float:
-        """Mean cross-entropy (nats) of the next token under a mask (units,), over all processes."""
+    def _losses(self, tokens: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """Mean cross-entropy (nats) of the next token under each of some masks (units,), float64.
+
+        Pairs of a mask and a sequence are dealt out to the processes in turn, so that each has equally many.
+        """
         model, blocks = self.outside
-        mine = tokens[self.team.rank :: self.team.size]
-        total = 0.0
-        if len(mine):
-            with masking(blocks, self.units) as mask:
-                mask(kept)
-                total = float(losses(model, mine, batch=len(mine)).sum())
-        sums = torch.tensor([total, len(mine)], dtype=torch.float64)
+        sums = torch.zeros(len(masks), dtype=torch.float64)
+        for number, kept in enumerate(masks):
+            first = (self.team.rank - number * len(tokens)) % self.team.size
+            mine = tokens[first :: self.team.size]
+            if len(mine):
+                with masking(blocks, self.units) as mask:
+                    mask(kept)
+                    sums[number] = float(losses(model, mine, batch=len(mine)).sum())
         self.team.sum([sums])
-        return float(sums[0] / sums[1])
+        return sums / len(tokens)
+
+    def _loss(self, tokens: Tensor, kept: Tensor) -> float:
+        return float(self._losses(tokens, [kept]))
 
     def training_step(self, batch: Tensor, index: int) -> None:
         """Draw masks, measure them, move the probabilities, project them."""
@@ -208,7 +215,7 @@ class PolicyGradient(LightningModule):
         tokens = self._tokens(step)
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
         masks = bernoulli.sample(self.probabilities, self.draws, generator, self.antithetic)  # (draws, groups)
-        seen = torch.tensor([self._loss(tokens, each[self.groups.number] > 0) for each in masks], dtype=torch.float64)
+        seen = self._losses(tokens, [each[self.groups.number] > 0 for each in masks])
         advantages = self._advantages(seen, tokens).to(self.probabilities)
         loss = bernoulli.surrogate(self.probabilities, masks.to(self.probabilities), advantages)
         optimizer = self.optimizers()
