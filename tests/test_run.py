@@ -254,7 +254,7 @@ def test_eval_and_verify_take_a_run(finished, capsys):
 
 def test_an_unfinished_run_is_continued_or_refused_with_the_difference(finished, tmp_path):
     file = recipe(tmp_path)
-    script = KILLER.replace("{how}", "kill(walk.OneShot, '_solve', before=10)")
+    script = KILLER.replace("{how}", "kill(walk.OneShot, '_solve', before=6)")  # a block has four inputs of linears
     assert process(script, file).returncode == -signal.SIGKILL
     again = fit(file)
     assert again.returncode == 2 and "unfinished run with 1 committed blocks" in again.stderr

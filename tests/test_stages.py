@@ -141,7 +141,7 @@ def test_options_out_of_range_are_said_before_a_block_is_pruned(option, said, tm
 
 
 def test_a_stage_runs_in_one_process(tmp_path):
-    done = fit(recipe(tmp_path), "--set", "stages=[lamp]", "trainer.devices=2")
+    done = fit(recipe(tmp_path), "--set", "stages=[maskllm]", "trainer.devices=2")
     assert done.returncode == 2 and "runs in one process" in done.stderr
 
 

@@ -66,6 +66,11 @@ def sparsegpt(
     columns = start.t().clone(memory_format=torch.contiguous_format)  # (in, out): a column in one piece
     columns[stats.gram.diagonal() == 0] = 0
     _prune(columns, upper, pattern, block, nearest)
+    if not columns.isfinite().all():
+        raise ValueError(
+            "the answer contains NaN or Inf, since weights and inputs are too large for products in float32; "
+            "look at the block before, or leave this layer out"
+        )
     return columns.t().contiguous().to(weight.dtype)
 
 

@@ -14,13 +14,18 @@ import torch
 
 def pytest_ignore_collect(collection_path: Any, config: pytest.Config) -> bool | None:
     """They are asked for by `-m device` or `-m gpu`."""
-    return None if config.getoption("markexpr") in ("device", "gpu") else True
+    return None if _asked(config) else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """They are what was asked for."""
-    for item in items:
-        item.add_marker(getattr(pytest.mark, config.getoption("markexpr")))
+    """They are what was asked for; the hook is given all tests of the session."""
+    for item in items if _asked(config) else ():
+        item.add_marker(getattr(pytest.mark, _asked(config)))
+
+
+def _asked(config: pytest.Config) -> str:
+    asked = config.getoption("markexpr")
+    return asked if asked in ("device", "gpu") else ""
 
 
 @pytest.fixture(scope="session")
