@@ -2,7 +2,8 @@
 
     python -m benchmarks.walk_cost [--model smollm2-135m] [--samples 24] [--length 256] [--pattern 2:4] [--blocks N]
 
-Bare work: two forward passes of every block over the same tokens, and the Gram products of every group. For each solver
+Bare work: two forward passes of every block over the same tokens, and, for a solver that needs them, the Gram products
+of every group. For each solver
 the whole walk (capture, solving, error of every linear, inputs of the next block, commits to disk) is timed between two
 measurements of the bare work, and the ratio is to their mean, so that a machine that changes speed does not matter.
 """
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from sparsekit.contracts import needs_gram
 from sparsekit.data import calibration_tokens
 from sparsekit.model import discover, first_inputs, load_plain
 from sparsekit.recipe import load_recipe
+from sparsekit.registry import load
 from sparsekit.run import make_plan, run_stages
 from sparsekit.system import Meter, hardware, session, versions
 
@@ -99,7 +102,8 @@ def main() -> None:
     for solver in given.solvers:
         parts = walk(given.recipe, [*overrides, f"stages=[{solver}]"], tokens, given.blocks)
         after = bare_work(model, tokens, planned.batch, given.blocks)
-        bare = sum(before.values()) / 2 + sum(after.values()) / 2
+        parts_of_it = ("forward", "gram") if needs_gram(load("solvers", solver)) else ("forward",)
+        bare = sum((before[part] + after[part]) / 2 for part in parts_of_it)
         ratio = parts["total"] / bare
         results[solver] = {"ratio": ratio, "walk": parts, "bare_before": before, "bare_after": after}
         print(

@@ -141,7 +141,7 @@ class Stats(Norms):
 
     @torch.no_grad()
     def estimate(self, weight: Tensor, dense_weight: Tensor) -> float:
-        """`error` as cheaply as it can be had: of wide layers on 512 to 1024 tokens evenly over all, else exactly."""
+        """`error` as cheaply as it can be had: of wide layers on the sample that `Norms` keeps, else exactly."""
         if self.width <= 2 * SAMPLE or not self._sample:
             return self.error(weight, dense_weight)
         return Norms.error(self, weight, dense_weight, Norms.energy(self, dense_weight))

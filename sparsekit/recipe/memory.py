@@ -20,7 +20,8 @@ class Memory(Section):
     activations: Annotated[int, BeforeValidator(values.in_bytes, json_schema_input_type=int | str)] = Field(
         default=4 * 10**9,
         gt=0,
-        description='of calibration activations in CPU memory, in bytes or as "4GB"; the rest is on disk',
+        description='of calibration activations in CPU memory, and on an accelerator, in bytes or "4GB"; the rest is '
+        "on disk",
     )
     statistics: Annotated[int, BeforeValidator(values.in_bytes, json_schema_input_type=int | str)] = Field(
         default=4 * 10**9,

@@ -15,8 +15,7 @@ WIDE = 32  # columns of a strip that the kernel takes, at most
 TILE = 128  # outputs that one program of the kernel works on
 
 
-@torch.library.custom_op("sparsekit::prune_strip", mutates_args=("columns", "scale", "errors"))
-def prune_strip(columns: Tensor, upper: Tensor, scale: Tensor, errors: Tensor, kept: int, group: int) -> None:
+def plain(columns: Tensor, upper: Tensor, scale: Tensor, errors: Tensor, kept: int, group: int) -> None:
     """Prune a strip of a weight in place; what its columns lose is in `errors`, for the columns behind it.
 
     columns: (strip, out), a column of the weight in each row. upper: (strip, strip), upper triangular: column j makes
@@ -34,6 +33,9 @@ def prune_strip(columns: Tensor, upper: Tensor, scale: Tensor, errors: Tensor, k
             torch.div(pattern.lowest(cost), pivot[here], out=scale[here])
         error = torch.mul(columns[j], scale[j], out=errors[j])
         columns[j + 1 :].addr_(upper[j, j + 1 :], error, alpha=-1)
+
+
+prune_strip = torch.library.custom_op("sparsekit::prune_strip", plain, mutates_args=("columns", "scale", "errors"))
 
 
 @prune_strip.register_fake
@@ -98,10 +100,10 @@ def kernel() -> Any:
 
 
 def launch(strip: Any, columns: Tensor, upper: Tensor, scale: Tensor, errors: Tensor, kept: int, group: int) -> None:
-    """Run the kernel on what `prune_strip` is given; where it cannot take that, the plain form."""
+    """Run the kernel on what `prune_strip` is given; wider strips and float64, which it cannot take, by `plain`."""
     count, out = columns.shape
     if count > WIDE or columns.dtype != torch.float32 or any(t.stride(1) != 1 for t in (columns, upper, scale, errors)):
-        prune_strip._init_fn(columns, upper, scale, errors, kept, group)
+        plain(columns, upper, scale, errors, kept, group)
         return
     strides = [tensor.stride(0) for tensor in (columns, upper, scale, errors)]
     sizes = {"STRIP": max(16, 1 << (count - 1).bit_length()), "GROUP": group, "GONE": group - kept, "TILE": TILE}

@@ -108,11 +108,11 @@ class BlockStream:
         return stream
 
     def move(self, device: torch.device) -> None:
-        """Blocks compute there from now on, and what leaves them stays there as far as there is room."""
+        """Blocks compute there from now on; what leaves them stays there, up to half of what is free and the budget."""
         self.device = device
         stores = [store for store in (self.inputs, self.dense_inputs) if store is not None]
         for store in stores:
-            store.room = room_on(device) // len(stores)
+            store.room = min(room_on(device) // len(stores), store.budget)
 
     def close(self) -> None:
         """Forget the activations."""
