@@ -15,6 +15,7 @@ from sparsekit.model import Experts, adopt, discover, first_inputs, join_experts
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.system import ActivationStore
 from sparsekit.walk import BlockStream
+from sparsekit.walk.stream import ERROR_CORRECTIONS
 from sparsekit.walk.turns import in_turns
 
 BASE = {
@@ -187,7 +188,7 @@ def test_the_gram_is_that_of_the_experts_tokens_and_of_some_others(family):
         assert experts.routed[index] == routed
 
 
-@pytest.mark.parametrize("mode", ["prefix", "none", "block", "model"])
+@pytest.mark.parametrize("mode", ERROR_CORRECTIONS)
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_experts_are_pruned_whatever_the_error_correction(family, mode):
     model = model_of(family)

@@ -63,6 +63,20 @@ def test_saved_it_is_a_run_and_is_proved_from_disk(tmp_path: Path, capsys: Any) 
     assert again.verified and same(again.model, model) and again.masks.keys() == result.masks.keys()
 
 
+def test_a_block_is_solved_group_after_group() -> None:
+    """error_correction: sequential, the option true-sequential of SparseGPT's and GPTQ's code."""
+    answers = {}
+    for mode in ("prefix", "sequential"):
+        model, tokenizer = loaded()
+        settings: dict[str, Any] = {"pattern": "2:4", "stages": ["sparsegpt"], "calibration": TOKENS}
+        result = sparsekit.prune(model, tokenizer, error_correction=mode, **settings)
+        assert result.verified
+        answers[mode] = result.masks
+    first = [name for name in answers["prefix"] if ".layers.0." in name]
+    same_masks = {name.rpartition(".")[2] for name in first if torch.equal(*(answers[mode][name] for mode in answers))}
+    assert same_masks == {"q_proj", "k_proj", "v_proj"}  # what enters the others depends on what is pruned before
+
+
 def test_damage_after_pruning_is_seen(tmp_path: Path) -> None:
     model, tokenizer = loaded()
     result = sparsekit.prune(model, tokenizer, pattern="2:4", stages=["magnitude"], calibration=TOKENS)

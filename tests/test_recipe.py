@@ -365,7 +365,7 @@ def test_schema_knows_the_installed_names(plugin: None) -> None:
     whole = json_schema()
     names, full = whole["properties"]["stages"]["items"]["anyOf"]
     assert {"wanda", "refit", "lo-ra", "lasso"} <= set(names["enum"])
-    assert set(full["properties"]["refit"]["properties"]) == {"damping", "ridge", "iterations", "tolerance"}
+    assert set(full["properties"]["refit"]["properties"]) == {"damping", "ridge", "iterations", "tolerance", "targets"}
     rules, full = whole["properties"]["allocation"]["anyOf"]
     assert {"owl", "stairs", "uniform"} <= set(rules["enum"])
     assert set(full["properties"]["owl"]["properties"]) == {"threshold", "spread"}

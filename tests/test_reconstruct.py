@@ -61,6 +61,16 @@ def test_zeros_stay_and_the_error_falls(trainable, per_token, dtype):
     assert any("proj" in name for name in changed) == (trainable != "norms-and-biases")
 
 
+def test_another_optimizer_takes_other_steps():
+    ends = {}
+    for optimizer in ("adamw", "sgd"):
+        block, inputs, targets, masks = pruned_block()
+        record = reconstruct(block, inputs, targets, masks=masks, optimizer=optimizer, learning_rate=3e-3, epochs=3)
+        assert record["after"] < record["before"]
+        ends[optimizer] = record["after"]
+    assert ends["adamw"] != ends["sgd"]
+
+
 @pytest.mark.parametrize("learning_rate", [3.0, 1e30])
 def test_no_learning_rate_can_make_it_worse(learning_rate):
     block, inputs, targets, masks = pruned_block()
@@ -219,6 +229,7 @@ def test_the_module_is_left_as_it_was():
         ({"trainable": "lora"}, 'trainable is "lora", must be "all" or "low-rank" or "norms-and-biases"'),
         ({"epochs": -1}, "epochs is -1, must be at least 0"),
         ({"batch": 0}, "batch is 0"),
+        ({"optimizer": "adam"}, 'optimizer is "adam", must be "adamw" or "sgd"'),
         ({"held_out": 1.0}, "held_out is 1.0, must be at least 0 and below 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         (

@@ -11,6 +11,7 @@ from sparsekit.maths import parse
 from sparsekit.model import discover, kind_of, load_plain, meant, split_experts
 
 MOE = Path(__file__).parent / "models" / "tiny-moe"
+LLAMA = MOE.parent / "tiny-llama"
 TEXT = {"source": "python-docs", "samples": 4, "length": 32}
 
 
@@ -112,3 +113,35 @@ def test_folders_that_are_no_checkpoint_are_told_what_to_do(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(f'model: {tmp_path}/adaptr\npattern: "50%"\nstages: [magnitude]')
     assert main(["fit", "--recipe", str(tmp_path / "r.yaml"), "--dry-run"]) == 2
     assert "did you mean" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_later_solver_can_be_for_some_linears_alone():
+    """DSnoT on attention alone, as its published code has it: elsewhere stays what the solver before found."""
+    chain = ["wanda", {"dsnot": {"targets": "attention"}}]
+    found = {}
+    for stages in (["wanda"], ["wanda", "dsnot"], chain):
+        result = sparsekit.prune(*load_plain(LLAMA), pattern="50%", stages=stages, calibration=TEXT)
+        assert result.verified
+        found[str(stages)] = result.masks
+    alone, everywhere, attention = found.values()
+    for name, kept in attention.items():
+        mixes = ".layers.0.self_attn." in name  # later blocks are given other inputs
+        assert torch.equal(kept, (everywhere if mixes else alone)[name]) or ".layers.0." not in name, name
+    first = "model.layers.0.self_attn.q_proj"
+    assert not torch.equal(attention[first], alone[first])
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([{"wanda": {"targets": ["attention"]}}], "goes on with another's answer: use the recipe's own key `targets`"),
+        (["wanda", {"refit": {"targets": []}}], "is [], must be a name, or a list of names"),
+        (["wanda", {"refit": {"targets": ["q_prj"]}}], "targets of `refit`: `q_prj` means no linear of this model"),
+        (["wanda", {"quantize": {"targets": "mlp"}}], "a stage that quantizes takes all linears"),
+        ([{"lamp": {"solver": ["wanda", {"refit": {"targets": "mlp"}}]}}], "unknown option `targets`"),
+    ],
+)
+def test_targets_of_a_stage_are_checked(stages, said):
+    with pytest.raises(ValueError) as caught:
+        sparsekit.prune(*load_plain(LLAMA), pattern="50%", stages=stages, calibration=TEXT)
+    assert said in " ".join(str(caught.value).split())

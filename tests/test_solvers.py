@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsekit.allocators.uniform import uniform
-from sparsekit.maths import NM, Stats, Unstructured, chain, parse
+from sparsekit.maths import NM, Stats, Unstructured, chain, has_pattern, parse
 from sparsekit.solvers.magnitude import magnitude
 from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
@@ -160,6 +160,37 @@ def test_scores_against_brute_force(name, pattern):
             expected[i] = 0
     answer = {"magnitude": magnitude, "wanda": wanda}[name](weight, Stats.of(x), pattern)
     assert torch.equal(answer.flatten(), expected)
+
+
+@pytest.mark.parametrize("pattern", ["50%", "70%", "2:4"])
+def test_wanda_by_share_against_the_published_search(pattern):
+    """Its code halves alpha, the share of a row's sum that goes, until the sparsity is near; here counts are exact."""
+    weight, x, _ = problem(seed=3)
+    weight = weight * torch.linspace(0.2, 3, len(weight)).unsqueeze(1).exp()  # rows that are spread differently
+    pattern, stats = parse(pattern), Stats.of(x)
+    answer = wanda(weight, stats, pattern, per="share")
+    if isinstance(pattern, NM):
+        assert torch.equal(answer, wanda(weight, stats, pattern))
+        return
+    score = (weight.abs() * stats.squares.sqrt()).double()
+    ordered, low, high = score.sort(1).values, 0.0, 1.0
+    for _ in range(60):  # every row loses its lowest scores as long as their sum is at most alpha of all
+        alpha = (low + high) / 2
+        counts = (ordered.cumsum(1) <= alpha * ordered.sum(1, keepdim=True)).sum(1)
+        low, high = (alpha, high) if counts.sum() <= pattern.pruned(score.numel()) else (low, alpha)
+    counts = (ordered.cumsum(1) <= low * ordered.sum(1, keepdim=True)).sum(1)
+    assert counts.sum() == pattern.pruned(score.numel()) and len(set(counts.tolist())) > 1
+    for row, scores, count in zip(answer, score, counts, strict=True):
+        assert set((row == 0).nonzero().flatten().tolist()) == set(scores.argsort()[:count].tolist())
+
+
+@pytest.mark.parametrize("solver", [magnitude, wanda, partial(wanda, per=8), sparsegpt, partial(sparsegpt, block=4)])
+@pytest.mark.parametrize("shape", [(24, 1), (1, 24)])
+def test_a_single_row_or_column_loses_its_share_too(solver, shape):
+    weight, inputs = torch.randn(shape), torch.randn(64, shape[1])
+    answer = solver(weight, Stats.of(inputs), Unstructured(0.5))
+    assert int((answer == 0).sum()) == 12 and has_pattern(answer, Unstructured(0.5))
+    assert not has_pattern(weight, Unstructured(0.5))  # nothing pruned is not half
 
 
 # ---- sparsegpt

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build, committing
+from families import GROUPED, build, committing
 from lightning.pytorch import Trainer
 
 from sparsekit.data import sample, windows
@@ -20,6 +20,10 @@ from sparsekit.stages.sparsellm import find_part, sparsellm
 from sparsekit.testing import begin, context
 from sparsekit.walk import BlockStream, Commit, OneShot, Walk
 
+FUSED = {
+    "Phi3": GROUPED | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5},
+    "Glm": GROUPED | {"head_dim": 8, "attention_bias": False},
+}
 TOKENS = torch.randint(1, 96, (6, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -57,7 +61,7 @@ def local(model, tokens=TOKENS, pattern="2:4", solver=sparsegpt):
 
 
 def first_block(family, dtype=torch.float32, settings=None):
-    model = build(family, settings=settings).to(dtype)
+    model = build(family, settings=settings or FUSED.get(family)).to(dtype)
     blocks = discover(model, TOKENS[:1, :8])
     return blocks[0], BlockStream.over(model, blocks, TOKENS, batch=2).inputs[0]
 
@@ -72,13 +76,16 @@ def first_block(family, dtype=torch.float32, settings=None):
         ("OPT", "relu", ["fc1", "fc2"]),
         ("GPT2", "gelu_tanh", ["c_fc", "c_proj"]),
         ("GPTNeoX", "gelu", ["dense_h_to_4h", "dense_4h_to_h"]),
+        ("Phi3", "silu", ["gate_up_proj", "gate_up_proj", "down_proj"]),  # halves of one linear
+        ("Glm", "silu", ["gate_up_proj", "gate_up_proj", "down_proj"]),
         ("Phi", "gelu_tanh", ["fc1", "fc2"]),  # in parallel to the attention, whose q, k and v read the same
     ],
 )
 def test_parts_are_found_by_what_they_do(family, activation, roles, dtype):
     block, hidden = first_block(family, dtype)
     found, names = find_part(block, hidden)
-    assert [name.rsplit(".", 1)[1] for name in names.values()] == roles
+    order = [role for role in ("gate", "up", "down") if role in names]
+    assert [names[role][0].rsplit(".", 1)[1] for role in order] == roles
     assert found == activation or (dtype == torch.bfloat16 and {found, activation} == {"gelu", "gelu_tanh"})
 
 
@@ -92,6 +99,54 @@ def test_other_blocks_are_left_to_the_solver_with_a_warning(family):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), alone.state_dict().values(), strict=True))
     said = [warning for record in blocks[0].records.values() for warning in record["warnings"]]
     assert any("has no feed-forward part that sparsellm knows" in warning for warning in said)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_halves_of_one_linear_are_pruned_as_two_linears(pattern):
+    """The same weights, fused as Phi-3 has them, and apart as LLaMA has them, give the same answers."""
+    fused, apart = (build(family, settings=FUSED["Phi3"]) for family in ("Phi3", "Llama"))
+    tensors = fused.state_dict()
+    for name in list(tensors):
+        if "qkv_proj" in name:
+            for letter, rows in zip("qkv", tensors.pop(name).split([32, 16, 16]), strict=True):
+                tensors[name.replace("qkv", letter)] = rows
+        elif "gate_up_proj" in name:
+            for half, rows in zip(("gate", "up"), tensors.pop(name).chunk(2), strict=True):
+                tensors[name.replace("gate_up", half)] = rows
+    apart.load_state_dict(tensors)
+    torch.testing.assert_close(fused(TOKENS).logits, apart(TOKENS).logits)
+    options = {"epochs": 2, "solver": {"sparsegpt": {"block": 8}}}
+    for one, two in zip(
+        joint(fused, pattern=pattern, **options), joint(apart, pattern=pattern, **options), strict=True
+    ):
+        assert one.notes["sparsellm"]["activation"] == "silu"
+        gate_up = one.linears[f"{one.name}.mlp.gate_up_proj"].weight
+        both = torch.cat([two.linears[f"{two.name}.mlp.{half}_proj"].weight for half in ("gate", "up")])
+        if pattern == "2:4":  # attention's rows do not compete then, so that inputs are the same
+            torch.testing.assert_close(gate_up, both, rtol=1e-3, atol=1e-5)
+        assert abs(float((gate_up == 0).float().mean()) - 0.5) < 0.02
+
+
+def test_the_error_of_down_is_that_of_the_part():
+    """Against forward passes of the dense and the pruned feed-forward part on the same inputs."""
+    model = build("Llama")
+    dense = copy.deepcopy(model)
+    blocks = joint(model, epochs=2)
+    here = work(dense, TOKENS, "2:4")
+    hidden = torch.cat([chunk.flatten(0, 1) for chunk in _normed(dense, here)])
+    one, two = (m.model.layers[0].mlp(hidden) for m in (dense, model))
+    expected = float((one - two).square().sum() / one.square().sum())
+    assert blocks[0].records["model.layers.0.mlp.down_proj"]["error"] == pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+def _normed(model, here):
+    """What enters the first feed-forward part of the dense model."""
+    block, found = here.blocks[0], []
+    group = next(i for i, names in enumerate(block.groups) if names[0].endswith("gate_proj"))
+    for chunk in here.stream().inputs:
+        block.until(chunk, [group], lambda _, inputs: found.append(inputs))
+    return found
 
 
 def test_what_a_block_remembers():

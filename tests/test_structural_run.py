@@ -11,7 +11,7 @@ from test_run import fit
 import sparsekit
 from sparsekit.cli import main
 from sparsekit.model import Checkpoint, find_blocks
-from sparsekit.run.sequence import one_shot
+from sparsekit.run.one_shot import one_shot
 
 MODELS = Path(__file__).parent / "models"
 POLICY = '{policy_gradient: {remove: "30%", steps: 6, masks: 2, batch: 2, group: 16}}'

@@ -83,11 +83,11 @@ def test_inputs_and_targets_are_what_the_mode_says(mode):
         pruned_modules, state_modules = dict(model.named_modules()), dict(state.named_modules())
         inside = [n for g in block.groups[: block.groups.index(group)] for n in g]
         before = [n for b in blocks[: block.index] for n in b.linears]
-        written = {"prefix": before, "none": [], "block": inside, "model": before + inside}[mode]
+        written = {"prefix": before, "none": [], "block": inside}.get(mode, before + inside)
         for other in written:
             state_modules[other].weight.data.copy_(pruned_modules[other].weight)
         x = inputs_of(state, [name])[name]
-        target = x if mode in ("prefix", "none") else dense_inputs[name]
+        target = x if mode in ("prefix", "sequential", "none") else dense_inputs[name]
         stats = seen[position]
         torch.testing.assert_close(stats.gram, x.T @ x, rtol=1e-3, atol=1e-2)
         torch.testing.assert_close(stats.cross, target.T @ x, rtol=1e-3, atol=1e-2)
@@ -242,7 +242,7 @@ def test_what_a_solver_warns_of_is_recorded():
 
 
 def test_options_of_the_stream_are_checked():
-    with pytest.raises(ValueError, match="prefix, none, block, model"):
+    with pytest.raises(ValueError, match="prefix, sequential, none, block, model"):
         BlockStream([], ActivationStore(0), error_correction="intra")
     with pytest.raises(ValueError, match="dense_inputs"):
         BlockStream([], ActivationStore(0), error_correction="model")

@@ -163,8 +163,11 @@ class _Directions:
     def __call__(self, chunks: Iterable[Tensor]) -> Tensor:
         if not self.principal:
             return torch.linalg.qr(torch.randn(self.width, self.width, generator=self.draw, dtype=torch.float64))[0]
-        rows = (chunk.reshape(-1, self.width).double() for chunk in chunks)
-        return torch.linalg.eigh(torch.stack([x.t() @ x for x in rows]).sum(0))[1].flip(1)
+        gram: Any = 0.0  # one matrix, whatever the number of chunks
+        for chunk in chunks:
+            rows = chunk.reshape(-1, self.width).double()
+            gram = gram + rows.t() @ rows
+        return torch.linalg.eigh(gram)[1].flip(1)
 
 
 def _check(model: Any) -> int:

@@ -11,6 +11,7 @@ from .minimisers import pull as pull
 from .mixtures import mixture as mixture
 from .norms import Norms as Norms
 from .pattern import NM as NM
+from .pattern import SMALLEST as SMALLEST
 from .pattern import Pattern as Pattern
 from .pattern import Scope as Scope
 from .pattern import Unstructured as Unstructured

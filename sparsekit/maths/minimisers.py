@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_PIECE = 2**15  # elements whose minimisers are looked for together
+_PIECE = {"cpu": 2**15}  # elements whose minimisers are looked for together: on a CPU what its caches hold
+_LARGE = 2**20  # elsewhere, where a piece is waited for: .2 GB for the slopes at all nodes
 _LINEAR = 20.0  # beyond +-20 the smooth functions are s or 0 to float32's last digit
 _FINE, _COARSE = torch.linspace(-5, 5, 41), torch.tensor([6.0, 7.5, 10.0, 14.0, _LINEAR])  # nodes, and those outside
 _STEPS, _HALVINGS, _SHARE = 5, 30, 0.1  # Newton's steps in a bracket, and what is done where they do not settle
@@ -66,8 +67,8 @@ def best_gate(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not known; it can be {', '.join(ACTIVATIONS)}")
     factor = torch.as_tensor(factor, dtype=start.dtype, device=start.device).expand_as(start)
-    shape, best = start.shape, []
-    for m, p, c in zip(*(x.reshape(-1).split(_PIECE) for x in (start, hidden, factor)), strict=True):
+    shape, best, piece = start.shape, [], _PIECE.get(start.device.type, _LARGE)
+    for m, p, c in zip(*(x.reshape(-1).split(piece) for x in (start, hidden, factor)), strict=True):
 
         def objective(s: Tensor, m: Tensor = m, p: Tensor = p, c: Tensor = c) -> Tensor:
             return alpha * (s - m).square() + gamma * (p - c * ACTIVATIONS[activation](s)[0]).square()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Scope = Literal["row", "matrix"] | int  # an int: blocks of that many columns, all rows jointly
+SMALLEST = 16  # columns of a single row that weights compete in, at least
 _PAIRWISE = 16  # up to this group, comparing all pairs beats selecting
 
 
@@ -50,21 +51,22 @@ class Unstructured:
     def keep(self, score: Tensor, per: Scope = "row", *, checked: bool = False) -> Tensor:
         """The mask (out, in) of what stays: in every scope the lowest scores go, of equal scores the earlier first.
 
-        per: "row", "matrix", or an int: blocks of that many columns, all rows jointly.
+        per: "row", "matrix", or an int: blocks of that many columns, all rows jointly. Of a single row or column the
+            matrix, as nothing less of it could give up anything.
         checked: the caller knows that there is no NaN; an accelerator is not waited for then
         Raises ValueError for NaN in the score.
         """
         _check_score(score, checked)
         mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
         for part, out in zip(_scopes(score, per), _scopes(mask, per), strict=True):
-            flat = part if per == "row" else part.reshape(1, -1)
+            flat = part if per == "row" and part.shape[1] > 1 else part.reshape(1, -1)
             out.copy_(_lowest(flat, self.pruned(flat.shape[1])).logical_not_().view(part.shape))
         return mask
 
     def satisfied(self, weight: Tensor, per: Scope = "row") -> bool:
         """Whether every scope of `weight` (out, in) has at least the zeros that this pattern asks for."""
         for part in _scopes(weight == 0, per):
-            flat = part if per == "row" else part.reshape(1, -1)
+            flat = part if per == "row" and part.shape[1] > 1 else part.reshape(1, -1)
             if (flat.sum(1) < self.pruned(flat.shape[1])).any():
                 return False
         return True
@@ -186,7 +188,7 @@ def parse(text: "str | float | Pattern") -> Pattern:
 
 
 def _scopes(matrix: Tensor, per: Scope) -> tuple[Tensor, ...]:
-    if per in ("row", "matrix"):
+    if per in ("row", "matrix") or 1 in matrix.shape:
         return (matrix,)
     if isinstance(per, int) and not isinstance(per, bool) and per > 0:
         return matrix.split(per, dim=1)
@@ -231,12 +233,20 @@ def _rank(groups: Tensor) -> Tensor:
 def has_pattern(weight: Tensor, pattern: "Pattern") -> bool:
     """Whether a weight (out, in) has the zeros of a pattern, whatever the scope was in which weights competed.
 
-    Of an unstructured pattern rounding may lose less than one weight a row or a column. More zeros are allowed.
+    Of an unstructured pattern rounding may lose less than one weight a row or a column; of a single column less than
+    one, of a single row less than one in SMALLEST columns. More zeros are allowed.
     """
     if isinstance(pattern, NM):
         return pattern.satisfied(weight)
     zeros = weight.numel() - int(weight.count_nonzero())
-    return zeros > pattern.sparsity * weight.numel() - max(weight.shape)
+    return zeros > pattern.sparsity * weight.numel() - _lost(*weight.shape)
+
+
+def _lost(out: int, width: int) -> int:
+    """Above how many weights rounding cannot lose."""
+    if width == 1:
+        return 1
+    return max(out, width) if out > 1 else -(-width // SMALLEST)
 
 
 def thinned(matrix: Tensor, count: int) -> Tensor:

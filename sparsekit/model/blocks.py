@@ -152,6 +152,11 @@ class Block:
                 return f"{name}.{inner.removeprefix(f'{name}.').split('.')[0]}"
         return None
 
+    def left(self, parameter: str) -> bool:
+        """Whether a parameter, by its name inside the block, is of what sparsekit leaves as it is (`skipped`)."""
+        name = f"{self.name}.{parameter}"
+        return name in self.skipped or name.rpartition(".")[0] in self.skipped
+
     def keep_only(self, names: Collection[str]) -> None:
         """Let the block have these linears alone, in its groups too."""
         self.linears = {name: linear for name, linear in self.linears.items() if name in names}

@@ -183,10 +183,11 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
         block.keep_only(found - block.skipped.keys())
         for name, parameter in block.module.named_parameters():
             if parameter.dim() > 2:
-                inside = block.module.get_submodule(name.rpartition(".")[0])
-                convolution = isinstance(inside, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-                why = "a convolution" if convolution else f"{parameter.dim()} dimensions, in no form that is known"
-                block.skipped[f"{block.name}.{name}"] = why
+                home = name.rpartition(".")[0]
+                if isinstance(block.module.get_submodule(home), nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                    block.skipped[f"{block.name}.{home}"] = "a convolution"
+                else:
+                    block.skipped[f"{block.name}.{name}"] = f"{parameter.dim()} dimensions, in no form that is known"
     return blocks
 
 

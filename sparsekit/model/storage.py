@@ -163,6 +163,7 @@ def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: boo
     if resized_by(folder):
         resized = build_resized(folder)
         resized.to(getattr(torch, dtype) if dtype is not None else None)
+        _with_generation(resized, folder)
         return resized, _tokenizer(folder, resized)
     shape = Shape.read(folder)
     if shape is None or shape.layout == "plain":

@@ -1,6 +1,8 @@
+from .chains import TARGETS as TARGETS
 from .chains import SolverChain as SolverChain
 from .chains import grid_of as grid_of
 from .chains import named_solvers as named_solvers
+from .chains import targets_of as targets_of
 from .checks import RecipeError as RecipeError
 from .checks import check_options as check_options
 from .editor import json_schema as json_schema

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from sparsekit import registry
+from sparsekit.contracts import show
 from sparsekit.recipe.schema import Stage, method
 
 
@@ -13,6 +14,28 @@ def named_solvers(given: Any) -> list[Stage]:
     """What an option names. ValueError for names that are not there and forms that it cannot have."""
     find = method("solvers")
     return [find(each) for each in (given if isinstance(given, list | tuple) and given else [given])]
+
+
+def targets_of(stage: Stage) -> list[str] | None:
+    """The linears that a solver of a walk is for, named like the recipe's `targets`; None: all."""
+    named = stage.options.get(TARGETS)
+    return [named] if isinstance(named, str) else named
+
+
+def targets_problem(stage: Stage, earlier: Stage | None) -> str | None:
+    """What is wrong with the targets of a solver, which comes after `earlier` in a recipe's stages; None: nothing."""
+    from sparsekit.recipe.effects import effect_of, kind
+
+    if TARGETS not in stage.options:
+        return None
+    named = targets_of(stage)
+    if not (isinstance(named, list) and named and all(isinstance(each, str) for each in named)):
+        return f"`{TARGETS}` is {show(named)}, must be a name, or a list of names, such as attention"
+    if earlier is None or kind(earlier) != "solver":
+        return f"`{TARGETS}` is for a solver that goes on with another's answer: use the recipe's own key `{TARGETS}`"
+    if effect_of(stage).grid is not None:
+        return f"`{TARGETS}`: a stage that quantizes takes all linears; use the recipe's own key `{TARGETS}`"
+    return None
 
 
 def grid_of(given: Any) -> Any:
@@ -51,4 +74,5 @@ def _checked(given: Any) -> Any:
     return given
 
 
+TARGETS = "targets"  # an option that every solver of a walk has beside its own
 SolverChain = Annotated[Any, AfterValidator(_checked)]  # the type of an option that names solvers

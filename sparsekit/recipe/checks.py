@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsekit import registry
 from sparsekit.contracts import Effect
-from sparsekit.recipe.chains import order_problems
+from sparsekit.recipe.chains import TARGETS, order_problems, targets_problem
 from sparsekit.recipe.effects import effect_of, kind
 from sparsekit.recipe.schema import Recipe, Stage
 from sparsekit.recipe.writing import named_methods
@@ -48,7 +48,13 @@ def check_options(recipe: Recipe) -> list[str]:
         except ValueError as error:
             problems.append(f"{recipe._tree.place(keys)}: {where}: {error}")
             continue
-        given = stage.options | {k: v for k, v in fields.items() if k in registry.options(function)}
+        options = stage.options
+        if group == "solvers":
+            place, number = recipe._tree.place((*keys, TARGETS)), int(keys[1])
+            if said := targets_problem(stage, recipe.stages[number - 1] if number else None):
+                problems.append(f"{place}: {where}: {said}")
+            options = {name: value for name, value in options.items() if name != TARGETS}
+        given = options | {k: v for k, v in fields.items() if k in registry.options(function)}
         wrong = registry.option_problems(function, given, also=fields)
         problems += [f"{recipe._tree.place((*keys, name))}: {where}: {problem}" for name, problem in wrong.items()]
         if not wrong:

@@ -4,6 +4,7 @@ from typing import Any
 
 from sparsekit import registry
 from sparsekit.data import FORMATS
+from sparsekit.recipe.chains import TARGETS
 from sparsekit.recipe.schema import Recipe
 
 
@@ -31,6 +32,8 @@ def _method_schema(*groups: str) -> dict[str, Any]:
     for group in groups:
         for entry in registry.entries(group):
             known = {o.name: {"description": f"default {o.default}"} for o in registry.describe(entry).options}
+            if group == "solvers":
+                known[TARGETS] = {"description": "only these linears, of a solver that goes on with another's answer"}
             found[entry.name] = {"type": ["object", "null"], "properties": known, "additionalProperties": False}
     full = {
         "type": "object",

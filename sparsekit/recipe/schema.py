@@ -291,7 +291,7 @@ class Recipe(Section):
     masks: Literal["source", "none"] = Field(
         default="source", description="whether recovery keeps the zeros of a source that is sparse already"
     )
-    error_correction: Literal["prefix", "none", "block", "model"] = "prefix"
+    error_correction: Literal["prefix", "sequential", "none", "block", "model"] = "prefix"
     allocation: Annotated[Stage, BeforeValidator(method("allocators"))] = Stage("uniform")
     stages: list[Annotated[Stage, BeforeValidator(method("solvers", "stages", "criteria"))]] = Field(
         min_length=1, description="methods, in order"

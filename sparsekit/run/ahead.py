@@ -56,8 +56,8 @@ def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
 def _refuse_dense_streams(recipe: Recipe, model: nn.Module) -> None:
     """Raise ValueError for what needs the dense model beside the pruned one, where a decoder reads a pruned encoder."""
     told = f"{type(model).__name__} has an encoder, and a decoder that reads what the pruned encoder gives"
-    if recipe.error_correction != "prefix":
-        raise ValueError(f"{told}: error_correction {recipe.error_correction} is not for it, give prefix")
+    if recipe.error_correction not in ("prefix", "sequential"):
+        raise ValueError(f"{told}: error_correction {recipe.error_correction} is not for it, give prefix or sequential")
     for index, stage in enumerate(recipe.stages):
         if effect_of(stage).gradients:
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparsekit import registry
 from sparsekit.contracts import needs_gram
 from sparsekit.maths import Norms, Stats
-from sparsekit.recipe import Stage
+from sparsekit.recipe import TARGETS, Stage
 from sparsekit.system import Meter
 
 
@@ -26,7 +26,8 @@ def timed(name: str, solver: Callable[..., Tensor], meter: Meter) -> Callable[..
 
 def configured(group: str, stage: Stage) -> Callable[..., Any]:
     """The function that a stage names, with its options filled in."""
-    return partial(registry.load(group, stage.name), **underscored(stage.options))
+    own = {name: value for name, value in stage.options.items() if group != "solvers" or name != TARGETS}
+    return partial(registry.load(group, stage.name), **underscored(own))
 
 
 def statistics_for(solvers: Iterable[Stage]) -> type[Norms]:

@@ -11,7 +11,7 @@ from sparsekit.model import Block
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, named_solvers, options_of
 from sparsekit.run.methods import statistics_for
 from sparsekit.system import human_size
-from sparsekit.walk import TOGETHER, in_turns
+from sparsekit.walk import COUPLED, TOGETHER, in_turns
 
 PROCESS = 6 * 10**8  # bytes of Python and its libraries, without any model
 LEAST = 64 * 10**6  # of activations: a few chunks
@@ -77,7 +77,7 @@ def solvers_of(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def _walk(recipe: Recipe, solvers: Sequence[Stage], blocks: list[Block], dtype: torch.dtype) -> Needs:
-    coupled = recipe.error_correction in ("block", "model")
+    coupled, twin = recipe.error_correction in COUPLED, recipe.error_correction in ("block", "model")
     largest = max(map(_parameters, blocks))
     functions = [registry.load("solvers", stage.name) for stage in solvers]
     given = 4 * len(solvers)  # bytes a weight: the dense one, and the answers that later solvers of a chain start from
@@ -86,24 +86,26 @@ def _walk(recipe: Recipe, solvers: Sequence[Stage], blocks: list[Block], dtype: 
         return given * shape[0] * shape[1] + max(held(each, *shape) for each in functions)
 
     norms = statistics_for(solvers) is Norms
-    grams, linear = max((_step(block, coupled, norms, solving) for block in blocks), key=sum)
+    grams, linear = max((_step(block, coupled, norms, solving, 3 if twin else 1) for block in blocks), key=sum)
     return {
         "process": PROCESS,
-        "a block, twice" if coupled else "a block": largest * dtype.itemsize * (2 if coupled else 1),
+        "a block, twice" if twin else "a block": largest * dtype.itemsize * (2 if twin else 1),
         "its masks": largest,
         "Gram matrices that are left": grams,
         "the linear that is solved": linear,
     }
 
 
-def _step(block: Block, coupled: bool, norms: bool, solving: Callable[[tuple[int, int]], int]) -> tuple[int, int]:
+def _step(
+    block: Block, coupled: bool, norms: bool, solving: Callable[[tuple[int, int]], int], moments: int
+) -> tuple[int, int]:
     """Bytes of Grams, and of what is solved, where they are most together: a group's Gram goes once it is solved."""
     sizes = [0 if norms else 4 * block.linears[names[0]].shape[1] ** 2 for names in block.groups]
     steps = [(0, 0)]
     for turn in in_turns(block, 0):
         for place, group in enumerate(turn):
             shapes = {block.linears[name].shape for name in block.groups[group]} | {_together(block, group)}
-            left = 3 * sizes[group] if coupled else sum(sizes[each] for each in turn[place:])
+            left = moments * sizes[group] if coupled else sum(sizes[each] for each in turn[place:])
             steps.append((left, max(map(solving, shapes))))
     return max(steps, key=sum)
 

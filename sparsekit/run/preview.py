@@ -79,7 +79,8 @@ def estimates(plan: Plan) -> dict[str, str]:
     in_memory = min(activations, plan.memory[0])
     pruned = sum(linear.weight.numel() for block in plan.blocks for linear in block.linears.values())
     gram_work = 2 * tokens * sum(_width(block, names) ** 2 for block in plan.blocks for names in block.groups)
-    passes = {"none": 1, "prefix": 2}.get(plan.recipe.error_correction) or 2 + len(plan.blocks[0].groups)
+    once = {"none": 1, "prefix": 2, "sequential": 1 + len(plan.blocks[0].groups)}
+    passes = once.get(plan.recipe.error_correction) or 2 + len(plan.blocks[0].groups)
     passes += plan.postponed
     found = {
         "weights on disk": human_size(parameters * dtype.itemsize),

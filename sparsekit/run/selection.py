@@ -6,7 +6,7 @@ from torch import nn
 
 from sparsekit import registry
 from sparsekit.model import KINDS, Block, discover, meant
-from sparsekit.recipe import Recipe
+from sparsekit.recipe import Recipe, kind, targets_of
 from sparsekit.run.allocation import sample_input
 
 
@@ -19,7 +19,10 @@ def found_blocks(recipe: Recipe, model: nn.Module) -> list[Block]:
     asked = recipe.targets or []
     blocks = discover(model, sample_input(model), routers="router" in asked)
     keys = list(recipe.pattern) if isinstance(recipe.pattern, dict) else None
-    for what, names in (("targets", asked), ("ignore", recipe.ignore), ("pattern", keys or [])):
+    told = [("targets", asked), ("ignore", recipe.ignore), ("pattern", keys or [])]
+    solvers = [stage for stage in recipe.stages if kind(stage) == "solver"]
+    told += [(f"targets of `{stage.name}`", targets_of(stage) or []) for stage in solvers]
+    for what, names in told:
         _known(blocks, what, names)
     for block in blocks:
         for name in list(block.linears):

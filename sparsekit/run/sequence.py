@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparsekit import registry
-from sparsekit.contracts import Effect, Fit, StageError
+from sparsekit.contracts import Effect, StageError
 from sparsekit.model import Block, adopt, filled, may_rest, restore_resized, rests, settle, unsettle
 from sparsekit.model.structure import Removal, Units
 from sparsekit.recipe import Stage, effect_of, group_of, kind
@@ -23,7 +23,8 @@ from sparsekit.results import MASKS, Before, weights_of
 from sparsekit.run import plugged
 from sparsekit.run.allocation import allocate
 from sparsekit.run.context import Context
-from sparsekit.run.methods import configured, statistics_for
+from sparsekit.run.methods import configured
+from sparsekit.run.one_shot import one_shot
 from sparsekit.run.plan import Plan
 from sparsekit.run.removing import remove_by
 from sparsekit.run.segments import NOTES, RESIZED, commits_of, forget_from, last_whole
@@ -32,7 +33,7 @@ from sparsekit.run.together import Together, start
 from sparsekit.run.zeros import SourceZeros
 from sparsekit.system import Meter, commit, committed, meet, write_tensors
 from sparsekit.train import last_checkpoint, make_loggers
-from sparsekit.walk import Commit, Commits, Inspect, Inspector, OneShot, Walk, WalkProgress, digests
+from sparsekit.walk import Commit, Commits, Inspect, Inspector, Walk, WalkProgress, digests
 
 
 @dataclass
@@ -321,10 +322,3 @@ def _commit(context: Context, inspector: Inspector) -> None:
         if may_rest(block):
             settle(block, context.commits.weights.stored)
     shutil.rmtree(context.checkpoints, ignore_errors=True)
-
-
-def one_shot(context: Context, stages: list[Stage]) -> Fit:
-    """Layer-wise solvers as what Trainer.fit takes: a walk, its stream, and the callback that solves."""
-    stream = context.stream(stats=statistics_for(stages))
-    solve = OneShot(context.solver(stages), context.patterns, context.seed, continues=not context.first)
-    return Fit(Walk(stream), stream, [solve])

@@ -8,7 +8,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from sparsekit.maths import NM, Pattern, Quantization, Stats, ends_on_grid
+from sparsekit.maths import NM, SMALLEST, Pattern, Quantization, Stats, ends_on_grid
 from sparsekit.solvers.strips import prune_strip
 
 _STRIP = 16  # columns that are updated one by one before a matrix product updates the rest of their block
@@ -108,6 +108,7 @@ def _prune(
 ) -> None:
     """Prune `columns` (in, out) in place, and round what is kept by `nearest(j, column)`."""
     group, keep = (pattern.group, pattern.kept) if isinstance(pattern, NM) else (1, 0)
+    block = max(block, SMALLEST) if columns.shape[1] == 1 else block  # a column of one weight could give up nothing
     block, strip = (-(-size // group) * group for size in (block, _STRIP))  # rounded up to whole groups
     width, pivot = len(columns), upper.diagonal().unsqueeze(1)  # (in, 1)
     scale = torch.zeros_like(columns[:block])  # 1 / U_jj where pruned, else 0

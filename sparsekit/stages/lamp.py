@@ -11,13 +11,13 @@ from lightning.pytorch import Callback, Trainer
 from pydantic import AfterValidator
 from torch import Tensor
 
-from sparsekit.contracts import Context, Effect, Fit, declares
+from sparsekit.contracts import Context, Effect, Fit, NotNegative, declares
 from sparsekit.maths import Pattern, Quantization
 from sparsekit.model import Block
 from sparsekit.recipe import SolverChain, grid_of
 from sparsekit.system import ActivationStore, give_back
 from sparsekit.train import reconstruct
-from sparsekit.walk import BlockStream, OneShot, Walk
+from sparsekit.walk import BlockStream, OneShot, Walk, Witness
 
 RETRIES = 2
 TOKENS = 256  # of a step, about
@@ -67,6 +67,8 @@ def lamp(
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.1,
     patience: Annotated[int, Ge(1)] = 3,
     per_token: bool = True,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    weight_decay: NotNegative = 0.0,
 ) -> Fit:
     """Train each block to make up for the pruning of those before it, then prune it (LAMP, Algorithm 1).
 
@@ -83,12 +85,16 @@ def lamp(
         nothing.
     batch: sequences in a step of each process; null: as many as have 256 tokens in all, half of all at most. The
         recipe's calibration.batch, how many are computed together elsewhere, does not count here.
+    optimizer: adamw, or sgd with a momentum of 0.9, which needs a learning_rate: the rule is for adamw
     epochs, trainable (all, low-rank, norms-and-biases), rank, held_out (a share of the sequences), warmup, patience,
-        per_token: see `reconstruct`
+        per_token, weight_decay: see `reconstruct`
 
-    Besides the linears it changes norms and biases. Memory beside a layer-wise walk: a second set of activations, and
-    for one block a float32 copy, gradients and AdamW's two moments. Raises ValueError for a solver that is not there,
-    and unless the recipe's error_correction is prefix, or if a solver's answer on a grid would be trained again.
+    Besides the linears it changes norms and biases, and what else has one dimension; never what the recipe leaves as it
+    is, nor convolutions, routers and gates. A linear's reported error is that of its final weight, on what enters it
+    then, against the dense model's output for the same tokens (of one sequence that was held out). Memory beside a
+    layer-wise walk: a second set of activations, and for one block a float32 copy, gradients and AdamW's two moments.
+    Raises ValueError for a solver that is not there, and unless the recipe's error_correction is prefix, or if a
+    solver's answer on a grid would be trained again.
     """
     if context.error_correction != "prefix":
         raise ValueError(
@@ -130,11 +136,15 @@ def lamp(
         warmup=warmup,
         patience=patience,
         per_token=per_token,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
     )
     return Fit(Walk(stream), stream, [train])
 
 
 def _check(options: Mapping[str, Any]) -> None:
+    if options["optimizer"] == "sgd" and options["learning_rate"] is None:
+        raise ValueError("optimizer is sgd, and the rule for the learning rate is for adamw: give a learning_rate")
     if options["after"] and grid_of(options["solver"]) is not None:
         raise ValueError(
             "lamp trains a block again after its solver has quantized it, which moves weights off the grid; "
@@ -197,14 +207,17 @@ class Lamp(Callback):
         self.seed, self.timer, self.options = seed, timer, options
 
     def on_train_batch_start(self, trainer: Trainer, walk: Walk, block: Block, batch_idx: int) -> None:  # type: ignore[override]
-        """Train, prune, train.
+        """Train, prune, train, measure.
 
         Raises:
             ValueError: as `OneShot` and `reconstruct` do.
         """
-        assert isinstance(walk.stream, LampStream)
-        targets = walk.stream.targets(block)
-        train = partial(self._train, block, walk.stream.inputs, targets)
+        stream = walk.stream
+        assert isinstance(stream, LampStream) and stream.dense_inputs is not None
+        place = len(stream.inputs) - 1  # a chunk that no training sees where any is held out
+        witness = Witness(block, stream.dense_inputs[place])
+        targets = stream.targets(block)
+        train = partial(self._train, block, stream.inputs, targets)
         said = {"before": train()} if block.index else {}  # nothing before the first block was pruned
         self.prune.on_train_batch_start(trainer, walk, block, batch_idx)
         if self.after:
@@ -212,6 +225,8 @@ class Lamp(Callback):
         if self.quantize:
             self.quantize.on_train_batch_start(trainer, walk, block, batch_idx)
         block.notes["lamp"] = said
+        for name, error in witness.errors(block, stream.inputs[place], stream.team).items():
+            block.records[name]["error"] = error
 
     def _train(
         self, block: Block, inputs: ActivationStore, targets: ActivationStore, masks: Mapping[str, Tensor] | None = None

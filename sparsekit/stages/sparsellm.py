@@ -1,5 +1,6 @@
 """SparseLLM: the feed-forward part of each block is pruned as a whole, its attention linear by linear."""
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from sparsekit.system import ActivationStore, tight
 from sparsekit.train import FeedForward, Found, prune_jointly
 from sparsekit.walk import BlockStream, OneShot, Walk, leave_dense
 
+Roles = dict[str, tuple[str, slice]]  # gate, up, down -> a linear's name, and which of its rows
+ALL = slice(None)
 CORRECTIONS = ("prefix", "none")
 
 
@@ -53,7 +56,9 @@ def sparsellm(
     """Prune each feed-forward part towards its dense output, not towards the dense outputs of its linears.
 
     Alternating minimisation over sparse weights and auxiliary activations, see `feedforward.joint`. Every other linear
-    is pruned by the solver alone, and so is a feed-forward part that is none of the known kind, with a warning.
+    is pruned by the solver alone, and so is a feed-forward part that is none of the known kind, with a warning. Gate
+    and up may be halves of one linear (Phi-3, GLM-4): each is pruned as a linear of its own. The reported error of down
+    is that of the part's output, with all that is pruned in it, against the dense part on the same inputs.
 
     solver: a solver's name, {name: options}, or a list of these, a chain
     alpha, beta, gamma: penalties on the outputs of gate and up, on the output of down, and on the hidden activations
@@ -135,7 +140,8 @@ class SparseLLM(Callback):
                 started = time.perf_counter()
                 found = self._solve(walk.stream, block, *part)
                 seconds = time.perf_counter() - started
-                self.local.answers = {part[1][role]: weight for role, weight in found.weights.items()}
+                self.local.answers = _joined(block, part[1], found.weights)
+                down, error = part[1]["down"][0], found.errors[found.epoch]
                 block.notes["sparsellm"] = {
                     "activation": part[0],
                     "epoch": found.epoch,
@@ -145,22 +151,26 @@ class SparseLLM(Callback):
         self.local.on_train_batch_start(trainer, walk, block, batch_idx)
         for name in self.local.answers:
             block.records[name]["seconds"] += seconds / len(self.local.answers)
+        if part is not None:
+            block.records[down]["error"] = error
         last = block.records[block.groups[-1][-1]]
         last["warnings"] = sorted({*last["warnings"], *(str(warning.message) for warning in caught)})
 
-    def _solve(self, stream: BlockStream, block: Block, activation: str, roles: Mapping[str, str]) -> Found:
-        linears = {role: block.linears[name] for role, name in roles.items()}
-        given: dict[str, Any] = {role: linear.weight.float().contiguous() for role, linear in linears.items()}
-        given |= {f"{role}_bias": _bias(linear.module) for role, linear in linears.items() if role != "down"}
+    def _solve(self, stream: BlockStream, block: Block, activation: str, roles: Roles) -> Found:
+        given: dict[str, Any] = {}
+        for role, (name, rows) in roles.items():
+            given[role] = block.linears[name].weight[rows].float().contiguous()
+            if role != "down":
+                given[f"{role}_bias"] = _bias(block.linears[name].module, rows)
         torch.manual_seed(self.local.seed + block.index)
         store = ActivationStore(self.budget, self.folder)
         try:
             return prune_jointly(
                 FeedForward(activation, **given),
-                _inputs(stream, block, roles["gate"]),
+                _inputs(stream, block, roles["gate"][0]),
                 store,
-                self.local.solver,
-                {role: self.local.patterns[name] for role, name in roles.items()},
+                self.local.solver_of(roles["down"][0]),
+                {role: self.local.patterns[name] for role, (name, _) in roles.items()},
                 add_up=stream.team.sum,
                 **self.options,
             )
@@ -169,12 +179,13 @@ class SparseLLM(Callback):
 
 
 @torch.no_grad()
-def find_part(block: Block, hidden: Tensor) -> tuple[str, dict[str, str]] | None:
-    """The activation function of a block's feed-forward part and its linears: gate, up (not always), down -> name.
+def find_part(block: Block, hidden: Tensor) -> tuple[str, Roles] | None:
+    """The activation function of a block's feed-forward part and its linears: gate, up (not always), down.
 
-    The part is found by what it does: one or two linears of one input, and a later one that is given phi(one) or
-    phi(one) * other, for (sequences, length, hidden) that enter the block. In a parallel block others read the same
-    input. None if no known function fits, as in a mixture of experts.
+    The part is found by what it does: one or two linears of one input, or one whose rows are two (halves, or every
+    other one), and a later linear that is given phi(one) or phi(one) * other, for (sequences, length, hidden) that
+    enter the block. In a parallel block others read the same input. None if no known function fits, as in a mixture of
+    experts.
     """
     groups = [index for index in range(len(block.groups)) if block.expert_of(index) is None]
     seen: dict[int, Tensor] = {}
@@ -186,30 +197,40 @@ def find_part(block: Block, hidden: Tensor) -> tuple[str, dict[str, str]] | None
     return None
 
 
-def _fits(block: Block, first: int, last: int, seen: Mapping[int, Tensor]) -> tuple[str, dict[str, str]] | None:
+def _fits(block: Block, first: int, last: int, seen: Mapping[int, Tensor]) -> tuple[str, Roles] | None:
     """The activation function and the roles, if linears of the group `first` make what enters the group `last`."""
     given = seen[last]
-    linears = {name: block.linears[name].module for name in block.groups[first]}
-    wide = [name for name in linears if block.linears[name].shape[0] == given.shape[-1]]
-    outputs = {name: linears[name](seen[first]).float() for name in wide if len(wide) <= 2}
-    if not outputs or any(output.shape != given.shape for output in outputs.values()):
-        return None
+    inner = given.shape[-1]
+    made = {name: block.linears[name].module(seen[first]).float() for name in block.groups[first]}  # type: ignore[operator]
+    whole = {name: output for name, output in made.items() if output.shape == given.shape}
+    ways: list[list[tuple[tuple[str, slice], Tensor]]] = []
+    if 1 <= len(whole) <= 2:
+        both = [((name, ALL), output) for name, output in whole.items()]
+        ways += [both, both[::-1]]
+    for name, output in made.items():
+        if output.shape == (*given.shape[:-1], 2 * inner):
+            for one, other in ((slice(inner), slice(inner, None)), (slice(None, None, 2), slice(1, None, 2))):
+                fused = [((name, rows), output[..., rows]) for rows in (one, other)]
+                ways += [fused, fused[::-1]]
     target = given.float().flatten()
-    errors = {}
-    for gate in outputs:
-        up = [name for name in outputs if name != gate]
-        factor = outputs[up[0]] if up else 1.0
+    errors: dict[float, tuple[str, Roles]] = {}
+    for (gate, output), *up in ways:
+        factor = up[0][1] if up else 1.0
         for activation, jet in ACTIVATIONS.items():
-            error = (jet(outputs[gate])[0] * factor).flatten() - target
-            errors[float(error.norm() / target.norm())] = (
-                activation,
-                {"gate": gate} | dict(zip(["up"], up, strict=False)),
-            )
-    least = min(errors)
-    if not least <= max(1e-4, torch.finfo(given.dtype).eps):
-        return None
-    activation, roles = errors[least]
-    return activation, roles | {"down": block.groups[last][0]}
+            error = (jet(output)[0] * factor).flatten() - target
+            roles = {"gate": gate, "down": (block.groups[last][0], ALL)} | ({"up": up[0][0]} if up else {})
+            errors[float(error.norm() / target.norm())] = (activation, roles)
+    least = min(errors, default=math.inf)
+    return errors[least] if least <= max(1e-4, torch.finfo(given.dtype).eps) else None
+
+
+def _joined(block: Block, roles: Roles, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each linear's weight (out, in), from those of the parts that it is."""
+    found: dict[str, Tensor] = {}
+    for role, (name, rows) in roles.items():
+        whole = found.setdefault(name, weights[role].new_zeros(block.linears[name].shape))
+        whole[rows] = weights[role]
+    return found
 
 
 @torch.no_grad()
@@ -222,5 +243,5 @@ def _inputs(stream: BlockStream, block: Block, name: str) -> Iterator[Tensor]:
         yield seen[group]
 
 
-def _bias(module: Any) -> Tensor | float:
-    return 0.0 if module.bias is None else module.bias.detach().float()
+def _bias(module: Any, rows: slice) -> Tensor | float:
+    return 0.0 if module.bias is None else module.bias.detach()[rows].float()

@@ -20,6 +20,7 @@ from sparsekit.train.step import Progress, mean_gradients
 
 OPTIONS: dict[str, Any] = {  # the ranges of `reconstruct`
     "trainable": Literal["all", "low-rank", "norms-and-biases"],
+    "optimizer": Literal["adamw", "sgd"],
     "learning_rate": Positive,
     **dict.fromkeys(("epochs",), Annotated[int, Ge(0)]),
     **dict.fromkeys(("batch", "rank", "patience"), Count),
@@ -53,16 +54,17 @@ def reconstruct(
     weight_decay: float = 0.0,
     patience: int = 3,
     per_token: bool = True,
+    optimizer: str = "adamw",
     seed: int = 0,
     team: Team = Team(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
-    """Lower the mean squared error between a block's outputs and `targets` by AdamW, in place.
+    """Lower the mean squared error between a block's outputs and `targets` by gradient steps, in place.
 
     inputs, targets: equally many chunks (sequences, length, hidden) of pairwise equal shape, at least two
     masks: linear's name -> the weights (out, in) that are kept; the others are zero and stay so, bit for bit, as their
         gradients are zeroed before the optimizer sees them. Linears that are not named are trained as dense ones.
-    trainable: all; low-rank (W + mask * (B A) for the linears, and the norms and biases; PERP, arXiv:2312.15230); or
-        norms-and-biases (all parameters with one dimension)
+    trainable: all (but what is left as it is, `Block.left`); low-rank (W + mask * (B A) for the linears, and the norms
+        and biases; PERP, arXiv:2312.15230); or norms-and-biases (all parameters with one dimension)
     epochs: passes over the chunks; learning_rate: its peak, after a linear warm-up of the share `warmup` of all steps,
         from where it falls to zero along a cosine. batch: chunks in a step.
     held_out: share of the chunks, evenly spread, that are not trained on and choose the best epoch: the block never
@@ -72,12 +74,13 @@ def reconstruct(
         token; to a tenth of the energies' geometric mean at least, so that a token of little energy counts no more
         than tenfold. The plain mean (false) looks at little but the first token of each sequence, whose activations
         are hundreds of times larger in many models.
+    optimizer: adamw, or sgd with a momentum of 0.9; weight_decay: of either
     team: processes that have the same block and other chunks. Gradients and errors are sums over all of them, each
         takes as many chunks as the one that has the fewest, and all end with the same block.
 
     The block runs in eval mode; it computes in float32 (float64 if it is), under autocast on an accelerator if it is
-    stored in half precision. Memory beside the block: one float32 copy, its gradient and two moments of what is
-    trained; the best state is the block itself. It marks what it changed in `block.trained`.
+    stored in half precision. Memory beside the block: one float32 copy, its gradient and two moments (sgd: one) of what
+    is trained; the best state is the block itself. It marks what it changed in `block.trained`.
 
     Returns:
         before, after: squared error over the target's mean square (by token, or of all), on the held-out chunks
@@ -98,7 +101,11 @@ def reconstruct(
     training, testing = _split(min(task.counts()), held_out)
     generator = torch.Generator().manual_seed(seed)
     leaves, effective = _leaves(block, masks or {}, trainable, rank, generator)
-    optimizer = torch.optim.AdamW(leaves, weight_decay=weight_decay)
+    steps: torch.optim.Optimizer
+    if optimizer == "sgd":
+        steps = torch.optim.SGD(leaves, momentum=0.9, weight_decay=weight_decay)
+    else:
+        steps = torch.optim.AdamW(leaves, weight_decay=weight_decay)
     share = cosine(epochs * math.ceil(len(training) / batch), warmup)
 
     def rate(step: int) -> float:
@@ -115,7 +122,7 @@ def reconstruct(
         for epoch in range(1, epochs + 1):
             order = [training[i] for i in torch.randperm(len(training), generator=generator)]
             # gradients of an error that begins at 1, whatever the size of the activations
-            train.append(_epoch(task, effective, optimizer, rate, order, batch, before or scale))
+            train.append(_epoch(task, effective, steps, rate, order, batch, before or scale))
             with torch.no_grad():
                 state = {name: tensor.to(stored[name]) for name, tensor in effective().items()}
             test.append(task.error(state, testing))
@@ -262,7 +269,8 @@ def _leaves(
             if keep[name].shape != wide[name].shape or wide[name].masked_select(~keep[name]).count_nonzero():
                 raise ValueError(f"the weight of {linear.name} is not zero outside its mask, or of another shape")
     low = [name for name in linears if trainable == "low-rank"]
-    free = [name for name, tensor in wide.items() if name not in low and (trainable == "all" or tensor.ndim == 1)]
+    mine = [name for name in wide if name not in low and not block.left(name)]
+    free = [name for name in mine if trainable == "all" or wide[name].ndim == 1]
     for name in free:
         wide[name].requires_grad_()
         if name in keep:

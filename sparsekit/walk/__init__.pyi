@@ -12,6 +12,7 @@ from .moments import Moments as Moments
 from .moments import walked as walked
 from .progress import WalkProgress as WalkProgress
 from .routing import by_expert as by_expert
+from .stream import COUPLED as COUPLED
 from .stream import BlockStream as BlockStream
 from .structural import Cutting as Cutting
 from .structural import Remove as Remove
@@ -21,3 +22,4 @@ from .walk import Commit as Commit
 from .walk import Inspect as Inspect
 from .walk import OneShot as OneShot
 from .walk import Walk as Walk
+from .witness import Witness as Witness

@@ -16,7 +16,9 @@ from sparsekit.walk.commits import Commits
 from sparsekit.walk.turns import Given, in_turns
 
 SMALL = 2048  # inputs of a linear whose Gram matrix is not worth asking the system for its memory back
-ERROR_CORRECTIONS = ("prefix", "none", "block", "model")
+ERROR_CORRECTIONS = ("prefix", "sequential", "none", "block", "model")
+COUPLED = ("sequential", "block", "model")  # what a group is given depends on those of its block before it
+ONWARD = ("prefix", "sequential", "model")  # what a pruned block gives is what the next one is given
 
 
 class BlockStream:
@@ -25,6 +27,8 @@ class BlockStream:
     inputs: what enters the first block, chunk by chunk
     error_correction: what a linear's inputs and its target are
         prefix  inputs from the pruned blocks before, target from the block's own dense weights on the same inputs
+        sequential  the same group after group: inputs from the groups of its own block too that are pruned already,
+                target from the dense weights on these (the option true-sequential of SparseGPT's and GPTQ's code)
         none    dense inputs, dense targets
         block   the dense model's input to the block, pruned activations inside it, targets from the dense block
                 (FISTAPruner, section 3.1); blocks do not depend on one another
@@ -59,7 +63,7 @@ class BlockStream:
         done = set() if commits is None else commits.done()
         remaining = [block for block in blocks if block.index not in done]
         self.start = len(blocks) - len(remaining)
-        self.coupled = error_correction in ("block", "model")  # what a group is given depends on the groups before it
+        self.coupled = error_correction in COUPLED  # what a group is given depends on the groups before it
         self.team, lanes = (Team(), team) if error_correction == "block" else (team, Team())
         turns: list[Block | None] = list(remaining[lanes.rank :: lanes.size])
         self.rounds = turns + [None] * (-(-len(remaining) // lanes.size) - len(turns))  # None: nothing left to do
@@ -95,7 +99,7 @@ class BlockStream:
                 )
             tokens = tokens[team.rank :: team.size]
         first, *later = parts_of(blocks)
-        if later and error_correction != "prefix":
+        if later and error_correction not in ("prefix", "sequential"):
             raise ValueError(f"a decoder reads what the pruned encoder gives, so it cannot have {error_correction}")
         count = 2 if error_correction == "model" else 1
         stores = [ActivationStore(budget // count, folder) for _ in range(count)]
@@ -156,23 +160,23 @@ class BlockStream:
                         give_back()
                     yield block.groups[group], turn.pop(group)  # a Gram lives no longer than its group needs it
             return
-        twin = block.twin()
+        twin = None if self.error_correction == "sequential" else block.twin()
         for group, names in enumerate(block.groups):
             for experts in block.experts.values():
                 experts.routed.zero_()
-            collected = [self._collect_pairs(block, twin, group)]
+            collected = [self._collect_group(block, twin, group)]
             self.team.sum(collected[0].parts())
             if group == len(block.groups) - 1:  # earlier passes went over the same tokens
                 self._count(block)
             give_back()
             yield names, collected.pop()
-        if block is not self.blocks[-1]:
+        if twin is not None and block is not self.blocks[-1]:
             _advance(twin, self.dense_inputs or self.inputs)
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
         """Turn the inputs of a pruned block into those of the next."""
-        if self.error_correction in ("prefix", "model") and block is not self.blocks[-1]:
+        if self.error_correction in ONWARD and block is not self.blocks[-1]:
             _advance(block, self.inputs)
 
     def _collect(self, block: Block) -> Iterator[dict[int, Norms]]:
@@ -213,8 +217,8 @@ class BlockStream:
             self.team.sum([counts])
             block.notes.setdefault("tokens", {})[name] = counts.tolist()
 
-    def _collect_pairs(self, block: Block, twin: Block, group: int) -> Norms:
-        """One group's inputs in the pruned block beside those in the dense one."""
+    def _collect_group(self, block: Block, twin: Block | None, group: int) -> Norms:
+        """One group's inputs in the pruned block, beside those in the dense one if there is a twin."""
         collected: dict[int, Norms] = {}
         same = self.dense_inputs is None and group == 0  # nothing before it has been pruned
         dense_chunks = iter(self.dense_inputs) if self.dense_inputs is not None else None
@@ -222,7 +226,7 @@ class BlockStream:
             mine: dict[int, Tensor] = {}
             dense: dict[int, Tensor] = {}
             block.until(chunk, [group], mine.__setitem__)
-            if not same:  # second: experts of the twin are given the tokens that the block's were given
+            if twin is not None and not same:  # second: its experts are given the tokens that the block's were given
                 twin.until(next(dense_chunks) if dense_chunks else chunk, [group], dense.__setitem__)
             self._add(collected, group, mine[group], dense)
         return collected[group]
@@ -242,7 +246,7 @@ class BlockStream:
     @torch.no_grad()
     def _replay(self, block: Block) -> None:
         """Do for the activations what the walk did when this block was pruned, or does in another process."""
-        if self.error_correction != "prefix" and block is not self.blocks[-1]:
+        if self.error_correction not in ("prefix", "sequential") and block is not self.blocks[-1]:
             _advance(block.to(self.device), self.dense_inputs or self.inputs)
         if self.commits is not None and block.index in self.commits.done():
             self.commits.restore(block.to("cpu"))

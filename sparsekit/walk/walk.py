@@ -84,7 +84,7 @@ def log_block(trainer: Trainer, block: Block) -> None:
 class OneShot(Callback):
     """Prunes every block when the walk reaches it, by one call of a layer-wise solver for each linear.
 
-    solver: a Solver, or a chain of them
+    solver: a Solver, or a chain of them; or one for each linear, by its name
     patterns: linear's name -> Pattern
     continues: start from the weights that are there, which are the answer of the stages before, as the solver's `init`
     seed: of torch's random numbers, set anew for each linear, so that a solver that draws some gives the same after a
@@ -96,7 +96,11 @@ class OneShot(Callback):
     """
 
     def __init__(
-        self, solver: Callable[..., Tensor], patterns: Mapping[str, Pattern], seed: int = 0, continues: bool = False
+        self,
+        solver: Callable[..., Tensor] | Mapping[str, Callable[..., Tensor]],
+        patterns: Mapping[str, Pattern],
+        seed: int = 0,
+        continues: bool = False,
     ):
         self.solver, self.patterns, self.seed, self.continues = solver, patterns, seed, continues
         self.answers: dict[str, Tensor] = {}  # of linears that were solved together with others, before the block
@@ -130,7 +134,16 @@ class OneShot(Callback):
 
     def _apart(self, name: str) -> bool:
         """Whether the answer for a row of this linear depends on that row alone."""
-        return name not in self.answers and rows_apart(self.solver, self.patterns[name])
+        return name not in self.answers and rows_apart(self.solver_of(name), self.patterns[name])
+
+    def _alike(self, one: str, other: str) -> bool:
+        """Whether two linears of one input can be solved in one call."""
+        same = self.patterns[one] == self.patterns[other] and self.solver_of(one) is self.solver_of(other)
+        return same and self._apart(one) and self._apart(other)
+
+    def solver_of(self, name: str) -> Callable[..., Tensor]:
+        """The solver of a linear."""
+        return self.solver if callable(self.solver) else self.solver[name]
 
     def _pieces(self, block: Block, names: list[str]) -> list[list[str]]:
         """Linears of one input in pieces that are solved in one call: several where rows are apart and few."""
@@ -138,10 +151,8 @@ class OneShot(Callback):
         for name in names:
             size = block.linears[name].weight.numel()
             last = pieces[-1] if pieces else []
-            joins = (
-                last and self._apart(name) and self._apart(last[0]) and self.patterns[name] == self.patterns[last[0]]
-            )
-            if joins and size + sum(block.linears[each].weight.numel() for each in last) <= TOGETHER:
+            whole = size + sum(block.linears[each].weight.numel() for each in last)
+            if last and whole <= TOGETHER and self._alike(name, last[0]):
                 last.append(name)
             else:
                 pieces.append([name])
@@ -166,7 +177,7 @@ class OneShot(Callback):
             else:
                 mine = weight[rows]
                 given = {"init": mine} if self.continues else {}
-                solved = self.solver(mine, stats, pattern, **given) if len(mine) else mine
+                solved = self.solver_of(names[0])(mine, stats, pattern, **given) if len(mine) else mine
                 if solved.shape == mine.shape and apart:
                     solved = team.join(solved, len(weight))
         seconds = time.perf_counter() - started

@@ -107,12 +107,16 @@ def test_a_recipe_slices_saves_proves_and_the_result_generates(name, tmp_path, c
     with torch.no_grad():  # the run's stage and a call of it give the same model
         assert torch.equal(model(input_ids=TEXT).logits, again(input_ids=TEXT).logits)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert again.generation_config.pad_token_id == model.generation_config.pad_token_id is not None
     cached, bare = (again.generate(TEXT[:2], use_cache=cache, **options) for cache in (True, False))
     assert torch.equal(cached, bare)
     folder = tmp_path / "run" / "model"
     with pytest.raises(ValueError, match="sparsekit_slicegpt"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)  # not filled with random numbers
     assert cli.main(["verify", str(folder)]) == 0
+    assert cli.main(["eval", str(folder), "--perplexity", "python-docs", "--windows", "1", "--length", "32"]) == 0
+    assert cli.main(["bench", str(folder), "--repeat", "1", "--new", "2", "--prompt", "8", "--batch", "1"]) == 0
+    assert "x as fast" in capsys.readouterr().out
     assert cli.main(["verify", str(folder), "--against", str(MODELS / name)]) == 2
     assert "was resized by `slicegpt`" in capsys.readouterr().err
     tensors = load_file(folder / "model.safetensors")
