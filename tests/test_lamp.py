@@ -141,7 +141,7 @@ def test_it_has_an_error_correction_of_its_own():
 
 
 def test_the_rule_for_the_learning_rate_is_for_adamw():
-    with pytest.raises(ValueError, match="optimizer is sgd, and the rule .* give a learning_rate"):
+    with pytest.raises(ValueError, match=r"optimizer is sgd, and the rule .* give a learning_rate"):
         begin(lamp, context(build("Llama"), TOKENS, Path(), pattern="2:4"), optimizer="sgd")
 
 
