@@ -103,6 +103,7 @@ def test_a_real_model_in_its_own_process(models: Path, tmp_path: Path, capsys: p
     assert found["nonzero"] == sum(int((tensor != 0).sum()) for tensor in tensors)
     assert found["file_bytes"] == (models / "tiny-llama" / "model.safetensors").stat().st_size
     assert found["dtype"] == "float32" and found["memory_bytes"] > 10**7
+    assert 4 * found["parameters"] <= found["weights_bytes"] < 4.1 * found["parameters"]
     assert found["prefill_seconds"]["2"] > 0 and found["decode_seconds"]["2"] > 0
     assert 1 < found["perplexity"]["python-docs"] < 100
     assert "faster" not in result and result["settings"]["prompt"] == 8

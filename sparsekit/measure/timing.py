@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.measure import evaluation as evaluate
+from sparsekit.model import Checkpoint
 from sparsekit.model import load as load_model
 from sparsekit.system import Meter
 
@@ -55,7 +56,8 @@ def _facts(model: Any, tokenizer: Any, place: Path) -> dict[str, Any]:
         "dtype": ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})),
         "parameters": sum(weight.numel() for weight in weights),
         "nonzero": sum(int(weight.count_nonzero()) for weight in weights),
-        "file_bytes": sum(file.stat().st_size for file in place.glob("*.safetensors")),
+        "weights_bytes": sum(tensor.nbytes for tensor in [*weights, *model.buffers()]),
+        "file_bytes": sum(file.stat().st_size for file in Checkpoint(place).files),
     }
 
 
@@ -69,7 +71,8 @@ def _memory(model: Any, tokenizer: Any, place: Path, **sizes: int) -> dict[str, 
     with Meter() as meter:
         with meter.stage("generate"):
             latency(model, **sizes)
-    return {"memory_bytes": meter.peak["generate"]}
+    on_device = {"device_bytes": meter.device_peak["generate"]} if meter.device_peak else {}
+    return {"memory_bytes": meter.peak["generate"]} | on_device
 
 
 @torch.no_grad()

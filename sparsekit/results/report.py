@@ -30,6 +30,7 @@ class _Stage(_Part):
     name: str
     seconds: float
     peak_memory_bytes: int
+    peak_device_bytes: int | None = None
 
 
 class _Sparsity(_Part):

@@ -102,5 +102,7 @@ def closing_table(report: dict[str, Any], folder: str) -> Any:
     table.add_row("seconds, all stages", "", f"{sum(stage['seconds'] for stage in report['stages']):.0f}")
     peak = max(stage["peak_memory_bytes"] for stage in report["stages"])
     table.add_row("peak memory of the process", "", human_size(peak))
+    if there := [stage["peak_device_bytes"] for stage in report["stages"] if stage.get("peak_device_bytes")]:
+        table.add_row("peak memory on the device", "", human_size(max(there)))
     table.add_row("the result", "", escape(folder))
     return table

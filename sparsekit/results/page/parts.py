@@ -149,6 +149,11 @@ def logged(metrics: str) -> dict[str, list[tuple[float, float]]]:
     return {column: points for column, points in found.items() if len({value for _, value in points}) > 1}
 
 
+def _on_device(stage: dict[str, Any]) -> str:
+    peak = stage.get("peak_device_bytes")
+    return f", {human_size(peak)} on the device" if peak else ""
+
+
 def cost(report: Report) -> str:
     """Seconds and peak memory of each stage."""
     stages = report.get("stages") or []
@@ -159,10 +164,11 @@ def cost(report: Report) -> str:
     body = ""
     for stage in stages:
         time, memory = fill(stage["seconds"] / longest, ""), fill(stage["peak_memory_bytes"] / most, "third")
+        peak = human_size(stage["peak_memory_bytes"]) + _on_device(stage)
         body += (
             f'<tr><th scope="row">{escape(stage["name"])}</th>'
             f'<td>{duration(stage["seconds"])}<span class="track">{time}</span></td>'
-            f'<td>{human_size(stage["peak_memory_bytes"])}<span class="track">{memory}</span></td></tr>'
+            f'<td>{peak}<span class="track">{memory}</span></td></tr>'
         )
     head = '<thead><tr><td></td><th scope="col">time</th><th scope="col">peak memory</th></tr></thead>'
     return f'<table class="stages"><colgroup><col><col><col></colgroup>{head}<tbody>{body}</tbody></table>'
