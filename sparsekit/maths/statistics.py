@@ -103,7 +103,7 @@ class Stats(Norms):
         """A ridge for every input (in,), so that a solution does not follow what these tokens show by chance.
 
         damping: in units of the Gram's diagonal; None: 1.5 / tokens an input, from 0.01 to 0.3, as the fewer there are,
-            the more of what they show is chance. By measurement (docs/methods.md).
+            the more of what they show is chance. By measurement (docs/methods/refit.md).
         by: "mean", of the diagonal's mean, alike for all inputs; "column", of each input's own energy, for inputs of
             which a few are so large that they make the mean
         """

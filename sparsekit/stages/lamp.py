@@ -86,8 +86,8 @@ def lamp(
     batch: sequences in a step of each process; null: as many as have 256 tokens in all, half of all at most. The
         recipe's calibration.batch, how many are computed together elsewhere, does not count here.
     optimizer: adamw, or sgd with a momentum of 0.9, which needs a learning_rate: the rule is for adamw
-    epochs, trainable (all, low-rank, norms-and-biases), rank, held_out (a share of the sequences), warmup, patience,
-        per_token, weight_decay: see `reconstruct`
+    epochs, trainable, rank, held_out, warmup, patience, per_token, weight_decay: see `reconstruct`; held_out is a share
+        of the sequences
 
     Besides the linears it changes norms and biases, and what else has one dimension; never what the recipe leaves as it
     is, nor convolutions, routers and gates. A linear's reported error is that of its final weight, on what enters it
@@ -250,7 +250,7 @@ class Lamp(Callback):
 
 
 def rate_for(block: Block, patterns: Mapping[str, Pattern]) -> float:
-    """The learning rate for a block: 0.0087 s^3 min(1, r / 0.06), by measurement (docs/methods.md).
+    """The learning rate for a block: 0.0087 s^3 min(1, r / 0.06), by measurement (docs/methods/lamp.md).
 
     s: the share of the block's weights that its patterns remove: 1.1e-3 at 50 %, 3e-3 at 70 %. r: the root mean square
     of the weights that are there; those of wide models are small.
