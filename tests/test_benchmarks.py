@@ -16,7 +16,7 @@ from sparsekit.solvers.sparsegpt import sparsegpt
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import captured, layerwise, solvers, structures
+from benchmarks import captured, layerwise, leaderboard, solvers, structures
 from benchmarks.tables import __main__ as runner
 from benchmarks.tables import rows as paper
 
@@ -413,3 +413,20 @@ def test_linears_of_a_group_share_a_cache_and_solvers_do_not() -> None:
     for times in (1, 2):
         layerwise.measure(solver, [group], parse("50%"))
         assert len(computed) == times
+
+
+def test_a_leaderboard_goes_on_where_it_was_and_writes_its_page(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(leaderboard, "ROWS", tmp_path / "rows")
+    monkeypatch.setattr(leaderboard, "PAGE", tmp_path / "page.md")
+    command = [str(models / "tiny-llama"), "--name", "tiny", "--patterns", "50%", "--calibration", "python-docs"]
+    command += ["--text", "python-docs", "--samples", "4", "--length", "32", "--windows", "3", "--window", "64"]
+    monkeypatch.setattr(leaderboard, "print", lambda *_, **__: None, raising=False)
+    ran = []
+    real = leaderboard.run
+    monkeypatch.setattr(leaderboard, "run", lambda *given: ran.append(given[1:]) or real(*given))
+    leaderboard.main([*command, "--methods", "dense", "sparsegpt"])
+    leaderboard.main([*command, "--methods", "dense", "sparsegpt", "wanda"])
+    assert ran == [("dense", ""), ("sparsegpt", "50%"), ("wanda", "50%")]
+    page = (tmp_path / "page.md").read_text()
+    assert "| 50% | sparsegpt | one-shot |" in page and "(1.00)" in page and "4 x 32 tokens of python-docs" in page
+    assert str(models) not in page + "".join(file.read_text() for file in (tmp_path / "rows").glob("*/*.json"))
