@@ -10,6 +10,7 @@ from .model import load as load
 from .results import masks as masks
 from .results import verify as verify
 from .run import evaluate as evaluate
+from .run import export_run as export_run
 from .run import fit as fit
 from .run import prune as prune
 from .system import ActivationStore as ActivationStore

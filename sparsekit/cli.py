@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsekit import __version__
+from sparsekit.arguments import command_line
 
 if TYPE_CHECKING:
     from entrypoints import EntryPoint
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from sparsekit.system import other_sparsekit
 
-    parser = _parser()
+    parser = command_line()
     given = parser.parse_args(argv)
     if said := other_sparsekit():
         print(f"sparsekit: {said}", file=sys.stderr)
@@ -179,6 +179,32 @@ def bench(given: argparse.Namespace) -> int:
     return 0
 
 
+def export(given: argparse.Namespace) -> int:
+    """`sparsekit export`: another form of a finished run's model, proved before it is kept."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from sparsekit.recipe import option_of
+    from sparsekit.run import export_run, said_of
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    written, failures = export_run(given.run, given.to, dict(map(option_of, given.set)))
+    for failure in failures:
+        console.print(f"not as asked: {failure}")
+    console.print(said_of(given.to, written, Path(given.run) / f"model-{given.to}"))
+    return FAILED if failures else MISTAKE if "why_not" in written else 0
+
+
+def unpack(given: argparse.Namespace) -> int:
+    """`sparsekit unpack`: what `export --to bitmask` wrote, as a checkpoint again."""
+    from sparsekit.results import unpack_bitmask
+
+    unpack_bitmask(given.folder, given.target)
+    print(given.target)
+    return 0
+
+
 def report(given: argparse.Namespace) -> int:
     """`sparsekit report`: write the page of a finished run again."""
     from pathlib import Path
@@ -254,88 +280,9 @@ COMMANDS = {
     "verify": verify,
     "compare": compare,
     "bench": bench,
+    "export": export,
+    "unpack": unpack,
     "report": report,
     "methods": methods,
     "schema": schema,
 }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("sparsekit", description="Make large transformers sparse.")
-    parser.add_argument("--version", action="version", version=f"sparsekit {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    add = commands.add_parser("fit", help="prune a model as a recipe says, prove and measure the result")
-    add.add_argument("--recipe", required=True, metavar="FILE", help="the recipe, a YAML file")
-    add.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as in calibration.samples=8"
-    )
-    add.add_argument("--resume", action="store_true", help="go on after a crash, from the last finished block")
-    add.add_argument(
-        "--dry-run", action="store_true", help="check everything and say what it would take; prune nothing"
-    )
-
-    add.add_argument("--sign", metavar="KEY", help="sign the manifest with this ed25519 key (a PEM file)")
-
-    add = commands.add_parser("eval", help="measure any checkpoint")
-    add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
-    _add_texts(add)
-    add.add_argument("--task", nargs="+", action="extend", default=[], metavar="TASK", help="a task of lm-eval")
-    add.add_argument("--metric", nargs="+", action="extend", default=[], metavar="NAME", help="an installed metric")
-    add.add_argument(
-        "--accuracy",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FOLDER",
-        help="labelled images, for vision models",
-    )
-    add.add_argument("--against", metavar="PATH", help="measure this model too; for a run's result, its source is")
-
-    add = commands.add_parser("verify", help="prove from disk that a checkpoint is sparse and sound")
-    add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
-    add.add_argument("--pattern", metavar="PATTERN", help='such as "2:4" or "50%%"')
-    add.add_argument("--against", metavar="SOURCE", help="the model it was made from: all else must be unchanged")
-    add.add_argument("--key", metavar="PUBLIC", help="the run must be signed by the owner of this key (a PEM file)")
-
-    add = commands.add_parser("compare", help="finished runs in one table, best first")
-    add.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, measured like the others")
-    add.add_argument("--by", metavar="COLUMN", help="sort by this column (default: the first perplexity)")
-    add.add_argument("--json", metavar="FILE", help="write the figures here too")
-    add.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-
-    add = commands.add_parser("bench", help="parameters, size, memory and speed of a model, beside its source")
-    add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
-    add.add_argument("--against", metavar="PATH", help="measure this model in turn; for a run's result, its source is")
-    add.add_argument(
-        "--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="batch sizes (default 1 8)"
-    )
-    add.add_argument("--prompt", type=_positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
-    add.add_argument("--new", type=_positive, default=32, metavar="N", help="tokens generated (default 32)")
-    add.add_argument("--repeat", type=_positive, default=5, metavar="N", help="turns of each model (default 5)")
-    _add_texts(add)
-    add.add_argument("--json", metavar="FILE", help="write the figures here too")
-    add.add_argument("--save", action="store_true", help="keep the figures in the run's report.json and report.html")
-
-    add = commands.add_parser("report", help="write report.html of a finished run again")
-    add.add_argument("run", metavar="RUN", help="folder of a finished run")
-
-    add = commands.add_parser("methods", help="list what is installed, or explain one of it")
-    add.add_argument("name", nargs="?", metavar="NAME", help="a solver, allocator, stage or source")
-
-    commands.add_parser("schema", help="print the JSON Schema of recipes, for your editor")
-    return parser
-
-
-def _add_texts(add: argparse.ArgumentParser) -> None:
-    add.add_argument(
-        "--perplexity", nargs="+", action="extend", default=[], metavar="SOURCE", help="a source or a file"
-    )
-    add.add_argument("--length", type=_positive, default=2048, metavar="N", help="tokens of a window (default 2048)")
-    add.add_argument("--windows", type=_positive, metavar="N", help="only the first N windows of each text")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)

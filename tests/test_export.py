@@ -11,7 +11,7 @@ import transformers
 from sparsekit.maths import Quantization
 from sparsekit.model import Checkpoint, find_blocks
 from sparsekit.results import export_packed, packed_differences
-from sparsekit.results.packing import pack, read_packed, unpack
+from sparsekit.results.exporters.packed import pack, read_packed, unpack
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"

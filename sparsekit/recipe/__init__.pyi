@@ -17,4 +17,5 @@ from .trainer import TrainerOptions as TrainerOptions
 from .writing import resolved as resolved
 from .writing import to_yaml as to_yaml
 from .yaml_tree import Tree as Tree
+from .yaml_tree import option_of as option_of
 from .yaml_tree import override as override

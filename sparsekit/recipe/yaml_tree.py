@@ -63,6 +63,18 @@ def read(path: str | Path) -> Tree:
     return tree
 
 
+def option_of(setting: str) -> tuple[str, Any]:
+    """A method's option from "name=value", the value read as in a recipe. ValueError for anything else."""
+    name, equals, text = setting.partition("=")
+    tree = Tree(f"--set {setting}")
+    value = _parse(text, tree, (name,), lambda line: f"--set {setting}") if equals and name.strip() else None
+    if not equals or not name.strip():
+        tree.problems.append(f"--set {setting}: must be option=value, such as precision=q8_0")
+    if tree.problems:
+        raise ValueError("; ".join(tree.problems))
+    return name.strip(), value
+
+
 def override(tree: Tree, setting: str, expand: Expand) -> None:
     """Apply one "dotted.key=value" to the tree; the value is read by the same parser as the file.
 

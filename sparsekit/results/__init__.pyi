@@ -4,6 +4,9 @@ from .benchmark import models_of as models_of
 from .board import board_markdown as board_markdown
 from .board import leaderboard as leaderboard
 from .board import show_board as show_board
+from .exporters.bitmask import unpack_bitmask as unpack_bitmask
+from .exporters.packed import export_packed as export_packed
+from .exporters.packed import packed_differences as packed_differences
 from .figures import figures_of as figures_of
 from .figures import label as label
 from .figures import shown as shown
@@ -20,11 +23,10 @@ from .folder import source_of as source_of
 from .folder import state_of as state_of
 from .folder import weights_of as weights_of
 from .manifest import MANIFEST as MANIFEST
+from .manifest import read_manifest as read_manifest
 from .manifest import seal as seal
 from .manifest import source_digests as source_digests
 from .manifest import write_manifest as write_manifest
-from .packing import export_packed as export_packed
-from .packing import packed_differences as packed_differences
 from .report import read_report as read_report
 from .signing import private_key as private_key
 from .signing import sign as sign

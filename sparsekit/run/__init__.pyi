@@ -2,6 +2,8 @@ from .allocation import SAMPLE_LENGTH as SAMPLE_LENGTH
 from .context import Context as Context
 from .door import evaluate as evaluate
 from .door import fit as fit
+from .exporting import export_run as export_run
+from .exporting import said_of as said_of
 from .fitting import evaluate_path as evaluate_path
 from .fitting import run_recipe as run_recipe
 from .memory import prune as prune

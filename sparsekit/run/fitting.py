@@ -55,11 +55,11 @@ from sparsekit.results.page import write_page
 from sparsekit.run import plan, preview, result
 from sparsekit.run.ahead import check_carried
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of, measured_once
-from sparsekit.run.exporting import export
+from sparsekit.run.exporting import export, said_of
 from sparsekit.run.lock import locked
 from sparsekit.run.plan import Plan
 from sparsekit.run.preview import left_as_is
-from sparsekit.system import Meter, hardware, human_size, session, versions, write_atomically, write_json
+from sparsekit.system import Meter, hardware, session, versions, write_atomically, write_json
 from sparsekit.walk import count_committed
 
 BESIDE = "of the model without the update in adapter/, which was not merged"
@@ -329,13 +329,7 @@ def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
             console.print(f"[bold red]verification failed[/]: {escape(failure)}", highlight=False)
         return
     for name, written in complete["exports"].items():
-        console.print(_said_of(name, written, output / f"model-{name}"), highlight=False, markup=False)
+        console.print(said_of(name, written, output / f"model-{name}"), highlight=False, markup=False)
     console.print("\nLoad it:\n")
     console.print(loading_code(output / "model"), markup=False, highlight=False, soft_wrap=True)
     console.print(f"\nmanifest {complete['manifest']}", highlight=False, soft_wrap=True)
-
-
-def _said_of(name: str, written: dict[str, Any], where: Path) -> str:
-    if "why_not" in written:
-        return f"not {name}: {written['why_not']}"
-    return f"{name}: {where}, {human_size(written['bytes'])} instead of {human_size(written['model_bytes'])}"

@@ -1,0 +1,98 @@
+"""What the command line takes. Nothing heavy is imported."""
+
+import argparse
+
+from sparsekit import __version__
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Every command with its arguments; the command is `command` of what is parsed."""
+    parser = argparse.ArgumentParser("sparsekit", description="Make large transformers sparse.")
+    parser.add_argument("--version", action="version", version=f"sparsekit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    add = commands.add_parser("fit", help="prune a model as a recipe says, prove and measure the result")
+    add.add_argument("--recipe", required=True, metavar="FILE", help="the recipe, a YAML file")
+    add.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as in calibration.samples=8"
+    )
+    add.add_argument("--resume", action="store_true", help="go on after a crash, from the last finished block")
+    add.add_argument(
+        "--dry-run", action="store_true", help="check everything and say what it would take; prune nothing"
+    )
+
+    add.add_argument("--sign", metavar="KEY", help="sign the manifest with this ed25519 key (a PEM file)")
+
+    add = commands.add_parser("eval", help="measure any checkpoint")
+    add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
+    _add_texts(add)
+    add.add_argument("--task", nargs="+", action="extend", default=[], metavar="TASK", help="a task of lm-eval")
+    add.add_argument("--metric", nargs="+", action="extend", default=[], metavar="NAME", help="an installed metric")
+    add.add_argument(
+        "--accuracy",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FOLDER",
+        help="labelled images, for vision models",
+    )
+    add.add_argument("--against", metavar="PATH", help="measure this model too; for a run's result, its source is")
+
+    add = commands.add_parser("verify", help="prove from disk that a checkpoint is sparse and sound")
+    add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
+    add.add_argument("--pattern", metavar="PATTERN", help='such as "2:4" or "50%%"')
+    add.add_argument("--against", metavar="SOURCE", help="the model it was made from: all else must be unchanged")
+    add.add_argument("--key", metavar="PUBLIC", help="the run must be signed by the owner of this key (a PEM file)")
+
+    add = commands.add_parser("compare", help="finished runs in one table, best first")
+    add.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, measured like the others")
+    add.add_argument("--by", metavar="COLUMN", help="sort by this column (default: the first perplexity)")
+    add.add_argument("--json", metavar="FILE", help="write the figures here too")
+    add.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+
+    add = commands.add_parser("bench", help="parameters, size, memory and speed of a model, beside its source")
+    add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
+    add.add_argument("--against", metavar="PATH", help="measure this model in turn; for a run's result, its source is")
+    add.add_argument(
+        "--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="batch sizes (default 1 8)"
+    )
+    add.add_argument("--prompt", type=_positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
+    add.add_argument("--new", type=_positive, default=32, metavar="N", help="tokens generated (default 32)")
+    add.add_argument("--repeat", type=_positive, default=5, metavar="N", help="turns of each model (default 5)")
+    _add_texts(add)
+    add.add_argument("--json", metavar="FILE", help="write the figures here too")
+    add.add_argument("--save", action="store_true", help="keep the figures in the run's report.json and report.html")
+
+    add = commands.add_parser("export", help="write another form of a finished run's model, and prove it")
+    add.add_argument("run", metavar="RUN", help="folder of a finished run")
+    add.add_argument("--to", required=True, metavar="NAME", help="an installed exporter: gguf, bitmask, packed ...")
+    add.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="OPTION=VALUE", help="of it, as in precision=q8_0"
+    )
+
+    add = commands.add_parser("unpack", help="make a checkpoint again of what `export --to bitmask` wrote")
+    add.add_argument("folder", metavar="FOLDER", help="model-bitmask/ of a run")
+    add.add_argument("target", metavar="TARGET", help="a folder that does not exist")
+
+    add = commands.add_parser("report", help="write report.html of a finished run again")
+    add.add_argument("run", metavar="RUN", help="folder of a finished run")
+
+    add = commands.add_parser("methods", help="list what is installed, or explain one of it")
+    add.add_argument("name", nargs="?", metavar="NAME", help="a solver, allocator, stage or source")
+
+    commands.add_parser("schema", help="print the JSON Schema of recipes, for your editor")
+    return parser
+
+
+def _add_texts(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--perplexity", nargs="+", action="extend", default=[], metavar="SOURCE", help="a source or a file"
+    )
+    add.add_argument("--length", type=_positive, default=2048, metavar="N", help="tokens of a window (default 2048)")
+    add.add_argument("--windows", type=_positive, metavar="N", help="only the first N windows of each text")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
