@@ -24,13 +24,7 @@ FLOORS = [  # of rooms, the lowest first: imports point down
     "testing",
     "cli arguments __main__ __init__",
 ]
-METHODS = {
-    "solvers",
-    "allocators",
-    "stages",
-    "criteria",
-    "exporters",
-}  # one paper a file: entry points name the files themselves
+METHODS = {"solvers", "allocators", "stages", "criteria"}  # one paper a file: entry points name the files themselves
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "torchmetrics", "peft"}
 WITHOUT_TORCH = ["__init__", "registry", "cli", "__main__", "data.corpora", "data.naming", "data.sampling"]
 WITHOUT_TORCH += ["recipe.load", "recipe.schema", "recipe.values", "recipe.yaml_tree"]

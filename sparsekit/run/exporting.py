@@ -107,7 +107,7 @@ def said_of(name: str, written: Mapping[str, Any], where: Path) -> str:
     proof = written.get("proof") or {}
     if proof.get("ran"):
         said += (
-            f"; in {proof['client']} the same {proof['tokens']} tokens after each of {proof['texts']} texts, "
-            f"log-probabilities within {proof['log-probabilities within']}"
+            f"; in {proof['client']} {proof['tokens']} next tokens after {proof['texts']} texts have log-probabilities "
+            f"within {proof['log-probabilities within']}"
         )
     return f"{said}; {proof['said']}" if proof.get("said") else said

@@ -82,6 +82,10 @@ class Shape:
                     f"llama.cpp has layers of unequal widths for LLaMA alone (as deci), not for {family}: cut with "
                     "`shape: uniform`"
                 )
+            if not heads[0]:
+                raise ValueError(
+                    "the first layer has no attention left, from which llama.cpp reads the size of a head: let it keep one"
+                )
             architecture = "deci"
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         found = cls(architecture, permuted, heads, key_heads, widths, int(head), config)
@@ -148,10 +152,21 @@ def _names(stored: Checkpoint, shape: Shape) -> dict[str, str]:
     found = {}
     for name in stored:
         called = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if called is not None and _gone(called, shape):
+            continue
         if called is None:
             raise ValueError(f"llama.cpp has no place for {name} in the architecture {shape.architecture}")
         found[name] = called
     return found
+
+
+def _gone(called: str, shape: Shape) -> bool:
+    """Whether a tensor is the norm before an attention or MLP that was removed: llama.cpp has no place for it."""
+    part = called.split(".")
+    if part[0] != "blk":
+        return False
+    norms = {"attn_norm": shape.heads, "ffn_norm": shape.widths}
+    return part[2] in norms and norms[part[2]][int(part[1])] == 0
 
 
 def _tensors(folder: Path, shape: Shape, precision: str) -> Iterator[tuple[str, str, Callable[[], Tensor], str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsekit.contracts import Finished
 
@@ -40,44 +41,54 @@ def compare(finished: Finished, file: Path, *, exact: bool) -> tuple[dict[str, A
 
     model, tokenizer = load(finished.folder, trust_remote_code=False)
     texts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    scores = [_goes_on(model, ids) for ids in texts]
     try:
-        answers = _ask(file, {"texts": list(TEXTS), "prompts": texts, "new": NEW, "top": TOP})
+        task = {
+            "texts": list(TEXTS),
+            "prompts": [_prompts(*pair) for pair in zip(texts, scores, strict=True)],
+            "top": TOP,
+        }
+        answers = _ask(file, task)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         return {"client": client, "ran": False}, [f"llama.cpp does not run it: {error}"]
-    wrong, apart = [], 0.0
-    for text, ids, answer in zip(TEXTS, texts, answers, strict=True):
+    wrong, apart, compared = [], 0.0, 0
+    for text, ids, score, answer in zip(TEXTS, texts, scores, answers, strict=True):
         if answer["tokens"] != ids:
             wrong.append(f"llama.cpp splits {text[:20]!r} into other tokens than the model's tokenizer")
-        gap, same = _gap(model, ids, answer["steps"])
-        apart = max(apart, gap)
-        if exact and not same:
-            wrong.append(f"llama.cpp goes on from {text[:20]!r} with other tokens than the model")
+        for here, top in zip(score, answer["steps"], strict=True):
+            if not top:  # half a letter: llama.cpp keeps it back until the other half is there
+                continue
+            compared += 1
+            apart = max(apart, *(abs(float(here[each["id"]]) - each["logprob"]) for each in top))
+            if exact and float(here.max() - here[top[0]["id"]]) > TIE:
+                wrong.append(f"llama.cpp goes on from {text[:20]!r} with another token than the model")
+                break
     limit = SAME if next(model.parameters()).dtype == torch.float32 else ROUNDED
     if exact and apart > limit:
         wrong.append(f"log-probabilities in llama.cpp are up to {apart:.3f} from the model's, beyond {limit}")
-    told = {
+    return {
         "client": client,
         "ran": True,
         "texts": len(TEXTS),
-        "tokens": NEW,
+        "tokens": compared,
         "log-probabilities within": round(apart, 5),
-    }
-    return told, wrong
+    }, wrong
 
 
 @torch.no_grad()
-def _gap(model: Any, ids: list[int], steps: list[dict[str, Any]]) -> tuple[float, bool]:
-    """How far log-probabilities are apart along what llama.cpp chose, and whether the model would choose the same."""
-    chosen = [step["id"] for step in steps]
-    tokens = torch.tensor([ids + chosen])
-    scores = model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
-    apart, same = 0.0, True
-    for place, step in enumerate(steps):
-        here = scores[len(ids) - 1 + place]
-        for other in step["top"]:
-            apart = max(apart, abs(float(here[other["id"]]) - other["logprob"]))
-        same = same and float(here.max() - here[step["id"]]) <= TIE
-    return apart, same
+def _goes_on(model: Any, ids: list[int]) -> Tensor:
+    """Log-probabilities (NEW, vocabulary) of each next token, after the likeliest ones before it."""
+    tokens = torch.tensor([ids])
+    for _ in range(NEW):
+        scores = model(input_ids=tokens, use_cache=False).logits[0].float()
+        tokens = torch.cat([tokens, scores[-1:].argmax(-1, keepdim=True)], 1)
+    return scores[len(ids) - 1 :].log_softmax(-1)
+
+
+def _prompts(ids: list[int], scores: Tensor) -> list[list[int]]:
+    """What is given for each step: the text, and what the model itself has chosen so far."""
+    chosen = scores.argmax(-1).tolist()
+    return [ids + chosen[:count] for count in range(len(chosen))]
 
 
 def _ask(file: Path, task: dict[str, Any]) -> list[dict[str, Any]]:
@@ -95,7 +106,7 @@ def _ask(file: Path, task: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _serve(file: str, task: dict[str, Any]) -> list[dict[str, Any]]:
-    """In the process of its own: tokens of the texts, and what follows the prompts."""
+    """In the process of its own: tokens of the texts, and the likeliest next ones after each prompt."""
     from urllib.request import Request, urlopen
 
     import xllamacpp
@@ -107,18 +118,18 @@ def _serve(file: str, task: dict[str, Any]) -> list[dict[str, Any]]:
     params.warmup = False
     server = xllamacpp.Server(params)
     found = []
-    for text, prompt in zip(task["texts"], task["prompts"], strict=True):
+    for text, prompts in zip(task["texts"], task["prompts"], strict=True):
         body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
         request = Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
         with urlopen(request, timeout=60) as reply:  # the server of this process, on this machine
             tokens = json.load(reply)["tokens"]
-        settings = {"temperature": 0.0, "n_probs": task["top"], "cache_prompt": False, "ignore_eos": False}
-        given = server.handle_completions({"prompt": prompt, "n_predict": task["new"], **settings})
-        given = json.loads(given) if isinstance(given, str) else given
-        steps = [
-            {"id": step["id"], "top": [{key: each[key] for key in ("id", "logprob")} for each in step["top_logprobs"]]}
-            for step in given["choices"][0]["logprobs"]["content"]
-        ]
+        settings = {"n_predict": 1, "temperature": 0.0, "n_probs": task["top"], "cache_prompt": False}
+        steps = []
+        for ids in prompts:
+            given = server.handle_completions({"prompt": ids, **settings})
+            given = json.loads(given) if isinstance(given, str) else given
+            told = (given["choices"][0].get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
+            steps.append([{key: each[key] for key in ("id", "logprob")} for each in told[0]["top_logprobs"]])
         found.append({"tokens": tokens, "steps": steps})
     return found
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsekit.model import skeleton
+
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 LLAMA3 = (
@@ -43,10 +45,8 @@ class Vocabulary:
         Raises:
             ValueError: llama.cpp has no name for it that is known here.
         """
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(f"{folder} has no tokenizer.json")
-        told = json.loads(file.read_text(encoding="utf-8"))
+        tokenizer = transformers_tokenizer(folder)
+        told = json.loads(tokenizer.backend_tokenizer.to_str())  # as it works, which may not be as the file has it
         model = told["model"]
         if model.get("type") != "BPE" or model.get("byte_fallback"):
             kind = f"{model.get('type')} with byte fallback" if model.get("byte_fallback") else model.get("type")
@@ -68,7 +68,7 @@ class Vocabulary:
             raise ValueError(f"its tokenizer has {len(tokens)} tokens, and the model {size} embeddings")
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
         filled = [f"[PAD{place}]" if token is None else token for place, token in enumerate(tokens)]
-        return cls(pre, filled, kinds, merges, *_special(folder))
+        return cls(pre, filled, kinds, merges, *_special(tokenizer))
 
 
 def _pre(told: dict[str, Any]) -> str:
@@ -85,11 +85,22 @@ def _pre(told: dict[str, Any]) -> str:
     )
 
 
-def _special(folder: Path) -> tuple[int | None, int | None, int | None, bool, str | None]:
-    """Ids of the first, last and padding token, whether a text begins with the first, and the template of chats."""
+def transformers_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint as transformers opens it; ValueError where it is none of the fast ones."""
     import transformers
 
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)  # whatever the model's type is called
+    config: Any = skeleton(folder).config
+    try:  # told the family, transformers does not look for a type in config.json that it cannot know
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config)
+    except Exception as error:  # the tokenizers library raises no other type for a file that is damaged
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(f"its tokenizer, {type(tokenizer).__name__}, has no tokenizer.json")
+    return tokenizer
+
+
+def _special(tokenizer: Any) -> tuple[int | None, int | None, int | None, bool, str | None]:
+    """Ids of the first, last and padding token, whether a text begins with the first, and the template of chats."""
     ids = tokenizer("a")["input_ids"]
     template = getattr(tokenizer, "chat_template", None)
     begins = bool(ids) and ids[0] == tokenizer.bos_token_id
