@@ -22,7 +22,7 @@ from sparsekit.results import unpack_bitmask
 from sparsekit.results.exporters import llamacpp
 from sparsekit.results.exporters.bitmask import bitmask
 from sparsekit.results.exporters.gguf import FILE, gguf
-from sparsekit.results.exporters.gguf import Shape as Counted
+from sparsekit.results.exporters.layers import Shape as Counted
 from sparsekit.results.exporters.vocabulary import LLAMA3, QWEN2, Vocabulary
 from sparsekit.testing import check_exporter
 
@@ -131,21 +131,24 @@ def test_cut_models_run_with_layers_of_unequal_widths(stages: list[Any], tmp_pat
         assert proof["log-probabilities within"] < 0.02
 
 
-@pytest.mark.parametrize(("first", "other"), [(1, 2), (0, 3)])
-def test_attentions_and_mlps_may_be_gone_but_for_the_first_attention(first: int, other: int, tmp_path: Path) -> None:
-    """The parts of each layer are its attention and its MLP: without attention 1 and MLP 2, and without attention 0."""
+@pytest.mark.parametrize(
+    "gone",
+    [
+        {("attention", 1), ("attention", 2), ("mlp", 2)},
+        {("attention", 0), ("mlp", 3)},  # llama.cpp reads the first layer's, and passes over a layer without MLP
+        {("attention", 0), ("mlp", 0), ("attention", 3)},
+    ],
+    ids=["others", "first", "whole layer"],
+)
+def test_whole_attentions_and_mlps_may_be_gone(gone: set[tuple[str, int]], tmp_path: Path) -> None:
     model, tokenizer = sparsekit.load(TINY)
     blocks = find_blocks(model)
     units = find_units(model, blocks, ["attention", "mlp"])
-    gone = {("attention", first), ("mlp", other)}
     kept = torch.tensor([(part.kind, part.block) not in gone for part in units.parts])
     removal = Removal(units.kinds, kept)
     removal.apply(model, blocks)
     folder = tmp_path / "model"
     save_model(model, tokenizer, folder, Shape.of(model, [(units, removal)]))
-    if first == 0:
-        assert "the first layer has no attention left" in gguf().why_not(finished(folder))
-        return
     _, proof = written(folder, tmp_path / "gguf")
     assert proof["architecture"] == "deci"
 

@@ -1,9 +1,7 @@
 """GGUF files, which llama.cpp runs, and what is built on it: Ollama, LM Studio."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,17 +12,14 @@ from torch import Tensor
 from sparsekit.contracts import Exporter, Finished
 from sparsekit.model import Checkpoint
 from sparsekit.results.exporters import llamacpp
+from sparsekit.results.exporters.layers import BLOCK, Shape
 from sparsekit.results.exporters.vocabulary import Vocabulary
 from sparsekit.system import write_json
 
 Precision = Literal["source", "f32", "f16", "bf16", "q8_0", "q5_0", "q4_0"]
 FILE = "model.gguf"
 PROOF = "proof.json"
-# a config's model_type -> the architecture in llama.cpp, and whether its rotary halves are interleaved there
-FAMILIES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q5_0": 8, "bf16": 32}
-BLOCK = 32  # weights of a quantized type that share a scale; a row must be made of whole ones
-OURS = "sparsekit_"  # before the family's name in the config of a model whose layers differ in width
 
 
 def gguf(*, precision: Precision = "source") -> Exporter:
@@ -44,90 +39,6 @@ def gguf(*, precision: Precision = "source") -> Exporter:
         lambda finished, target: _write(finished.folder, target, precision),
         lambda finished, target: _differences(finished, target, precision),
     )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model as llama.cpp counts it; numbers by layer. permuted: whether its rotary halves are interleaved there."""
-
-    architecture: str
-    permuted: bool
-    heads: list[int]
-    key_heads: list[int]
-    widths: list[int]
-    head: int
-    config: dict[str, Any]
-
-    @classmethod
-    def read(cls, folder: Path) -> "Shape":
-        """Of a checkpoint. ValueError, a sentence, for what llama.cpp is not known to run."""
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = str(config.get("model_type"))
-        family = kind.removeprefix(OURS)
-        if family not in FAMILIES:
-            raise ValueError(f"models of type {kind} are not written as GGUF; {', '.join(FAMILIES)} are")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"llama.cpp runs this family with silu, and the config has {config['hidden_act']}")
-        architecture, permuted = FAMILIES[family]
-        count = config["num_hidden_layers"]
-        layers = config.get("per_layer_config") or {}
-
-        def by_layer(key: str) -> list[int]:
-            return [int((layers.get(str(index)) or {}).get(key, config[key])) for index in range(count)]
-
-        heads, key_heads, widths = map(by_layer, ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
-        if len({*zip(heads, key_heads, widths, strict=True)}) > 1:
-            if architecture != "llama":
-                raise ValueError(
-                    f"llama.cpp has layers of unequal widths for LLaMA alone (as deci), not for {family}: cut with "
-                    "`shape: uniform`"
-                )
-            if not heads[0]:
-                raise ValueError(
-                    "the first layer has no attention left, from which llama.cpp reads the size of a head: let it keep one"
-                )
-            architecture = "deci"
-        head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        found = cls(architecture, permuted, heads, key_heads, widths, int(head), config)
-        found.rope()
-        if config.get("use_sliding_window") or (config.get("sliding_window") and family not in ("mistral", "qwen2")):
-            raise ValueError("llama.cpp would not slide the window of its attention, so longer texts would differ")
-        return found
-
-    @property
-    def context(self) -> int:
-        """Tokens that it may be given; no more than the window of its attention, which llama.cpp does not slide."""
-        positions = int(self.config["max_position_embeddings"])
-        window = self.config.get("sliding_window")
-        if window is None or not self.config.get("use_sliding_window", True):
-            return positions
-        return min(positions, int(window))
-
-    def rope(self) -> tuple[float, dict[str, Any]]:
-        """The base of the rotary embedding, and the scaling of its frequencies."""
-        told = dict(self.config.get("rope_parameters") or self.config.get("rope_scaling") or {})
-        base = told.pop("rope_theta", None) or self.config.get("rope_theta") or 10000.0
-        kind = told.get("rope_type", told.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise ValueError(f"the rotary embedding is scaled by {kind}, which the exporter does not write")
-        return float(base), told | {"rope_type": kind}
-
-    def factors(self) -> Tensor | None:
-        """What llama3 divides each frequency by (head / 2,); None without that scaling (Llama 3.1's own formula)."""
-        base, told = self.rope()
-        if told["rope_type"] != "llama3":
-            return None
-        frequency = 1.0 / base ** (torch.arange(0, self.head, 2, dtype=torch.float64) / self.head)
-        length = 2 * math.pi / frequency
-        low, high = (
-            told["original_max_position_embeddings"] / told[key] for key in ("low_freq_factor", "high_freq_factor")
-        )
-        share = (told["original_max_position_embeddings"] / length - told["low_freq_factor"]) / (
-            told["high_freq_factor"] - told["low_freq_factor"]
-        )
-        between = 1 / ((1 - share) / told["factor"] + share)
-        found = between.where(length <= low, torch.as_tensor(float(told["factor"]), dtype=torch.float64))
-        return found.where(length >= high, torch.ones((), dtype=torch.float64)).float()
 
 
 def _why_not(finished: Finished) -> str:
@@ -232,17 +143,19 @@ def _write(folder: Path, target: Path, precision: str) -> None:
         if dtype == numpy.uint8:
             size = package.quants.quant_shape_to_byte_shape(size, _type(kind))
         writer.add_tensor_info(called, size, dtype, math.prod(size) * dtype.itemsize, _type(kind))
-    factors = shape.factors()
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, numpy.dtype("float32"), 4 * len(factors))
+    more = {called: torch.zeros(size) for called, size in shape.zeros.items()}
+    if (factors := shape.factors()) is not None:
+        more["rope_freqs.weight"] = factors
+    for called, tensor in more.items():
+        writer.add_tensor_info(called, tensor.shape, numpy.dtype("float32"), tensor.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for _, _, get, kind in tensors:  # one in memory at a time
         array = _array(get(), kind)
         writer.write_tensor_data(array if kind in ("f32", "f16") else array.view(numpy.uint8))
-    if factors is not None:
-        writer.write_tensor_data(factors.numpy())
+    for tensor in more.values():
+        writer.write_tensor_data(tensor.numpy())
     writer.close()
 
 
