@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all test-chaos test-device test-gpu lint setup
+.PHONY: demo test test-all test-chaos test-clients test-device test-gpu lint setup
 
 demo: setup
 	$(BIN)/sparsekit fit --recipe recipes/demo.yaml --resume
@@ -14,12 +14,18 @@ demo: setup
 test: setup lint
 	$(PYTEST)
 
-test-all: setup lint test-device
+test-all: setup lint test-device test-clients
 	$(PYTEST) -m "long or not long"
 
 # where tensors are, and what a card would be asked to do, on a device that is CPU memory; needs a C++ compiler
 test-device: setup
 	$(PYTEST) -m device tests/device
+
+# what other people's clients make of a result: llama.cpp beside us, the others in environments of their own (.clients)
+test-clients: setup
+	$(BIN)/pip install --quiet --no-deps xllamacpp
+	$(PYTEST) tests/test_exporters.py
+	$(BIN)/pytest -m clients tests/clients
 
 # the same on the accelerator that torch finds
 test-gpu: setup

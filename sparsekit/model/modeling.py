@@ -18,7 +18,7 @@ FAMILIES = (
 PREFIX = "sparsekit"
 
 TEMPLATE = '''\
-"""$causal with layers of different widths, as sparsekit stored it; needs torch and transformers only:
+"""$causal with layers of different widths, as sparsekit stored it; needs torch and transformers 4.48 or later only:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -27,18 +27,29 @@ num_attention_heads. 0: the layer has no MLP, or no attention. `added_biases` na
 the family gives them none of.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import $config_class, $causal, $base
 from $module import $layer
 
 
-@strict
+def checked(kind: type) -> type:
+    """The config's fields are checked as the family's own are, where transformers does so."""
+    if not is_dataclass($config_class):
+        return kind
+    from huggingface_hub.dataclasses import strict
+
+    return strict(kind)
+
+
+@checked
 class Sparsekit$config_class($config_class):
     model_type = "$model_type"
     added_biases: list[str] | None = None
@@ -46,11 +57,32 @@ class Sparsekit$config_class($config_class):
     def validate_architecture(self):
         """The heads that are left need not divide the hidden size."""
 
+    if "rope_parameters" not in inspect.signature($config_class.__init__).parameters:  # transformers before 5
+
+        def __init__(self, **given):
+            told = dict(given.pop("rope_parameters", None) or {})
+            if "rope_theta" in told:
+                given["rope_theta"] = told.pop("rope_theta")
+            if told.get("rope_type", "default") != "default":
+                given["rope_scaling"] = told
+            super().__init__(**given)
+
+
+def own_config(config: Sparsekit$config_class, index: int) -> Any:
+    """A copy of the config with a layer's own widths."""
+    told = config.per_layer_config
+    if not isinstance(told, dict):  # transformers that knows of layers that differ
+        return told[index]
+    own = copy(config)
+    for key, value in told.get(str(index), {}).items():
+        setattr(own, key, value)
+    return own
+
 
 $nothing
 
 def make_layer(config: Sparsekit$config_class, index: int) -> nn.Module:
-    own = config.per_layer_config[index]  # a copy
+    own = own_config(config, index)
     attention, mlp = own.num_key_value_heads, own.intermediate_size
     if not attention:  # something that can be built, for a moment
         own.num_attention_heads = own.num_key_value_heads = 1
