@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sparsekit.maths.pattern
-from sparsekit.maths import NM, Unstructured, parse
+from sparsekit.maths import NM, Unstructured, lift, parse, slide
 
 
 def lowest_by_sorting(scores: list[float], count: int) -> list[bool]:
@@ -140,3 +140,53 @@ def test_satisfied_counts_the_scope():
     assert not NM(2, 4).satisfied(weight) and NM(2, 4).satisfied(weight[1:])
     assert not Unstructured(0.6).satisfied(weight, per="matrix") and not NM(2, 5).satisfied(weight)
     assert Unstructured(0.25).satisfied(weight, per=4)
+
+
+@pytest.mark.parametrize("text", ["4:6", "6:8", "8:10", "10:12"])
+@pytest.mark.parametrize("width", [120, 124, 121])
+def test_windows_of_two_of_four_give_what_the_weight_gives(text, width):
+    """slide(W) lift(x) = W x exactly: whole numbers, of which every sum is exact; every window is 2:4."""
+    pattern = parse(text)
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randint(-9, 10, (7, width), generator=random).double()
+    weight = weight * pattern.keep(weight.abs() + torch.rand(weight.shape, generator=random))
+    inputs = torch.randint(-9, 10, (5, width), generator=random).double()
+    slid, lifted = slide(weight, pattern), lift(inputs, pattern)
+    assert NM(2, 4).satisfied(slid)
+    assert torch.equal(lifted @ slid.t(), inputs @ weight.t())
+    assert int(slid.count_nonzero()) == int(weight.count_nonzero())  # every weight in one window
+    whole = width - width % pattern.group
+    assert slid.shape[1] == whole // pattern.group * (pattern.group // 2 - 1) * 4 + 4 * -(-(width - whole) // 2)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(6, 8, pairs=True), NM(5, 7)])
+def test_other_patterns_are_no_windows(pattern):
+    with pytest.raises(ValueError, match="is not all but two of an even group"):
+        slide(torch.zeros(2, 56), pattern)
+    with pytest.raises(ValueError, match="is not 6:8"):
+        slide(torch.ones(2, 16), NM(6, 8))
+
+
+def test_a_last_group_that_is_not_full_stays_dense():
+    pattern, weight = NM(8, 10), torch.randn(4, 576)
+    kept = pattern.keep(weight.abs())
+    assert kept[:, 570:].all() and int((~kept).sum()) == 4 * 57 * 2
+    assert pattern.satisfied(weight * kept) and not pattern.satisfied(weight)
+    pattern.check(576, "q_proj")
+    with pytest.raises(ValueError, match="has 576 input columns, which groups of 10"):
+        NM(5, 10).check(576, "q_proj")  # no hardware's windows: only whole groups
+
+
+def test_pairs_stay_or_go_together():
+    pattern, score = parse("4:8p"), torch.rand(6, 32)
+    kept = pattern.keep(score)
+    assert torch.equal(kept[:, ::2], kept[:, 1::2])
+    sums = score.view(6, 4, 4, 2).sum(3)
+    assert torch.equal(kept[:, ::2].view(6, 4, 4), sums >= sums.sort(2).values[:, :, 2:3])
+    weight = torch.randn(6, 32) * kept
+    assert pattern.satisfied(weight) and NM(4, 8).satisfied(weight)
+    singles = torch.randn(6, 32) * NM(4, 8).keep(score)
+    assert not pattern.satisfied(singles)
+    assert str(pattern) == "4:8p" and parse(str(pattern)) == pattern != NM(4, 8)
+    with pytest.raises(ValueError, match="both numbers must be even"):
+        parse("3:8p")

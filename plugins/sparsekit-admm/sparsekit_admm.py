@@ -72,6 +72,8 @@ def _mask(score: Tensor, pattern: Pattern, progress: float, gradual: bool, per: 
     final = pattern.keep(score, per=per)
     if progress == 1:
         return final
+    if isinstance(pattern, NM) and (pattern.pairs or score.shape[1] % pattern.group):
+        return final  # on the way to it weights would compete one by one, and in the columns that stay dense
     if isinstance(pattern, NM):
         return Unstructured(pattern.sparsity * progress).keep(score.masked_fill(final, torch.inf), per=per)
     return Unstructured(pattern.sparsity * progress).keep(score, per=per) if gradual else final

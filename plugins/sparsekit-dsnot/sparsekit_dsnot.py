@@ -38,6 +38,8 @@ def dsnot(
     pattern.check(stats.width, "this layer")
     if cycles < 1 or not tolerance >= 0:
         raise ValueError(f"cycles must be at least 1 and tolerance at least 0, not {cycles} and {tolerance}")
+    if isinstance(pattern, NM) and (pattern.pairs or stats.width % pattern.group):
+        raise ValueError(f"dsnot exchanges single weights within whole groups, which {pattern} does not leave as it is")
     group = pattern.group if isinstance(pattern, NM) else None
     kept = (wanda(weight, stats, pattern) if init is None else init) != 0
     effect = weight * stats.mean  # (out, in): what each weight adds to the mean output

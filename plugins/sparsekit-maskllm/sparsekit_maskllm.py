@@ -59,7 +59,7 @@ def maskllm(
     ValueError for patterns that are not n:m.
     """
     patterns = list(context.patterns.values())
-    if not all(isinstance(pattern, NM) for pattern in patterns):
+    if not all(isinstance(pattern, NM) and not pattern.pairs for pattern in patterns):
         raise ValueError(f"maskllm chooses among masks of groups; {patterns[0]} has none: give n:m, such as 2:4")
     kept = _prior(context, prior) if prior is not None else {}
     number = min(math.ceil(held_out * len(context.tokens)), len(context.tokens) - 1)

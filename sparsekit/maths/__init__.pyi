@@ -16,6 +16,7 @@ from .pattern import Pattern as Pattern
 from .pattern import Scope as Scope
 from .pattern import Unstructured as Unstructured
 from .pattern import has_pattern as has_pattern
+from .pattern import may_lose as may_lose
 from .pattern import parse as parse
 from .pattern import thinned as thinned
 from .statistics import PANEL as PANEL
@@ -25,3 +26,5 @@ from .sums import double as double
 from .sums import home_of_double as home_of_double
 from .sums import row_totals as row_totals
 from .sums import total as total
+from .windows import lift as lift
+from .windows import slide as slide

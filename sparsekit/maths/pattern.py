@@ -79,65 +79,95 @@ class Unstructured:
 class NM:
     """Keep `keep` of every `group` consecutive input columns of a row: 1 <= keep < group.
 
+    pairs: neighbouring columns stay or go together, as 4:8 in pairs, what sparse tensor cores take of NVFP4. Scores are
+        added up in a pair, so they should be what removing a weight costs
+
+    Where all but two of a group stay and the group is even (4:6, 6:8, 8:10 ...), every group can be covered by
+    overlapping windows of 2:4 (`sparsekit.maths.slide`), and columns that do not fill a last group stay dense.
+
     >>> NM(2, 4).keep(torch.tensor([[1.0, 4.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]]))
     tensor([[False,  True,  True, False],
             [False, False,  True,  True]])
     >>> NM(keep=1, group=4), NM(1, 4).sparsity
     (NM(keep=1, group=4), 0.75)
+    >>> NM(2, 4, pairs=True).keep(torch.tensor([[1.0, 4.0, 3.0, 3.0]]))
+    tensor([[False, False,  True,  True]])
     """
 
     kept: int
     group: int
+    pairs: bool
 
-    def __init__(self, keep: int, group: int) -> None:
+    def __init__(self, keep: int, group: int, pairs: bool = False) -> None:
         if not 1 <= keep < group:
             raise ValueError(
                 f"{keep}:{group} keeps {keep} of {group}; the first number must be at least 1 and below the second"
             )
+        if pairs and (keep % 2 or group % 2):
+            raise ValueError(f"{keep}:{group}p keeps pairs of neighbours, so both numbers must be even")
         object.__setattr__(self, "kept", int(keep))
         object.__setattr__(self, "group", int(group))
+        object.__setattr__(self, "pairs", bool(pairs))
 
     def __str__(self) -> str:
-        return f"{self.kept}:{self.group}"
+        return f"{self.kept}:{self.group}{'p' if self.pairs else ''}"
 
     def __repr__(self) -> str:
-        return f"NM(keep={self.kept}, group={self.group})"
+        return f"NM(keep={self.kept}, group={self.group}{', pairs=True' if self.pairs else ''})"
 
     @property
     def sparsity(self) -> float:
-        """The fraction removed."""
+        """The fraction removed of a whole group."""
         return (self.group - self.kept) / self.group
+
+    @property
+    def slides(self) -> bool:
+        """Whether its groups are windows of 2:4 that overlap, so that a last group need not be full."""
+        return not self.pairs and self.group > 4 and self.group % 2 == 0 and self.kept == self.group - 2
+
+    def whole(self, width: int) -> int:
+        """How many of `width` columns are in full groups; the others stay dense."""
+        return width - width % self.group
 
     def keep(self, score: Tensor, per: Scope = "row", *, checked: bool = False) -> Tensor:
         """The mask (out, in) of what stays; `per` changes nothing, as a group is its own scope.
 
         checked: the caller knows that there is no NaN
-        Raises ValueError for NaN in the score and for a width that the group does not divide.
+        Raises ValueError for NaN in the score and for a width that the pattern does not fit.
         """
         _check_score(score, checked)
         self.check(score.shape[1], "this layer")
-        groups = score.reshape(-1, self.group)
-        return self.lowest(groups.t().contiguous()).logical_not_().t().reshape(score.shape)
+        whole = self.whole(score.shape[1])
+        groups = score[:, :whole].reshape(-1, self.group)
+        kept = self.lowest(groups.t().contiguous()).logical_not_().t().reshape(len(score), whole)
+        return torch.nn.functional.pad(kept, (0, score.shape[1] - whole), value=True)
 
     def lowest(self, groups: Tensor) -> Tensor:
         """What goes of groups (group, n), one in each column, by their scores, of which none is NaN."""
-        pruned = self.group - self.kept
-        return _lowest(groups.t(), pruned).t() if self.group > _PAIRWISE else _rank(groups) < pruned
+        size, pruned = self.group, self.group - self.kept
+        if self.pairs:
+            groups = groups.view(size // 2, 2, -1).sum(1)
+            size, pruned = size // 2, pruned // 2
+        gone = _lowest(groups.t(), pruned).t() if size > _PAIRWISE else _rank(groups) < pruned
+        return gone.repeat_interleave(2, 0) if self.pairs else gone
 
     def satisfied(self, weight: Tensor, per: Scope = "row") -> bool:
-        """Whether every group of `weight` (out, in) has at least group - keep zeros."""
-        if weight.shape[1] % self.group:
+        """Whether every group of `weight` (out, in) has at least group - keep zeros, in pairs where it is of pairs."""
+        whole = self.whole(weight.shape[1])
+        if whole != weight.shape[1] and not self.slides:
             return False
-        if not weight.numel():
+        if not weight[:, :whole].numel():
             return True
-        zeros = (~weight.bool()).reshape(-1, self.group)
+        zeros = (~weight.bool())[:, :whole].reshape(-1, self.group)
+        if self.pairs:
+            zeros = zeros.view(len(zeros), -1, 2).all(2)
         # sums of bools would be int64, which takes ten times as long
         counts = zeros.view(torch.uint8).sum(1, dtype=torch.uint8) if self.group < 256 else zeros.sum(1)
-        return int(counts.min()) >= self.group - self.kept
+        return int(counts.min()) >= (self.group - self.kept) // (2 if self.pairs else 1)
 
     def check(self, width: int, name: str) -> None:
-        """Raise ValueError when the group does not divide a layer of `width` input columns."""
-        if width % self.group == 0:
+        """Raise ValueError when the group does not divide a layer of `width` input columns, or does not fit into it."""
+        if width % self.group == 0 or (self.slides and width > self.group):
             return
         fitting = [group for group in range(2, 65) if width % group == 0]
         same = [
@@ -159,7 +189,7 @@ Pattern = Unstructured | NM
 
 
 def parse(text: "str | float | Pattern") -> Pattern:
-    """Read a pattern: "50%", "2:4" (2 kept of 4), or the fraction removed as 0.5 or "0.5".
+    """Read a pattern: "50%", "2:4" (2 kept of 4), "4:8p" (in pairs), or the fraction removed as 0.5 or "0.5".
 
     >>> parse("2:4"), parse("33.3%"), parse(0.5) == parse("50%")
     (NM(keep=2, group=4), Unstructured(sparsity=0.333), True)
@@ -170,15 +200,17 @@ def parse(text: "str | float | Pattern") -> Pattern:
     if isinstance(text, Unstructured | NM):
         return text
     asked = str(text).strip()
-    if pair := re.fullmatch(r"(\d+)\s*:\s*(\d+)", asked):
-        return NM(int(pair[1]), int(pair[2]))
+    if pair := re.fullmatch(r"(\d+)\s*:\s*(\d+)\s*(p?)", asked):
+        return NM(int(pair[1]), int(pair[2]), bool(pair[3]))
     percent = asked.endswith("%")
     try:
         number = Decimal(asked.removesuffix("%").strip())
     except InvalidOperation:
         number = Decimal("nan")
     if not number.is_finite():
-        raise ValueError(f'pattern "{asked}" is not understood; write "50%", "2:4" (2 kept of 4) or 0.5')
+        raise ValueError(
+            f'pattern "{asked}" is not understood; write "50%", "2:4" (2 kept of 4), "4:8p" (in pairs) or 0.5'
+        )
     if not percent and 1 <= number < 100:
         raise ValueError(f'pattern "{asked}" is not a fraction below 1; for {number:f} percent write "{number:f}%"')
     fraction = number / 100 if percent else number
@@ -239,11 +271,11 @@ def has_pattern(weight: Tensor, pattern: "Pattern") -> bool:
     if isinstance(pattern, NM):
         return pattern.satisfied(weight)
     zeros = weight.numel() - int(weight.count_nonzero())
-    return zeros > pattern.sparsity * weight.numel() - _lost(*weight.shape)
+    return zeros > pattern.sparsity * weight.numel() - may_lose(*weight.shape)
 
 
-def _lost(out: int, width: int) -> int:
-    """Above how many weights rounding cannot lose."""
+def may_lose(out: int, width: int) -> int:
+    """How many weights, but one, rounding may lose of an unstructured pattern (see `has_pattern`)."""
     if width == 1:
         return 1
     return max(out, width) if out > 1 else -(-width // SMALLEST)

@@ -15,12 +15,14 @@ def pattern(value: Any) -> Any:
         return None
     text = str(value).strip()
     if type(value) in (str, int, float):
-        percent, nm = re.fullmatch(r"(\d+\.?\d*)\s*%", text), re.fullmatch(r"(\d+)\s*:\s*(\d+)", text)
+        percent, nm = re.fullmatch(r"(\d+\.?\d*)\s*%", text), re.fullmatch(r"(\d+)\s*:\s*(\d+)\s*(p?)", text)
         fraction = re.fullmatch(r"0?\.\d+|0", text)
-        if (percent and float(percent[1]) < 100) or (nm and 1 <= int(nm[1]) < int(nm[2])) or fraction:
+        groups = nm and 1 <= int(nm[1]) < int(nm[2]) and not (nm[3] and (int(nm[1]) % 2 or int(nm[2]) % 2))
+        if (percent and float(percent[1]) < 100) or groups or fraction:
             return text
     raise ValueError(
-        f'is {show(value)}, must be the share to remove, such as "50%" or 0.5, or n:m (keep n of m), such as "2:4"'
+        f'is {show(value)}, must be the share to remove, such as "50%" or 0.5, or n:m (keep n of m), such as "2:4", or '
+        '"4:8p", in pairs'
     )
 
 

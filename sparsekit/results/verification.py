@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekit.maths import NM, Quantization, Unstructured, parse
+from sparsekit.maths import NM, Quantization, Unstructured, may_lose, parse
 from sparsekit.model import Linear, Tensors, decides, find_blocks, opened, resized_by, tied_names
 from sparsekit.model.structure import Cuts, Shape
 from sparsekit.results.settings_proof import prove_settings
@@ -179,9 +179,9 @@ def _linear(
     if lost:
         result.failures.append(f"{linear.name} has {lost:,} weights where its mask says zero")
     if isinstance(pattern, NM):
-        if tensor.shape[1] % pattern.group or not _grouped(kept, tensor, pattern):
+        if not _grouped(kept, tensor, pattern):
             result.failures.append(f"{linear.name} is not {pattern}: {zeros / tensor.numel():.2%} of it is zero")
-    elif pattern is not None and zeros <= pattern.sparsity * tensor.numel() - max(tensor.shape):
+    elif pattern is not None and zeros <= pattern.sparsity * tensor.numel() - may_lose(*tensor.shape):
         result.failures.append(f"{linear.name} has {zeros / tensor.numel():.2%} zeros, {pattern} was asked")
 
 
@@ -196,8 +196,8 @@ def _negative_zeros(tensor: Tensor) -> int:
 
 def _grouped(kept: Tensor, tensor: Tensor, pattern: NM) -> bool:
     """Whether every group of a tensor has the pattern. kept: what is no zero of it, packed."""
-    if 8 % pattern.group:  # groups that do not lie within bytes
+    if 8 % pattern.group or tensor.shape[1] % pattern.group:  # groups that do not lie within bytes
         return pattern.satisfied(tensor)
-    every = torch.arange(256, dtype=torch.uint8)
-    bits = unpack(every, (256, 8)).view(256, -1, pattern.group)
-    return not bool((bits.sum(2) > pattern.kept).any(1)[kept.int()].any())
+    every = unpack(torch.arange(256, dtype=torch.uint8), (256, 8))
+    wrong = torch.tensor([not pattern.satisfied(byte) for byte in every.split(1)])
+    return not bool(wrong[kept.int()].any())

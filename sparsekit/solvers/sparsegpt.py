@@ -108,6 +108,9 @@ def _prune(
 ) -> None:
     """Prune `columns` (in, out) in place, and round what is kept by `nearest(j, column)`."""
     group, keep = (pattern.group, pattern.kept) if isinstance(pattern, NM) else (1, 0)
+    end = pattern.whole(len(columns)) if isinstance(pattern, NM) else len(columns)  # what follows stays dense
+    if isinstance(pattern, NM) and pattern.pairs:  # chosen group by group, as an unstructured mask block by block
+        block, group = group, 1
     block = max(block, SMALLEST) if columns.shape[1] == 1 else block  # a column of one weight could give up nothing
     block, strip = (-(-size // group) * group for size in (block, _STRIP))  # rounded up to whole groups
     width, pivot = len(columns), upper.diagonal().unsqueeze(1)  # (in, 1)
@@ -132,8 +135,8 @@ def _prune(
             columns[j] = rounded
             columns[j + 1 : right].addr_(upper[j, j + 1 : right], error, alpha=-1)
 
-    for first in range(0, width, block):
-        last = min(first + block, width)
+    for first in range(0, end, block):
+        last = min(first + block, end)
         if group == 1:
             choose(first, last, scale[: last - first])
         for left in range(first, last, strip):
@@ -147,3 +150,6 @@ def _prune(
             columns[right:last].addmm_(upper[left:right, right:last].t(), done, alpha=-1)
         columns[last:].addmm_(upper[first:last, last:].t(), errors[: last - first], alpha=-1)
         columns[first:last].masked_fill_(scale[: last - first] != 0, 0)
+    if nearest is not None and end < width:
+        group = 1
+        round_and_prune(end, width, torch.zeros_like(columns[end:]), torch.empty_like(columns[end:]))

@@ -44,6 +44,8 @@ def swaps(
             "candidates and steps must be at least 1 and tolerance at least 0, "
             f"not {candidates}, {steps} and {tolerance}"
         )
+    if isinstance(pattern, NM) and (pattern.pairs or stats.width % pattern.group):
+        raise ValueError(f"swaps exchanges single weights within whole groups, which {pattern} does not leave as it is")
     group = pattern.group if isinstance(pattern, NM) else None
     gram, dense = stats.gram, weight.to(stats.gram)
     kept, unfinished = init != 0, 0

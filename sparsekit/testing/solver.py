@@ -14,7 +14,7 @@ from sparsekit.solvers.refit import refit
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.testing.live import LiveMemory
 
-PATTERNS = ("50%", "70%", "2:4", "4:8", "1:4")
+PATTERNS = ("50%", "70%", "2:4", "4:8", "1:4", "4:8p", "10:12")
 _SHAPES = ((96, 40), (24, 160))  # (out, in): tall, wide; neither width is a multiple of 128
 
 
@@ -30,11 +30,14 @@ def check_solver(solver: Callable[..., Tensor], patterns: Iterable[str | Pattern
     least depends on it.
     """
     requires_init = _check_signature(solver)
+    rounds = hasattr(getattr(solver, "func", solver), "grid")
     for pattern in map(parse, patterns):
+        if _refused(solver, pattern, requires_init, seed):
+            continue
         for shape in _SHAPES:
             weight, stats = _problem(shape, seed)
             answer = _solve(solver, weight, stats, pattern, requires_init)
-            _check_zeros(answer, pattern, 0, f"{pattern}, shape {shape}")
+            _check_zeros(answer, pattern, 0, f"{pattern}, shape {shape}", rounds)
             if requires_init is not None:
                 _check_init(solver, weight, stats, pattern, answer)
             if rows_apart(solver, pattern):
@@ -46,7 +49,8 @@ def check_solver(solver: Callable[..., Tensor], patterns: Iterable[str | Pattern
         for case in ("a dead input", "equal weights", "a dense stream"):
             weight, stats = _problem(_SHAPES[0], seed, case)
             answer = _solve(solver, weight, stats, pattern, requires_init)
-            _check_zeros(answer, pattern, int((stats.gram.diagonal() == 0).sum()) * len(weight), f"{pattern}, {case}")
+            dead = int((stats.gram.diagonal() == 0).sum()) * len(weight)
+            _check_zeros(answer, pattern, dead, f"{pattern}, {case}", rounds)
         if not needs_gram(solver):
             weight, inputs = _drawn(_SHAPES[0], seed)
             kept = _solve(solver, weight, Stats.of(inputs), pattern, requires_init) != 0
@@ -54,6 +58,19 @@ def check_solver(solver: Callable[..., Tensor], patterns: Iterable[str | Pattern
             assert torch.equal(kept, other), f"{pattern}: it says that norms are enough, and keeps others by them"
     if hasattr(solver, "memory"):
         _check_memory(solver, seed, requires_init)
+
+
+def _refused(solver: Callable[..., Tensor], pattern: Pattern, requires_init: bool | None, seed: int) -> bool:
+    """Whether a solver refuses, in a sentence, what few hardware has: pairs, and groups that do not fill the width."""
+    if not isinstance(pattern, NM) or not (pattern.pairs or pattern.slides):
+        return False
+    try:
+        for shape in _SHAPES:
+            _solve(solver, *_problem(shape, seed), pattern, requires_init)
+    except ValueError as error:
+        assert str(pattern) in str(error), f"{pattern}: it is refused by {str(error)!r}, which does not name it"
+        return True
+    return False
 
 
 def _check_signature(solver: Callable[..., Tensor]) -> bool | None:
@@ -147,11 +164,14 @@ def _call(solver: Callable[..., Tensor], weight: Tensor, stats: Norms, pattern: 
     return answer
 
 
-def _check_zeros(answer: Tensor, pattern: Pattern, dead: int, where: str) -> None:
-    """Exact counts; only `dead` weights, those of inputs that are always zero, may be zero beyond them."""
+def _check_zeros(answer: Tensor, pattern: Pattern, dead: int, where: str, rounds: bool) -> None:
+    """Exact counts; only `dead` weights, those of inputs that are always zero, may be zero beyond them.
+
+    rounds: small weights that are kept may be rounded to zero
+    """
     zeros, out = int((answer == 0).sum()), len(answer)
     if isinstance(pattern, NM):
-        asked = answer.numel() // pattern.group * (pattern.group - pattern.kept)
+        asked = len(answer) * pattern.whole(answer.shape[1]) // pattern.group * (pattern.group - pattern.kept)
         assert pattern.satisfied(answer), f"{where}: a group of {pattern.group} keeps more than {pattern.kept} weights"
         least = asked
     else:
@@ -159,7 +179,7 @@ def _check_zeros(answer: Tensor, pattern: Pattern, dead: int, where: str) -> Non
         asked = pattern.pruned(answer.numel())
         least = asked - out  # rounding down in every row, at most one weight a row
     assert zeros >= least, f"{where}: {zeros} of {answer.numel()} weights are zero, fewer than the {asked} asked for"
-    assert zeros <= asked + dead, (
+    assert rounds or zeros <= asked + dead, (
         f"{where}: {zeros} of {answer.numel()} weights are zero, more than the {asked} asked for"
     )
 
