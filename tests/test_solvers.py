@@ -227,8 +227,11 @@ def slow_sparsegpt(weight, hessian, choose, block):
 def choose_by(pattern):
     def choose(answer, inverse, first, last):
         pivots, rest = [], inverse.clone()  # pivot j: the diagonal once the earlier columns are eliminated
+        answer = answer.clone()
         for j in range(first, last):
             pivots.append(float(rest[j, j]))
+            if isinstance(pattern, NM) and pattern.pairs and (j - first) % 2 == 0:  # the second without the first
+                answer[:, j + 1] -= answer[:, j] / rest[j, j] * rest[j, j + 1]
             rest = rest - torch.outer(rest[:, j], rest[j]) / rest[j, j]
         score = answer[:, first:last] ** 2 / torch.tensor(pivots, dtype=answer.dtype)
         if isinstance(pattern, NM) and last - first < pattern.group:  # the columns that do not fill a last group

@@ -30,11 +30,11 @@ def mixture(
     >>> mixture({"a": 0.5, "b": 0.65, "c": 0.725}, dict.fromkeys("abc", 800), NM(3, 8), blocks)
     {'a': NM(keep=4, group=8), 'b': NM(keep=3, group=8), 'c': NM(keep=2, group=8)}
     """
-    if pattern.pairs or pattern.slides:
-        raise ValueError(f"allocation gives each linear its own n of m, and {pattern} has none but itself: use uniform")
     removed, group = pattern.group - pattern.kept, pattern.group
     if max(fractions.values()) - min(fractions.values()) < 1e-9:
         return dict.fromkeys(fractions, pattern)
+    if pattern.pairs or pattern.slides:
+        raise ValueError(f"allocation gives each linear its own n of m, and {pattern} has none but itself: use uniform")
     bounded = conserve(fractions, linears, pattern.sparsity, lowest=1 / group, highest=1 - 1 / group)
     alike: dict[tuple[int, float], list[str]] = {}
     for index, block in enumerate(together):

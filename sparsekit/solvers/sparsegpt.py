@@ -31,7 +31,8 @@ def sparsegpt(
     With H = gram + damping * mean(diag(gram)) * I and U the upper Cholesky factor of its inverse (H^-1 = U'U), removing
     w_j costs w_j^2 / U_jj^2 and the best answer to it is W[:, j:] -= w_j / U_jj * U[j, j:]. Unstructured masks are
     chosen for each block of columns, over all rows jointly, from the weights as they are when the block is reached; n:m
-    masks when the group is reached. Inputs that are always zero get weight zero.
+    masks when the group is reached, those of pairs by what removing both costs. Inputs that are always zero get weight
+    zero.
 
     With a dense stream the start is not W but the least-squares answer to its target,
     W + W drift_cross H^-1 = argmin ||V x - W x_d||^2 + ridge ||V - W||^2, for which the same U holds.
@@ -118,7 +119,11 @@ def _prune(
     errors = torch.empty_like(scale)
 
     def choose(first: int, last: int, into: Tensor) -> None:
-        score = (columns[first:last] / pivot[first:last]).square_()
+        score = columns[first:last] / pivot[first:last]
+        if isinstance(pattern, NM) and pattern.pairs:  # what the second costs once the first is gone and made up for
+            beside = upper.diagonal(1)[first : last - 1 : 2].unsqueeze(1)
+            score[1::2] -= score[::2] * beside / pivot[first + 1 : last : 2]
+        score.square_()
         if isinstance(pattern, NM):
             pruned = pattern.lowest(score)
         else:
