@@ -54,7 +54,13 @@ def command_line() -> argparse.ArgumentParser:
     add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
     add.add_argument("--against", metavar="PATH", help="measure this model in turn; for a run's result, its source is")
     add.add_argument(
-        "--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="batch sizes (default 1 8)"
+        "--batch", nargs="+", type=_positive, metavar="N", help="batch sizes (default 1 8; in llama.cpp 1)"
+    )
+    add.add_argument(
+        "--backend", default="transformers", metavar="NAME", help="transformers (default) or llama.cpp, by xllamacpp"
+    )
+    add.add_argument(
+        "--precision", default="source", metavar="TYPE", help="in llama.cpp: source (default), f16, q8_0 ..."
     )
     add.add_argument("--prompt", type=_positive, default=128, metavar="N", help="tokens of the prompt (default 128)")
     add.add_argument("--new", type=_positive, default=32, metavar="N", help="tokens generated (default 32)")

@@ -156,7 +156,7 @@ def bench(given: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from sparsekit.results import bench, bench_table, models_of
+    from sparsekit.results import bench, bench_table, models_of, read_report
     from sparsekit.results.page import add_to_report, require_finished
     from sparsekit.system import write_json
 
@@ -166,8 +166,8 @@ def bench(given: argparse.Namespace) -> int:
     console = Console(highlight=False, markup=False)
     result = bench(
         models_of(given.path, given.against),
-        **{key: getattr(given, key) for key in ("prompt", "new", "repeat")},
-        batches=given.batch,
+        **{key: getattr(given, key) for key in ("prompt", "new", "repeat", "backend", "precision")},
+        batches=given.batch or ([1, 8] if given.backend == "transformers" else [1]),
         evaluation={"perplexity": texts, "length": given.length} if texts else None,
         say=lambda line: console.print(line, style="dim"),
     )
@@ -175,7 +175,11 @@ def bench(given: argparse.Namespace) -> int:
     if given.json:
         write_json(Path(given.json), result)
     if given.save:
-        console.print(f"kept in {add_to_report(Path(given.path), {'speed': result})}", markup=False)
+        entries = {"speed": result}
+        if given.backend != "transformers":
+            speeds = read_report(Path(given.path)).get("speeds") or {}
+            entries = {"speeds": speeds | {f"{given.backend} {given.precision}": result}}
+        console.print(f"kept in {add_to_report(Path(given.path), entries)}", markup=False)
     return 0
 
 

@@ -1,5 +1,6 @@
 """`sparsekit bench` and `samples`: what is asked of a model, in which order, and what becomes of the times."""
 
+import importlib.util
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +69,7 @@ def test_models_work_in_turn_and_ratios_are_taken_within_a_turn(monkeypatch: pyt
     seconds = {0: iter([9.0, 1.0, 2.0, 4.0]), 1: iter([9.0, 2.0, 2.0, 12.0])}  # the first of each warms up
 
     @contextmanager
-    def workers(specs: Sequence[Any], folders: Sequence[Path], device: str) -> Iterator[Callable[..., Any]]:
+    def workers(specs: Sequence[Any], folders: Sequence[Path], device: str, *_: str) -> Iterator[Callable[..., Any]]:
         def ask(index: int, task: dict[str, Any]) -> dict[str, Any]:
             asked.append((index, task["op"]))
             if task["op"] == "latency":
@@ -184,3 +185,35 @@ def test_samples_end_where_positions_do(models: Path) -> None:
     with pytest.raises(ValueError, match="give a prompt of at least one token that leaves room"):
         samples(model, tokenizer, ["word " * positions], 4)
     assert len(samples(model, tokenizer, length=2)) == len(PROMPTS)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp (llama.cpp) is not installed")
+def test_a_model_is_measured_in_llama_cpp(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    file, path = tmp_path / "b.json", str(models / "tiny-llama")
+    sizes = ["--prompt", "16", "--new", "4", "--repeat", "2"]
+    command = ["bench", path, "--against", path, "--backend", "llama.cpp", "--precision", "f16", *sizes]
+    assert cli.main([*command, "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    one, two = result["models"]
+    assert result["settings"]["backend"] == "llama.cpp" and "xllamacpp" in result["versions"]
+    assert one["file_bytes"] == two["file_bytes"] < 1.2 * one["parameters"] * 2
+    assert one["decode_seconds"]["1"] > 0 and set(result["faster"]["decode"]) == {"1"}
+    assert "in llama.cpp on cpu" in " ".join(capsys.readouterr().out.split())
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--backend", "llamacpp"], "backend is 'llamacpp'; it can be transformers, llama.cpp"),
+        (["--backend", "llama.cpp", "--batch", "2"], "one sequence at a time is measured: give --batch 1"),
+        (["--backend", "llama.cpp", "--perplexity", "python-docs"], "quality is measured in transformers"),
+    ],
+)
+def test_what_a_backend_does_not_do(
+    more: list[str], said: str, models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsekit.results.backends.version", lambda name: "1")
+    assert cli.main(["bench", str(models / "tiny-llama"), *more]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -17,4 +17,6 @@ from .metrics import Subject as Subject
 from .metrics import prepare_metric as prepare_metric
 from .predictions import Walked as Walked
 from .predictions import surprises as surprises
+from .timing import attend as attend
+from .timing import facts_of as facts_of
 from .timing import serve as serve

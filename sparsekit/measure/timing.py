@@ -21,20 +21,35 @@ SEED = 0  # of the tokens that are fed: what they are does not change the time
 def serve(pipe: Any, spec: dict[str, Any], place: Path, device: str, threads: int) -> None:
     """The process of one model: load it at the first task, answer one task after another until the pipe is closed.
 
-    pipe: a multiprocessing connection; a task is {"op": a name of OPERATIONS, its arguments...}, its answer what that
-    gives, or the ValueError or OSError it raised. spec: a recipe's `model`; place: the folder of its checkpoint.
+    pipe: see `attend`. spec: a recipe's `model`; place: the folder of its checkpoint.
     """
     torch.set_num_threads(threads)
-    model = tokenizer = None
+    opened: list[tuple[Any, Any]] = []
+
+    def operation(do: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def run(**arguments: Any) -> dict[str, Any]:
+            if not opened:
+                opened.append(load(spec, place, device))
+            return do(*opened[0], place, **arguments)
+
+        return run
+
+    attend(pipe, {name: operation(do) for name, do in OPERATIONS.items()})
+
+
+def attend(pipe: Any, operations: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
+    """Answer one task after another until the pipe is closed.
+
+    pipe: a multiprocessing connection; a task is {"op": a name of the operations, its arguments...}, its answer what
+    that gives, or the ValueError or OSError it raised
+    """
     while True:
         try:
             task = pipe.recv()
         except EOFError:
             return
         try:
-            if model is None:
-                model, tokenizer = load(spec, place, device)
-            pipe.send(OPERATIONS[task.pop("op")](model, tokenizer, place, **task))
+            pipe.send(operations[task.pop("op")](**task))
         except (ValueError, OSError) as error:
             pipe.send(type(error)(str(error)))
 
@@ -59,6 +74,11 @@ def _facts(model: Any, tokenizer: Any, place: Path) -> dict[str, Any]:
         "weights_bytes": sum(tensor.nbytes for tensor in [*weights, *model.buffers()]),
         "file_bytes": sum(file.stat().st_size for file in Checkpoint(place).files),
     }
+
+
+def facts_of(spec: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Class, dtype, numbers and bytes of a model, which is loaded for a moment."""
+    return _facts(*load(spec, place, "cpu"), place)
 
 
 def _memory(model: Any, tokenizer: Any, place: Path, **sizes: int) -> dict[str, int]:

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from sparsekit.measure import check_evaluation, serve
+from sparsekit.measure import check_evaluation
 from sparsekit.model import auto_class, locate
+from sparsekit.results.backends import check_backend, server
+from sparsekit.results.exporters.llamacpp import PACKAGE
 from sparsekit.results.figures import figures_of, label, shown
 from sparsekit.results.folder import source_of
 from sparsekit.system import hardware, human_size, versions
@@ -31,13 +33,18 @@ def bench(
     new: int = 32,
     repeat: int = 5,
     device: str | None = None,
+    backend: str = "transformers",
+    precision: str = "source",
     evaluation: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure models, each as a recipe's `model` could name it: the one in question first, the dense one second.
 
     prompt, new: tokens of the prompt and tokens generated after it. repeat: turns, after one that does not count.
-    device: where to run, None for the accelerator where there is one. evaluation: as `evaluate.evaluate` takes it.
+    device: where to run, None for the accelerator where there is one
+    backend: transformers, or llama.cpp (on the CPU, one sequence at a time), which is given the models as GGUF files of
+        this `precision` (see the exporter `gguf`)
+    evaluation: as `evaluate.evaluate` takes it
     say: is called with a line of progress.
 
     Returns:
@@ -63,12 +70,15 @@ def bench(
     for place in folders:
         if auto_class(place).__name__ != "AutoModelForCausalLM":
             raise ValueError(f"{place} sees images; bench measures how language models read and write text")
-    device = device or str(torch.accelerator.current_accelerator() or "cpu")
+    device = device or str((backend == "transformers" and torch.accelerator.current_accelerator()) or "cpu")
+    check_backend(backend, folders, list(batches), device)
+    if evaluation and backend != "transformers":
+        raise ValueError(f"quality is measured in transformers, not in {backend}: leave it out")
     tasks = [
         {"op": "memory", "batch": max(batches), "prompt": prompt, "new": new},
         *({"op": "latency", "batch": batch, "prompt": prompt, "new": new} for batch in batches),
     ]
-    with _workers(specs, folders, device) as ask:
+    with _workers(specs, folders, device, backend, precision) as ask:
         found = []
         for index, name in enumerate(names):
             say(f"{name}: loading, and its memory")
@@ -91,7 +101,12 @@ def bench(
                 batch: median(turn[index][key] for turn in turns) for batch, turns in times.items()
             }
     settings = {"batches": list(batches), "prompt": prompt, "new": new, "repeat": repeat, "device": device}
-    result: dict[str, Any] = {"settings": settings, "hardware": hardware(), "versions": versions()}
+    settings |= {"backend": backend} | ({"precision": precision} if backend != "transformers" else {})
+    result: dict[str, Any] = {
+        "settings": settings,
+        "hardware": hardware(),
+        "versions": versions((PACKAGE,) if backend == "llama.cpp" else ()),
+    }
     result["models"] = found
     if len(models) == 2:
         ratios = {
@@ -110,7 +125,11 @@ def _middle(values: Sequence[float]) -> list[float]:
 
 @contextmanager
 def _workers(
-    specs: Sequence[dict[str, Any]], folders: Sequence[Path], device: str
+    specs: Sequence[dict[str, Any]],
+    folders: Sequence[Path],
+    device: str,
+    backend: str = "transformers",
+    precision: str = "source",
 ) -> Iterator[Callable[[int, dict[str, Any]], dict[str, Any]]]:
     """Gives ask(index, task): have the process of a model do a task, wait, and take its answer."""
     context = multiprocessing.get_context("spawn")
@@ -118,8 +137,8 @@ def _workers(
     try:
         for spec, place in zip(specs, folders, strict=True):
             ours, theirs = context.Pipe()
-            arguments = (theirs, spec, place, device, torch.get_num_threads())
-            process = context.Process(target=serve, args=arguments, daemon=True)
+            arguments = (theirs, spec, place, device, torch.get_num_threads(), precision)
+            process = context.Process(target=server(backend), args=arguments, daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -200,7 +219,8 @@ def bench_table(result: Mapping[str, Any]) -> Any:
         "",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=f"on {result['settings']['device']}, {result['hardware']['threads']} threads",
+        title=f"in {result['settings'].get('backend', 'transformers')} on {result['settings']['device']}, "
+        f"{result['hardware']['threads']} threads",
     )
     found.title_justify = found.caption_justify = "left"
     for model in result["models"]:

@@ -36,7 +36,7 @@ def gguf(*, precision: Precision = "source") -> Exporter:
     """
     return Exporter(
         lambda finished: _why_not(finished),
-        lambda finished, target: _write(finished.folder, target, precision),
+        lambda finished, target: write_gguf(finished.folder, target / FILE, precision),
         lambda finished, target: _differences(finished, target, precision),
     )
 
@@ -128,13 +128,14 @@ def _type(kind: str) -> Any:
     return getattr(package.GGMLQuantizationType, kind.upper())
 
 
-def _write(folder: Path, target: Path, precision: str) -> None:
+def write_gguf(folder: Path, file: Path, precision: str = "source") -> None:
+    """Write a checkpoint as a GGUF file; its folder is made. ValueError for what `gguf` refuses."""
     import gguf as package
     import numpy
 
     shape = Shape.read(folder)
-    target.mkdir(parents=True)
-    writer = package.GGUFWriter(target / FILE, shape.architecture)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = package.GGUFWriter(file, shape.architecture)
     _describe(writer, shape, folder, precision)
     stored = Checkpoint(folder)
     tensors = list(_tensors(folder, shape, precision))

@@ -90,15 +90,20 @@ def _shares(group: Mapping[str, tuple[str, list[Bar]]]) -> bool:
 
 
 def speed(report: Report) -> str:
-    """What `sparsekit bench` measured."""
-    found = report.get("speed")
-    if not found:
-        return ""
+    """What `sparsekit bench` measured, in transformers and in other clients."""
+    found = [report["speed"]] if report.get("speed") else []
+    return "".join(map(_measured, [*found, *(report.get("speeds") or {}).values()]))
+
+
+def _measured(found: Mapping[str, Any]) -> str:
     from sparsekit.results.benchmark import SPREAD, bench_rows
 
     head = ["", *(["pruned", "dense", "relation"] if len(found["models"]) == 2 else ["pruned"])]
     cores = found.get("hardware", {}).get("threads")
-    remark = f"on {found['settings']['device']}, {cores} threads" if cores else f"on {found['settings']['device']}"
+    settings = found["settings"]
+    remark = f"in {settings['backend']} " if settings.get("backend", "transformers") != "transformers" else ""
+    remark += f"({settings['precision']}) " if settings.get("precision") else ""
+    remark += f"on {settings['device']}" + (f", {cores} threads" if cores else "")
     remark += f". {SPREAD}" if len(head) == 4 else "."
     return f'<p class="soft small">Measured {escape(remark)}</p>{_table(head, bench_rows(found))}'
 
