@@ -102,13 +102,13 @@ class Stats(Norms):
     def ridge(self, damping: float | None = None, by: Ridge = "mean") -> Tensor:
         """A ridge for every input (in,), so that a solution does not follow what these tokens show by chance.
 
-        damping: in units of the Gram's diagonal; None: 1.5 / tokens an input, from 0.01 to 0.3, as the fewer there are,
+        damping: in units of the Gram's diagonal; None: 1.5 / tokens an input, from 0.05 to 0.3, as the fewer there are,
             the more of what they show is chance. By measurement (docs/methods/refit.md).
         by: "mean", of the diagonal's mean, alike for all inputs; "column", of each input's own energy, for inputs of
             which a few are so large that they make the mean
         """
         if damping is None:
-            damping = min(0.3, max(0.01, 1.5 * self.width / max(1, self.count)))
+            damping = min(0.3, max(0.05, 1.5 * self.width / max(1, self.count)))
         diagonal = self.gram.diagonal()
         return damping * (diagonal if by == "column" else diagonal.mean().expand_as(diagonal))
 

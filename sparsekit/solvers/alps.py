@@ -43,7 +43,7 @@ def alps(
     support, on which `refit` then finds the weights: kept weights change.
 
     init: an earlier answer to start from in place of W; the result is another one, not always a better one.
-    damping: the paper's is 0.01; null: 1.5 / tokens an input, from 0.01 to 0.3, as the support is fitted to the
+    damping: the paper's is 0.01; null: 1.5 / tokens an input, from 0.05 to 0.3, as the support is fitted to the
         calibration tokens as well, and to few of them too closely: see docs/methods/alps.md. ridge: see `Stats.ridge`
     iterations, rho, pace: the paper's are 300, 0.1 and 1, which stop by themselves after 30 to 40 iterations and lower
         the error on other tokens by 1.5 percent more in over three times the time.
