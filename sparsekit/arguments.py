@@ -86,6 +86,9 @@ def command_line() -> argparse.ArgumentParser:
     add = commands.add_parser("methods", help="list what is installed, or explain one of it")
     add.add_argument("name", nargs="?", metavar="NAME", help="a solver, allocator, stage or source")
 
+    add = commands.add_parser("doctor", help="say what this machine can do, and what would let it do more")
+    add.add_argument("--json", action="store_true", help="print it as JSON")
+
     commands.add_parser("schema", help="print the JSON Schema of recipes, for your editor")
     return parser
 

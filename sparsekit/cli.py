@@ -268,6 +268,17 @@ def _show_method(console: "Console", group: str, entry: "EntryPoint") -> None:
     console.print(f"\n{read.file}:{read.line}", style="dim", markup=False)
 
 
+def doctor(given: argparse.Namespace) -> int:
+    """`sparsekit doctor`: what this machine can do."""
+    import json
+
+    from sparsekit.run import examine, report_of
+
+    found = examine()
+    print(json.dumps(found, indent=2) if given.json else report_of(found))
+    return 0
+
+
 def schema(given: argparse.Namespace) -> int:
     """`sparsekit schema`: JSON Schema of recipes, with the installed names."""
     import json
@@ -288,5 +299,6 @@ COMMANDS = {
     "unpack": unpack,
     "report": report,
     "methods": methods,
+    "doctor": doctor,
     "schema": schema,
 }

@@ -196,3 +196,15 @@ def test_methods_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["required"] == ["model", "stages"]
+
+
+def test_doctor_says_what_there_is(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["hardware"]["cores"] >= 1 and found["hardware"]["memory_free_bytes"] > 0
+    assert found["versions"].keys() >= {"torch", "transformers", "lightning"}
+    assert found["network"]["offline"] and any("HF_HUB_OFFLINE" in remark for remark in found["remarks"])
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "optional packages" in said and "xllamacpp" in said and "accelerator" in said

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sparsekit.results.exporters import llamacpp
 from sparsekit.results.exporters.bitmask import bitmask
 from sparsekit.results.exporters.gguf import FILE, gguf
 from sparsekit.results.exporters.layers import Shape as Counted
+from sparsekit.results.exporters.onnx import onnx
 from sparsekit.results.exporters.vocabulary import LLAMA3, QWEN2, Vocabulary
 from sparsekit.testing import check_exporter
 
@@ -220,6 +222,47 @@ def test_tokenizers_by_what_they_do(tmp_path: Path) -> None:
     assert "the exporter knows no name of llama.cpp for" in gguf().why_not(finished(folder))
     file.write_text(json.dumps(told | {"model": told["model"] | {"byte_fallback": True}}))
     assert "BPE with byte fallback" in gguf().why_not(finished(folder))
+
+
+# ---- onnx
+
+ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not ONNX, reason="onnx, onnxscript or onnxruntime is not installed: make test-clients")
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("stages", "precision"),
+    [
+        ([{"flap": {"remove": "30%", "bias": False, "compensate": True}}], "f32"),
+        ([{"layer-perplexity": {"remove": "30%", "units": "parts"}}], "f32"),
+        ([{"wanda-sp": {"remove": "30%", "shape": "uniform"}}], "f16"),
+    ],
+    ids=["unequal", "parts", "uniform"],
+)
+def test_onnx_runtime_gives_the_logits_of_the_model(stages: list[Any], precision: Any, tmp_path: Path) -> None:
+    folder = finished(run(tmp_path, *stages) / "model")
+    exporter = onnx(precision=precision)
+    assert exporter.why_not(folder) == ""
+    exporter.write(folder, tmp_path / "onnx")
+    assert exporter.differences(folder, tmp_path / "onnx") == []
+    assert json.loads((tmp_path / "onnx" / "proof.json").read_text())["client"].startswith("onnxruntime")
+    other = finished(TINY)
+    [said] = exporter.differences(other, tmp_path / "onnx")  # the file of another model
+    assert "logits in ONNX Runtime are" in said
+
+
+def test_what_writes_onnx_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("sparsekit.results.exporters.onnx.version", absent)
+    assert "pip install onnx onnxscript" in onnx().why_not(finished(TINY))
+
+
+@needs_onnx
+def test_a_vision_model_has_no_token_ids() -> None:
+    assert "no causal language model" in onnx().why_not(finished(TINY.parent / "tiny-vit"))
 
 
 # ---- bit masks

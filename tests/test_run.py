@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,6 +96,10 @@ def test_what_a_run_leaves(finished):
     dense, pruned = (report["evaluation"][which]["perplexity"]["python-docs"] for which in ("dense", "pruned"))
     assert 1 < dense < pruned < 10 * dense
     card = (finished / "model" / "README.md").read_text()
+    assert str(finished) not in card and str(TINY) not in card  # no path of this machine
+    told = ModelCard.load(finished / "model" / "README.md").data
+    assert {"sparsekit", "pruned", "2:4"} <= set(told.tags) and told.metrics == ["perplexity"]
+    assert told.library_name == "transformers" and told.base_model is None  # the source is a folder
     assert "from_pretrained" in card and f"{pruned:.2f}" in card and "2:4" in card
     assert (finished / "metrics.csv").read_text().count("\n") == len(linears) // 7 + 1
     printed = (finished.parent / "printed").read_text()
@@ -250,6 +255,16 @@ def test_eval_and_verify_take_a_run(finished, capsys):
     for which in ("dense", "pruned"):
         assert f"{report['evaluation'][which]['perplexity']['python-docs']:.4g}" in printed
     assert "6 x 64 tokens" in printed
+
+
+def test_a_finished_run_is_finished_on_any_machine(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    file = recipe(tmp_path)
+    torch.set_num_threads(2)
+    again = fit(file, "--resume")
+    torch.set_num_threads(1)
+    assert again.returncode == 0, again.stderr
+    assert "4:8" in fit(file, "--resume", "--set", "pattern=4:8").stderr  # another recipe is another run
 
 
 def test_an_unfinished_run_is_continued_or_refused_with_the_difference(finished, tmp_path):

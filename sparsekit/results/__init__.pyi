@@ -38,3 +38,4 @@ from .verification import Verification as Verification
 from .verification import verify as verify
 from .words import closing_table as closing_table
 from .words import model_card as model_card
+from .words import shareable as shareable

@@ -1,5 +1,6 @@
 """What a run tells in words: the closing table, the model card, titles."""
 
+from pathlib import Path
 from typing import Any
 
 from sparsekit.results.figures import figures_of, label, shown
@@ -30,10 +31,44 @@ def removed_share(structure: dict[str, Any]) -> float:
     return float(1 - count["pruned"] / count["dense"])
 
 
+def shareable(value: Any) -> Any:
+    """The same without paths of this machine: of an absolute path only its name."""
+    if isinstance(value, dict):
+        return {key: shareable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [shareable(each) for each in value]
+    local = isinstance(value, str) and "\n" not in value and (Path(value).is_absolute() or value.startswith("~"))
+    return Path(value).name or value if local else value
+
+
+def _metadata(report: dict[str, Any]) -> str:
+    """The head of a model card, as the hub reads it: what the model was made of, what it is, how it was measured."""
+    from huggingface_hub import ModelCardData
+
+    name = report["model"]["name"]
+    hub = not Path(name).is_absolute() and not Path(name).exists() and name.count("/") == 1
+    pattern = report["recipe"]["pattern"]
+    tags = ["sparsekit", "pruned"] + ([str(pattern)] if isinstance(pattern, str) else [])
+    tags += [next(iter(stage)) for stage in report["recipe"]["stages"]]
+    language = str(report["model"].get("class", "")).endswith("ForCausalLM")
+    metrics = sorted({each.kind for each in figures_of(report["evaluation"].get("pruned")).values()})
+    told = ModelCardData(
+        base_model=name if hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation" if language else None,
+        tags=list(dict.fromkeys(tags)),
+        metrics=metrics or None,
+    )
+    return f"---\n{told.to_yaml().strip()}\n---\n"
+
+
 def model_card(report: dict[str, Any], recipe: str, loading: str) -> str:
-    """README.md of the pruned model: what was done to it, what it is worth, how to load it."""
+    """README.md of the pruned model: what was done to it, what it is worth, how to load it.
+
+    recipe: as YAML; loading: lines of Python. Both without paths of this machine (`shareable`).
+    """
     rows = quality_rows(report)
-    lines = [f"# {report['model']['name']}, {aim(report)}", ""]
+    lines = [_metadata(report), f"# {shareable(report['model']['name'])}, {aim(report)}", ""]
     if "structure" in report:
         lines += [_structure(report["structure"]), ""]
     if report["sparsity"]["per_linear"]:

@@ -1,5 +1,7 @@
 from .allocation import SAMPLE_LENGTH as SAMPLE_LENGTH
 from .context import Context as Context
+from .doctor import examine as examine
+from .doctor import report_of as report_of
 from .door import evaluate as evaluate
 from .door import fit as fit
 from .exporting import export_run as export_run

@@ -19,6 +19,7 @@ from sparsekit.walk import count_committed
 
 # keys of a recipe that do not change the weights, so that a resumed run may change them
 FREE = ("output", "memory", "evaluate", "keep", "loggers")
+MACHINE = ("threads", "device", "precision", "versions")  # parts of a fingerprint that say what a run ran on
 
 
 def check_output(output: Path, resume: bool) -> None:
@@ -60,14 +61,17 @@ def claim_output(output: Path, fingerprint: dict[str, Any]) -> bool:
             return False
     except OSError as error:
         raise OSError(f"cannot write into {output}: {error.strerror or error}; nothing was done") from error
-    known = read_json(output / STATE)
-    differences = list(_differences(known, json.loads(json.dumps(fingerprint))))
+    known, now = read_json(output / STATE), json.loads(json.dumps(fingerprint))
+    finished = (output / REPORT).is_file()
+    if finished:  # nothing will be computed, so it does not matter where
+        known, now = ({key: value for key, value in each.items() if key not in MACHINE} for each in (known, now))
+    differences = list(_differences(known, now))
     if differences:
         raise ValueError(
             f"{output} holds a run that cannot be resumed with this: {'; '.join(differences)}. "
             "Restore that, or give another output (--set output=...)"
         )
-    return (output / REPORT).is_file()
+    return finished
 
 
 def fingerprint_of(planned: Plan, tokens: Tensor) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from sparsekit.results import (
     finished_failures,
     model_card,
     read_report,
+    shareable,
     write_manifest,
 )
 from sparsekit.results.page import write_page
@@ -210,7 +211,9 @@ def _fit(
     claims = result.claims(planned, found, changed, shape)
     source = planned.folder if planned.folder.is_dir() else None
     complete["manifest"] = write_manifest(output, source, claims, complete["versions"])
-    card = model_card(complete, yaml, loading_code(output / "model"))
+    folder = output / "model"
+    loading = loading_code(folder).replace(str(folder), f"{output.name}/model")
+    card = model_card(complete, to_yaml(shareable(planned.resolved)), loading)
     write_atomically(output / "model" / "README.md", lambda aside: aside.write_text(card, encoding="utf-8"))
     write_json(output / REPORT, complete)
     write_page(output)
