@@ -94,8 +94,7 @@ def report_of(found: dict[str, Any]) -> str:
         f"machine      {machine['system']} {machine['machine']}, {cores}",
         f"memory       {human_size(machine['memory_free_bytes'])} free of {human_size(machine['memory_bytes'])}",
         f"disk here    {human_size(machine['disk_free_bytes'])} free",
-        f"accelerator  {where}"
-        + (f", {machine['accelerators']} of them" if machine.get("accelerators", 1) > 1 else ""),
+        f"accelerator  {where}" + (f", {count} of them" if count > 1 else ""),
         f"caches       {', '.join(f'{name} {place}' for name, place in found['network']['caches'].items())}",
         f"versions     {', '.join(f'{name} {number}' for name, number in found['versions'].items())}",
         f"plugins      {', '.join(found['plugins']) or 'none'}",
