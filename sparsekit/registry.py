@@ -31,6 +31,7 @@ OPTIONS = {  # the types of contracts, in words
     "Fraction": "float, at least 0 and below 1",
     "NotNegative": "float, at least 0",
     "Positive": "float, above 0",
+    "Amount": "str | float | dict",
     "Share": "str | float",
 }
 Start = Literal["none", "optional", "required"]

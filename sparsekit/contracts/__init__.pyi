@@ -11,11 +11,13 @@ from .metric import Measure as Measure
 from .metric import Metric as Metric
 from .metric import Preparation as Preparation
 from .metric import Subject as Subject
+from .options import Amount as Amount
 from .options import Count as Count
 from .options import Fraction as Fraction
 from .options import NotNegative as NotNegative
 from .options import Positive as Positive
 from .options import Share as Share
+from .options import goal as goal
 from .options import share as share
 from .ranges import WORDS as WORDS
 from .ranges import misfit as misfit

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from annotated_types import Gt
 
-from sparsekit.contracts.options import Share
+from sparsekit.contracts.options import Amount
 from sparsekit.contracts.stage import Context
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ Kinds = Literal["heads-and-channels", "heads", "channels", "parts", "attention",
 
 def removing(
     *,
-    remove: Share,
+    remove: Amount,
     units: Kinds | list[str] | None = None,
     shape: Literal["free", "uniform"] | None = None,
     compensate: bool = False,

@@ -183,7 +183,7 @@ class Context(Protocol):
         """The model that was never pruned, loaded anew. ValueError where it is nowhere to be had."""
         ...
 
-    def cutting(self, remove: str | float, units: Any, **options: Any) -> Any:
+    def cutting(self, remove: Any, units: Any, **options: Any) -> Any:
         """What ends a structural stage: units are chosen, made up for and committed; see `sparsekit.walk.Cutting`."""
         ...
 

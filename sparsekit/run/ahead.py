@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit import registry
-from sparsekit.contracts import share
+from sparsekit.contracts import goal, share
 from sparsekit.maths import NM, parse
 from sparsekit.model import Block, adopt, discover, in_two_parts, predicts_text, sees_images, unreadable
 from sparsekit.model.structure import Removal, Shape, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
 from sparsekit.run.allocation import pattern_of, sample_input
 from sparsekit.run.context import Context
+from sparsekit.run.goals import counted
 from sparsekit.run.selection import found_blocks
 from sparsekit.walk import check_walk
 
@@ -67,7 +68,7 @@ def _refuse_dense_streams(recipe: Recipe, model: nn.Module) -> None:
         raise ValueError(f"{told}: allocation by {recipe.allocation.name} needs the dense model, give uniform")
 
 
-def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
+def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block], dtype: torch.dtype) -> None:
     """Cut a copy of the model, on the meta device, as the recipe's structural stages will.
 
     Where every block loses as many units, the shape is known without scores. Where it is free (`shape: free`), an n:m
@@ -86,10 +87,12 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block]) -> None:
     blocks = adopt(model, blocks)
     cut = False
     for index, stage in enumerate(stages):
-        options = _removing(stage)
+        options = removing_of(stage)
         if options is None:
             continue
-        kinds, remove, shape = options
+        kinds, given, shape = options
+        aim = goal(given)
+        remove = share(given) if aim is None else counted(aim, model, blocks, dtype)
         if kinds == ["layers"] and not cut:
             _fix_layers(model, blocks)
             for block, known in zip(blocks, planned, strict=True):
@@ -175,18 +178,18 @@ def check_carried(recipe: Recipe, model: nn.Module, blocks: list[Block], tokens:
         check_walk(model, adopt(model, blocks), tokens)
 
 
-def _removing(stage: Stage) -> tuple[list[str], float, str] | None:
-    """The kinds of units that a structural stage removes, the share that goes, and the shape; None for other stages."""
+def removing_of(stage: Stage) -> tuple[list[str], Any, str] | None:
+    """The kinds of units that a structural stage removes, its `remove`, and the shape; None for other stages."""
     if kind(stage) == "criterion":
         function: Any = registry.load("criteria", stage.name)
         given = options_of("criteria", stage.name, stage.options)
         kinds = kinds_of(given["units"] or list(function.scoring.removes))
         Context.check_kinds(stage.name, kinds)
-        return kinds, share(given["remove"]), given["shape"] or function.scoring.shape
+        return kinds, given["remove"], given["shape"] or function.scoring.shape
     if not effect_of(stage).cuts:
         return None
     given = options_of("stages", stage.name, stage.options)
     if not {"units", "remove", "shape"} <= given.keys():  # the names that `contracts.removing` gives these three
         return None
     kinds = kinds_of(given["units"])
-    return kinds, share(given["remove"]), given["shape"] or ("uniform" if kinds == ["experts"] else "free")
+    return kinds, given["remove"], given["shape"] or ("uniform" if kinds == ["experts"] else "free")

@@ -118,9 +118,7 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights in memory and on disk."""
-        given, own = self.recipe.model.dtype, self.config.dtype
-        found: torch.dtype = (own or torch.float32) if given == "auto" else getattr(torch, given)
-        return found
+        return _dtype(self.recipe, self.config)
 
     @property
     def needs(self) -> dict[str, Needs]:
@@ -143,6 +141,12 @@ class Plan:
         entries += [registry.find("allocators", self.recipe.allocation.name)]
         entries += [registry.find("sources", self.recipe.calibration.source)]
         return tuple(sorted({entry.distro.name for entry in entries if entry.distro is not None}))
+
+
+def _dtype(recipe: Recipe, config: Any) -> torch.dtype:
+    given = recipe.model.dtype
+    found: torch.dtype = (config.dtype or torch.float32) if given == "auto" else getattr(torch, given)
+    return found
 
 
 def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) -> Plan:
@@ -173,7 +177,7 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
         source = from_folder(folder, dense, trust_remote_code=recipe.model.trust_remote_code)
     check_reading(recipe, model)
     blocks = found_blocks(recipe, model)
-    check_cuts(recipe, model, blocks)
+    check_cuts(recipe, model, blocks, _dtype(recipe, model.config))
     planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks), source)
     if planned.quantization is not None:
         for block in blocks:

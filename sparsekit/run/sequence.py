@@ -21,6 +21,7 @@ from sparsekit.model.structure import Removal, Units
 from sparsekit.recipe import Stage, effect_of, group_of, kind
 from sparsekit.results import MASKS, Before, weights_of
 from sparsekit.run import plugged
+from sparsekit.run.aiming import aimed
 from sparsekit.run.allocation import allocate
 from sparsekit.run.context import Context
 from sparsekit.run.methods import configured
@@ -172,7 +173,7 @@ def called(stage: Stage) -> str:
 def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context: Context) -> None:
     if Removal.read(context.commits.folder) is None:
         forget_from(planned, context.output, context.team, context.index + 1)
-        _run(planned, [stage], effect, context)
+        _run(planned, [aimed(stage, planned, context, outcome.cuts)], effect, context)
     removal = Removal.read(context.commits.folder)
     if removal is None:
         raise StageError(f"{called(stage)} declares that it cuts, and decided nothing: end it by `context.cutting`")

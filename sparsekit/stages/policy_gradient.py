@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsekit import registry
-from sparsekit.contracts import Context, Count, Effect, Fit, Fraction, Kinds, Positive, Share, declares, share
+from sparsekit.contracts import Amount, Context, Count, Effect, Fit, Fraction, Kinds, Positive, declares, share
 from sparsekit.model.structure import Units, check_shape, choose, kinds_of, masking
 from sparsekit.train import Checkpoints, PolicyGradient
 from sparsekit.walk import Remove
@@ -24,7 +24,7 @@ EXPERTS = ("reap", "expert-frequency", "expert-activation")
 def policy_gradient(
     context: Context,
     *,
-    remove: Share,
+    remove: Amount,
     units: Kinds | list[str] = "heads-and-channels",
     shape: Literal["free", "uniform"] | None = None,
     budgets: Literal["separate", "joint"] = "separate",
