@@ -96,6 +96,19 @@ def _check_function(function: Callable[..., Any], what: str) -> None:
         assert parameter.default is not parameter.empty, f"option {parameter.name} has no default"
 
 
+def _letters() -> Any:
+    """A tokenizer as transformers has them, of one token a letter and one for "th": byte-level BPE, 96 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [chr(code) for code in range(33, 127) if chr(code) != "|"]
+    tokens += ["\u0120", "\u010a", "th"]  # what stands for a blank and for a new line, and the only merge
+    made = Tokenizer(models.BPE({token: place for place, token in enumerate(tokens)}, [("t", "h")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="~")
+
+
 def _finished(folder: Path, quantized: bool) -> Finished:
     model, pattern = tiny_model(), parse("2:4")
     masks: dict[str, Tensor] = {}
@@ -107,5 +120,6 @@ def _finished(folder: Path, quantized: bool) -> Finished:
         linear.write_pruned(kind.fit(weight).nearest(weight) if quantized else weight)
     saved: Any = model
     saved.save_pretrained(folder)
+    _letters().save_pretrained(folder)
     grids = dict.fromkeys(linears, kind) if quantized else {}
     return Finished(folder, dict.fromkeys(linears, "2:4"), grids, lambda: masks, {})

@@ -211,7 +211,7 @@ def _differences(finished: Finished, target: Path, precision: str) -> list[str]:
     exact = precision in ("source", "f32") or precision == _source_precision(
         Checkpoint(finished.folder), next(iter(Checkpoint(finished.folder)))
     )
-    told, wrong = llamacpp.compare(finished, target / FILE, exact=exact)
+    told, wrong = llamacpp.compare(finished, target / FILE, exact=exact, context=shape.context)
     write_json(target / PROOF, proof | told)
     return found + wrong
 

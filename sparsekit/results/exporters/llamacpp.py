@@ -28,10 +28,11 @@ SAME, ROUNDED = 0.02, 0.2  # how far they may be apart: llama.cpp keeps its cach
 TIE = 0.05  # tokens as likely as that may change places
 
 
-def compare(finished: Finished, file: Path, *, exact: bool) -> tuple[dict[str, Any], list[str]]:
+def compare(finished: Finished, file: Path, *, exact: bool, context: int = 512) -> tuple[dict[str, Any], list[str]]:
     """What was compared, for proof.json, and what is not the same, as sentences.
 
     exact: the file holds the model's own weights, so that log-probabilities must agree; else they are only told
+    context: tokens that the model may be given
     """
     try:
         client = f"{PACKAGE} {version(PACKAGE)}"
@@ -41,11 +42,12 @@ def compare(finished: Finished, file: Path, *, exact: bool) -> tuple[dict[str, A
 
     model, tokenizer = load(finished.folder, trust_remote_code=False)
     texts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    scores = [_goes_on(model, ids) for ids in texts]
+    begun = [ids[: context - NEW - 1] for ids in texts]
+    scores = [_goes_on(model, ids) for ids in begun]
     try:
         task = {
             "texts": list(TEXTS),
-            "prompts": [_prompts(*pair) for pair in zip(texts, scores, strict=True)],
+            "prompts": [_prompts(*pair) for pair in zip(begun, scores, strict=True)],
             "top": TOP,
         }
         answers = _ask(file, task)
@@ -99,7 +101,8 @@ def _ask(file: Path, task: dict[str, Any]) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "sparsekit.results.exporters.llamacpp", str(file), str(given), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=1800)
         if done.returncode or not answer.is_file():
-            last = [line for line in (done.stderr + done.stdout).strip().splitlines() if line.strip()][-1:]
+            said = (done.stderr + done.stdout).strip().splitlines()
+            last = [line for line in said if line.strip() and " I " not in line][-1:]
             raise ValueError(f"it ended with {done.returncode}{': ' + last[0] if last else ''}")
         found: list[dict[str, Any]] = json.loads(answer.read_text(encoding="utf-8"))
         return found
@@ -128,6 +131,8 @@ def _serve(file: str, task: dict[str, Any]) -> list[dict[str, Any]]:
         for ids in prompts:
             given = server.handle_completions({"prompt": ids, **settings})
             given = json.loads(given) if isinstance(given, str) else given
+            if "choices" not in given:
+                raise ValueError(f"it answers {given}")
             told = (given["choices"][0].get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
             steps.append([{key: each[key] for key in ("id", "logprob")} for each in told[0]["top_logprobs"]])
         found.append({"tokens": tokens, "steps": steps})
