@@ -28,6 +28,11 @@ from sparsekit.system import hardware, human_size, versions, write_json
 HERE = Path(__file__).parent
 ROWS = HERE / "results" / "leaderboard"
 PAGE = HERE.parent / "docs" / "leaderboard.md"
+README = HERE.parent / "README.md"
+BEGIN, END = (
+    "<!-- leaderboard -->\n",
+    "<!-- end of leaderboard -->\n",
+)  # what stands between them in README.md is written
 BASELINE = "sparsegpt"
 AROUND = ("prepare", "load", "save", "verify", "evaluate", "measure")  # parts of a run that are not the method's
 
@@ -153,6 +158,35 @@ def write_page(found: Sequence[Row]) -> None:
     PAGE.write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
+def summary(found: Sequence[Row]) -> str:
+    """The first model's table with a column for each pattern: the figures of all texts, and the class of cost."""
+    if not found:
+        return ""
+    first = [row for row in found if _alike(row) == _alike(found[0])]
+    order = list(methods())
+    patterns = sorted({row["pattern"] for row in first if row["pattern"]}, key=lambda p: (":" in p, p))
+    names = sorted({row["method"] for row in first if row["stages"]}, key=order.index)
+    texts = list(first[0]["figures"])
+
+    def cell(method: str, pattern: str) -> str:
+        row = next((row for row in first if (row["method"], row["pattern"]) == (method, pattern)), None)
+        return "" if row is None else " / ".join(f"{row['figures'][text]['value']:.1f}" for text in texts)
+
+    dense = cell("dense", "")
+    lines = [f"| | class | {' | '.join(patterns)} |", "|---|---|" + "---|" * len(patterns)]
+    lines += [f"| `{n}` | {methods()[n][0]} | {' | '.join(cell(n, p) for p in patterns)} |" for n in names]
+    title, said, _, _ = next(tables(first))
+    return f"{title}: perplexity on {' / '.join(texts)}, dense {dense}. {said}\n\n" + "\n".join(lines) + "\n"
+
+
+def write_readme(found: Sequence[Row]) -> None:
+    """The block of README.md, where it has one."""
+    text = README.read_text(encoding="utf-8")
+    if BEGIN in text and END in text:
+        head, _, rest = text.partition(BEGIN)
+        README.write_text(f"{head}{BEGIN}\n{summary(found)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not finished, one row after another, and write the page after each."""
     parser = argparse.ArgumentParser("python -m benchmarks.leaderboard")
@@ -179,8 +213,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, row)
                 write_page(rows())
+                write_readme(rows())
                 print(file.name, {n: f["value"] for n, f in row["figures"].items()}, flush=True)
     write_page(rows())
+    write_readme(rows())
     for model, said, columns, lines in tables(rows()):
         show(columns, lines, title=f"{model}. {said}")
 

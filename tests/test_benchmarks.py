@@ -418,6 +418,8 @@ def test_linears_of_a_group_share_a_cache_and_solvers_do_not() -> None:
 def test_a_leaderboard_goes_on_where_it_was_and_writes_its_page(models, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(leaderboard, "ROWS", tmp_path / "rows")
     monkeypatch.setattr(leaderboard, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(leaderboard, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(f"before\n{leaderboard.BEGIN}old\n{leaderboard.END}after\n")
     command = [str(models / "tiny-llama"), "--name", "tiny", "--patterns", "50%", "--calibration", "python-docs"]
     command += ["--text", "python-docs", "--samples", "4", "--length", "32", "--windows", "3", "--window", "64"]
     monkeypatch.setattr(leaderboard, "print", lambda *_, **__: None, raising=False)
@@ -429,4 +431,7 @@ def test_a_leaderboard_goes_on_where_it_was_and_writes_its_page(models, tmp_path
     assert ran == [("dense", ""), ("sparsegpt", "50%"), ("wanda", "50%")]
     page = (tmp_path / "page.md").read_text()
     assert "| 50% | sparsegpt | one-shot |" in page and "(1.00)" in page and "4 x 32 tokens of python-docs" in page
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert "| `sparsegpt` | one-shot |" in readme and "dense " in readme
     assert str(models) not in page + "".join(file.read_text() for file in (tmp_path / "rows").glob("*/*.json"))

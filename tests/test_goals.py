@@ -73,6 +73,8 @@ def test_a_speed_is_measured_beside_the_source_and_kept_for_a_resume(
     assert result.verified and all(batches == [2] for _, batches in asked)
     left, dense = (result.report["structure"]["parameters"][key] for key in ("pruned", "dense"))
     assert 1 / (0.3 + 0.7 * left / dense) == pytest.approx(1.3, rel=2 * CLOSE)
+    aim = result.report["notes"]["wanda-sp"]["goal"]
+    assert aim["asked"]["speedup"] == 1.3 and aim["remove"] == aim["tried"][-1][0] and len(aim["tried"]) <= 4
     count = len(asked)
     fit(tmp_path / "again", {"speedup": 1.3, "batch": 2, "prompt": 64}, shape="uniform")
     assert len(asked) == 2 * count  # another run measures anew

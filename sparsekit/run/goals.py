@@ -84,12 +84,15 @@ def measured(
         else:
             above = (share, found)
         if above is None:
-            share = min(HIGHEST, share + (share - below[0] or share) * max(0.5, (wanted - found) / max(found - 1, 0.1)))
+            further = (1 - 1 / wanted) / (1 - 1 / found) if found > 1 else 1.5  # as if 1 / speed were linear
+            share = min(HIGHEST, share * min(2.0, max(1.05, further)))
         else:
             one, other, aim = 1 / below[1], 1 / above[1], 1 / wanted
             part = (one - aim) / (one - other) if one > other else 0.5
             share = below[0] + (above[0] - below[0]) * min(0.9, max(0.1, part))
     best = min(tried, key=lambda pair: abs(pair[1] / wanted - 1))
+    if abs(best[1] / wanted - 1) > CLOSE:
+        say(f"nearer than {best[1]:.2f} times was not measured; is something else running on this machine?")
     return best[0], tried
 
 
@@ -139,6 +142,11 @@ def decided(
     said = json.dumps({"asked": asked, "remove": share, "tried": tried})
     commit(folder / FILE, lambda aside: aside.write_text(said, encoding="utf-8"))
     return share
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What a stage aimed at, what was tried, and what that came to, for the report; nothing where it named a share."""
+    return {"goal": json.loads((folder / FILE).read_text(encoding="utf-8"))} if committed(folder / FILE) else {}
 
 
 def _save_cut(

@@ -24,6 +24,7 @@ from sparsekit.run import plugged
 from sparsekit.run.aiming import aimed
 from sparsekit.run.allocation import allocate
 from sparsekit.run.context import Context
+from sparsekit.run.goals import told
 from sparsekit.run.methods import configured
 from sparsekit.run.one_shot import one_shot
 from sparsekit.run.plan import Plan
@@ -179,7 +180,7 @@ def _cut(outcome: Outcome, planned: Plan, stage: Stage, effect: Effect, context:
         raise StageError(f"{called(stage)} declares that it cuts, and decided nothing: end it by `context.cutting`")
     unsettle(context.blocks)
     outcome.cuts.append((removal.apply(context.model, context.blocks), removal))
-    outcome.tell(stage.name, removal.notes)
+    outcome.tell(stage.name, removal.notes | told(context.commits.folder))
     outcome.blocks = found_blocks(planned.recipe, context.model)  # of what is left
 
 
