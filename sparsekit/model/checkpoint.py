@@ -36,12 +36,15 @@ class Checkpoint:
         self._open: tuple[Path, Any] | None = None  # the file that was read last
         self.doubled: list[str] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors call them: F32, BF16 ...
         for file in self.files:
             with _opened(file) as handle:
                 names = handle.keys()
                 self.doubled += [name for name in names if name in self.where]
                 self.where.update(dict.fromkeys(names, file))
-                self.shapes.update({name: tuple(handle.get_slice(name).get_shape()) for name in names})
+                slices = {name: handle.get_slice(name) for name in names}
+                self.shapes.update({name: tuple(each.get_shape()) for name, each in slices.items()})
+                self.dtypes.update({name: each.get_dtype() for name, each in slices.items()})
 
     def _resolved(self) -> list[Path]:
         named = self.config.get("transformers_weights")

@@ -63,8 +63,12 @@ def unpack_bitmask(folder: str | Path, target: str | Path) -> None:
 
 def _why_not(finished: Finished) -> str:
     stored = Checkpoint(finished.folder)
-    sizes = [(_smaller(stored.tensor(name)), name) for name in stored if len(stored.shape(name)) > 1]
-    return "" if any(smaller for smaller, _ in sizes) else "no tensor has so many zeros that it would become smaller"
+    wide = (name for name in stored if len(stored.shape(name)) > 1)
+    return (
+        ""
+        if any(_smaller(stored.tensor(name)) for name in wide)
+        else "no tensor has so many zeros that it would become smaller"
+    )
 
 
 def _write(folder: Path, target: Path) -> None:

@@ -98,7 +98,12 @@ def _tensors(folder: Path, shape: Shape, precision: str) -> Iterator[tuple[str, 
 
 
 def _source_precision(stored: Checkpoint, name: str) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(stored.tensor(name).dtype, "f32")
+    return {"BF16": "bf16", "F16": "f16"}.get(stored.dtypes[name], "f32")
+
+
+def _own_precision(stored: Checkpoint) -> str:
+    """Of the first tensor, which stands for all."""
+    return _source_precision(stored, next(iter(stored)))
 
 
 def shape_of_rotary(tensor: Tensor, name: str, shape: Shape) -> Tensor:
@@ -165,7 +170,7 @@ def _describe(writer: Any, shape: Shape, folder: Path, precision: str) -> None:
     import gguf as package
 
     config, equal = shape.config, shape.architecture != "deci"
-    kind = _source_precision(Checkpoint(folder), next(iter(Checkpoint(folder)))) if precision == "source" else precision
+    kind = _own_precision(Checkpoint(folder)) if precision == "source" else precision
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_block_count(len(shape.heads))
     writer.add_context_length(shape.context)
@@ -208,9 +213,7 @@ def _differences(finished: Finished, target: Path, precision: str) -> list[str]:
     proof: dict[str, Any] = {"architecture": shape.architecture, "precision": precision}
     if precision.startswith("q") and kept:
         proof["stays f16, its rows are no multiple of 32"] = kept
-    exact = precision in ("source", "f32") or precision == _source_precision(
-        Checkpoint(finished.folder), next(iter(Checkpoint(finished.folder)))
-    )
+    exact = precision in ("source", "f32", _own_precision(Checkpoint(finished.folder)))
     told, wrong = llamacpp.compare(finished, target / FILE, exact=exact, context=shape.context)
     write_json(target / PROOF, proof | told)
     return found + wrong
