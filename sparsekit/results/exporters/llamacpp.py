@@ -4,6 +4,7 @@ It runs in a process of its own, since it prints what it likes and may end the p
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -61,10 +62,12 @@ def compare(finished: Finished, file: Path, *, exact: bool, context: int = 512) 
             if not top:  # half a letter: llama.cpp keeps it back until the other half is there
                 continue
             compared += 1
-            apart = max(apart, *(abs(float(here[each["id"]]) - each["logprob"]) for each in top))
+            apart = max(apart, *(_apart(float(here[each["id"]]), each["logprob"]) for each in top))
             if exact and float(here.max() - here[top[0]["id"]]) > TIE:
                 wrong.append(f"llama.cpp goes on from {text[:20]!r} with another token than the model")
                 break
+    if not compared:
+        wrong.append("llama.cpp gave no log-probabilities, so nothing was compared")
     limit = SAME if next(model.parameters()).dtype == torch.float32 else ROUNDED
     if exact and apart > limit:
         wrong.append(f"log-probabilities in llama.cpp are up to {apart:.3f} from the model's, beyond {limit}")
@@ -75,6 +78,12 @@ def compare(finished: Finished, file: Path, *, exact: bool, context: int = 512) 
         "tokens": compared,
         "log-probabilities within": round(apart, 5),
     }, wrong
+
+
+def _apart(mine: float, theirs: float | None) -> float:
+    """The distance of two log-probabilities; infinite where one is no number."""
+    gap = math.inf if theirs is None else abs(mine - theirs)
+    return math.inf if math.isnan(gap) else gap
 
 
 @torch.no_grad()
