@@ -86,6 +86,8 @@ def command_line() -> argparse.ArgumentParser:
     add = commands.add_parser("methods", help="list what is installed, or explain one of it")
     add.add_argument("name", nargs="?", metavar="NAME", help="a solver, allocator, stage or source")
 
+    add.add_argument("--long", action="store_true", help="options, packages and sources of all")
+
     add = commands.add_parser("doctor", help="say what this machine can do, and what would let it do more")
     add.add_argument("--json", action="store_true", help="print it as JSON")
 

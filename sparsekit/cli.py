@@ -240,13 +240,21 @@ def methods(given: argparse.Namespace) -> int:
         console.print(f"{group}", style="bold")
         for entry in registry.entries(group):
             read = registry.describe(entry)
-            console.print(f"  {entry.name:<{width}}  {read.summary}", markup=False)
+            line = f"  {entry.name:<{width}}  {read.summary}"
+            if not given.long:
+                console.print(line, markup=False, soft_wrap=False, no_wrap=True, overflow="ellipsis")
+                continue
+            console.print(line, markup=False)
             known = ", ".join(option.name for option in read.options)
             chain = CHAIN[read.start] if group == "solvers" else ""
             notes = [chain, f"options: {known}" if known else "", registry.package(entry), read.source]
             console.print(f"  {'':<{width}}  {' | '.join(filter(None, notes))}", style="dim", markup=False)
         if not registry.entries(group):
             console.print("  none installed")
+    if not given.long:
+        console.print(
+            "\n`sparsekit methods NAME` explains one; --long lists options, packages and sources", style="dim"
+        )
     return 0
 
 

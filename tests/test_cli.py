@@ -173,7 +173,11 @@ def test_verify(
 
 def test_methods_lists_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
+    short = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 or "NAME" in line for line in short)  # a line each, whatever the terminal
+    assert main(["methods", "--long"]) == 0
     out = capsys.readouterr().out
+    assert len(short) < 0.7 * len(out.splitlines())
     for group in registry.GROUPS:
         for name in registry.names(group):
             assert f"  {name} " in out
