@@ -11,6 +11,17 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sparsekit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
+    add = commands.add_parser("init", help="write a first recipe from five answers")
+    add.add_argument("file", nargs="?", default="recipe.yaml", metavar="FILE", help="of the recipe (recipe.yaml)")
+    for name, said in (
+        ("model", "a hub name or a folder"),
+        ("goal", "faster, 2:4, 50%% or int4"),
+        ("time", "minutes, hours, or 'a day'"),
+        ("text", "to calibrate on: a source, or a file"),
+        ("output", "folder of the run"),
+    ):
+        add.add_argument(f"--{name}", metavar=name.upper(), help=said)
+
     add = commands.add_parser("fit", help="prune a model as a recipe says, prove and measure the result")
     add.add_argument("--recipe", required=True, metavar="FILE", help="the recipe, a YAML file")
     add.add_argument(

@@ -183,6 +183,26 @@ def bench(given: argparse.Namespace) -> int:
     return 0
 
 
+def init(given: argparse.Namespace) -> int:
+    """`sparsekit init`: a first recipe from five answers."""
+    from pathlib import Path
+
+    from sparsekit.recipe import asked, write_first
+
+    if Path(given.file).exists():
+        raise ValueError(f"there is a {given.file} already; give another name, as in sparsekit init mine.yaml")
+    try:
+        answers = asked(vars(given), input)
+    except EOFError:
+        raise ValueError(
+            "there is nobody to answer: give --model, --goal, --time, --text and --output, or some of them"
+        ) from None
+    write_first(Path(given.file), answers)
+    print(f"{given.file} is written. Next:\n\n  sparsekit fit --recipe {given.file} --dry-run")
+    print(f"  sparsekit fit --recipe {given.file}\n  sparsekit bench {answers['output']}")
+    return 0
+
+
 def export(given: argparse.Namespace) -> int:
     """`sparsekit export`: another form of a finished run's model, proved before it is kept."""
     from pathlib import Path
@@ -298,6 +318,7 @@ def schema(given: argparse.Namespace) -> int:
 
 
 COMMANDS = {
+    "init": init,
     "fit": fit,
     "eval": evaluate,
     "verify": verify,

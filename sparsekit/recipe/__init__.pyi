@@ -13,6 +13,10 @@ from .effects import options_of as options_of
 from .load import load_recipe as load_recipe
 from .schema import Recipe as Recipe
 from .schema import Stage as Stage
+from .starting import QUESTIONS as QUESTIONS
+from .starting import asked as asked
+from .starting import first_recipe as first_recipe
+from .starting import write_first as write_first
 from .trainer import TrainerOptions as TrainerOptions
 from .writing import resolved as resolved
 from .writing import to_yaml as to_yaml
