@@ -48,6 +48,7 @@ def fit(given: argparse.Namespace) -> int:
     from sparsekit.recipe import RecipeError, check_options, load_recipe
 
     recipe = load_recipe(given.recipe, given.set)
+    print(f"{given.recipe}: looking at its methods and its model", flush=True)  # their libraries take seconds
     if problems := check_options(recipe):
         raise RecipeError(problems)
     key = None

@@ -101,6 +101,7 @@ def _run(planned: Plan, output: Path, leads: bool, console: Console) -> int:
     recipe_ = planned.recipe
     with Meter() as meter:
         with meter.stage("prepare"):
+            console.print("reading the texts and the source's digests", style="dim")
             tokenizer = load_tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
             first = _first_token(planned, tokenizer, console)
             tokens = _tokens(planned, tokenizer, first.token)
@@ -154,6 +155,7 @@ def _fit(
     measured = any(settings[key] for key in ("perplexity", "tasks", "accuracy", "metrics"))
     evaluation: dict[str, Any] = {}
     with meter.stage("load"):
+        console.print(f"opening {planned.model.__class__.__name__}, {len(planned.blocks)} blocks", style="dim")
         dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
         model = load_resting(planned.folder, dtype=dtype, trust_remote_code=trust)
         check_carried(recipe_, model, planned.blocks, tokens)
@@ -336,3 +338,8 @@ def _close(complete: dict[str, Any], output: Path, console: Console) -> None:
     console.print("\nLoad it:\n")
     console.print(loading_code(output / "model"), markup=False, highlight=False, soft_wrap=True)
     console.print(f"\nmanifest {complete['manifest']}", highlight=False, soft_wrap=True)
+    language = str(complete["model"]["class"]).endswith("ForCausalLM")
+    further = [f"open {output}/report.html"]
+    further += [f"sparsekit bench {output}", f"sparsekit export {output} --to gguf"] if language else []
+    further += [f"sparsekit verify {output}"]
+    console.print("\nNext:\n\n  " + "\n  ".join(further[:3]), markup=False, highlight=False, soft_wrap=True)
