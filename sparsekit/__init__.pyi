@@ -15,5 +15,6 @@ from .run import fit as fit
 from .run import prune as prune
 from .system import ActivationStore as ActivationStore
 from .train import HoldZeros as HoldZeros
+from .train import mask_adapters as mask_adapters
 
 __version__: str

@@ -8,6 +8,7 @@ from .logger import make_loggers as make_loggers
 from .logger import missing_loggers as missing_loggers
 from .lowrank import attach_updates as attach_updates
 from .lowrank import detach_updates as detach_updates
+from .masked_peft import mask_adapters as mask_adapters
 from .policy import PolicyGradient as PolicyGradient
 from .reconstruction import reconstruct as reconstruct
 from .recovery import Recovery as Recovery
