@@ -133,10 +133,9 @@ def tables(found: Sequence[Row]) -> Iterator[tuple[str, str, list[str], list[lis
                 over = f" ({figure['value'] / base['figures'][text]['value']:.2f})" if base else ""
                 error = "" if figure["stderr"] is None else f" ± {figure['stderr']:.1f}"
                 line.append(f"{figure['value']:.1f}{error}{over}")
-            time = f"{row['seconds'] / base['seconds']:.1f}" if base and row["seconds"] else ""
-            lines.append([*line, time, human_size(row["memory"]) if row["memory"] else ""])
-        columns = ["pattern", "method", "class", *texts, f"time / {BASELINE}", "peak memory"]
-        windows, machine = next(iter(group[0]["figures"].values())), group[0]["hardware"]
+            lines.append([*line, human_size(row["memory"]) if row["memory"] else ""])
+        columns = ["pattern", "method", "class", *texts, "peak memory"]
+        windows, machine = next(iter(group[0]["figures"].values())), group[-1]["hardware"]
         said = (
             f"Calibrated on {calibration['samples']} x {calibration['length']} tokens of {calibration['text']}; "
             f"perplexity ± one standard error on {windows['windows']} windows of {windows['length']} tokens, in "
@@ -150,7 +149,8 @@ def write_page(found: Sequence[Row]) -> None:
     text = [
         "# Leaderboard",
         "Written by `python -m benchmarks.leaderboard`; every row is a file in benchmarks/results/leaderboard, with "
-        "its stages and versions. Compare rows of one class: others cost more, or train.",
+        "its stages, seconds and versions. Compare rows of one class: others cost more, or train. What a method costs in "
+        "time is measured side by side elsewhere (`python -m benchmarks.layerwise`, benchmarks/results).",
     ]
     for model, said, columns, lines in tables(found):
         head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
