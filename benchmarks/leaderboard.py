@@ -149,8 +149,8 @@ def write_page(found: Sequence[Row]) -> None:
     text = [
         "# Leaderboard",
         "Written by `python -m benchmarks.leaderboard`; every row is a file in benchmarks/results/leaderboard, with "
-        "its stages, seconds and versions. Compare rows of one class: others cost more, or train. What a method costs in "
-        "time is measured side by side elsewhere (`python -m benchmarks.layerwise`, benchmarks/results).",
+        "its stages, seconds and versions. Compare rows of one class: others cost more, or train. What a method costs "
+        "in time is measured side by side elsewhere (`python -m benchmarks.layerwise`, benchmarks/results).",
     ]
     for model, said, columns, lines in tables(found):
         head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
@@ -175,8 +175,13 @@ def summary(found: Sequence[Row]) -> str:
     dense = cell("dense", "")
     lines = [f"| | class | {' | '.join(patterns)} |", "|---|---|" + "---|" * len(patterns)]
     lines += [f"| `{n}` | {methods()[n][0]} | {' | '.join(cell(n, p) for p in patterns)} |" for n in names]
-    title, said, _, _ = next(tables(first))
-    return f"{title}: perplexity on {' / '.join(texts)}, dense {dense}. {said}\n\n" + "\n".join(lines) + "\n"
+    calibration, windows = first[0]["calibration"], first[0]["figures"][texts[0]]
+    said = (
+        f"{first[0]['model']}: perplexity on {' / '.join(texts)}, {windows['windows']} windows of {windows['length']} "
+        f"tokens of each (dense {dense}), calibrated on {calibration['samples']} x {calibration['length']} tokens of "
+        f"{calibration['text']}."
+    )
+    return f"{said}\n\n" + "\n".join(lines) + "\n"
 
 
 def write_readme(found: Sequence[Row]) -> None:
