@@ -13,7 +13,7 @@ from torch import nn
 from sparsekit.contracts import goal
 from sparsekit.model import Block, adopt, filled, save_model
 from sparsekit.model.structure import Cuts, Removal, Shape, choose, find_units
-from sparsekit.results import bench
+from sparsekit.results import bench, check_backend
 from sparsekit.system import commit, committed, human_size
 
 FILE = "goal.json"
@@ -29,9 +29,10 @@ def counted(asked: dict[str, Any], model: nn.Module, blocks: Sequence[Block], dt
     asked: as `contracts.goal` gives it; dtype: of the weights
 
     Raises:
-        ValueError: the blocks do not hold so much, or the model is small enough as it is.
+        ValueError: the blocks do not hold so much, the model is small enough as it is, or a backend is not there.
     """
     if "speedup" in asked:
+        check_backend(asked["backend"], [], [asked["batch"]], "cpu")  # before anything heavy starts
         return NOMINAL
     total = sum(parameter.numel() for parameter in model.parameters())
     inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
