@@ -207,6 +207,8 @@ def test_a_model_is_measured_in_llama_cpp(models: Path, tmp_path: Path, capsys: 
     ("more", "said"),
     [
         (["--backend", "llamacpp"], "backend is 'llamacpp'; it can be transformers, llama.cpp"),
+        (["--backend", "llama.cpp", "--precision", "q9"], "precision is 'q9'; it can be source, f32"),
+        (["--precision", "f16"], "precision f16 is for llama.cpp: give --backend llama.cpp"),
         (["--backend", "llama.cpp", "--batch", "2"], "one sequence at a time is measured: give --batch 1"),
         (["--backend", "llama.cpp", "--perplexity", "python-docs"], "quality is measured in transformers"),
     ],

@@ -5,24 +5,30 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from sparsekit.contracts import Finished
 from sparsekit.measure import attend, facts_of, serve
-from sparsekit.results.exporters.gguf import FILE, gguf, write_gguf
+from sparsekit.results.exporters.gguf import FILE, Precision, gguf, write_gguf
 from sparsekit.results.exporters.llamacpp import PACKAGE
 from sparsekit.system import Meter
 
 BACKENDS = ("transformers", "llama.cpp")
 
 
-def check_backend(backend: str, folders: list[Path], batches: list[int], device: str) -> None:
+def check_backend(
+    backend: str, folders: list[Path], batches: list[int], device: str, precision: str = "source"
+) -> None:
     """Raise ValueError for a backend that is not there, or does not run these models like this."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it can be {', '.join(BACKENDS)}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; it can be {', '.join(get_args(Precision))}")
     if backend == "transformers":
+        if precision != "source":
+            raise ValueError(f"precision {precision} is for llama.cpp: give --backend llama.cpp, or leave it out")
         return
     try:
         version(PACKAGE)

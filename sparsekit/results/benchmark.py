@@ -71,7 +71,7 @@ def bench(
         if auto_class(place).__name__ != "AutoModelForCausalLM":
             raise ValueError(f"{place} sees images; bench measures how language models read and write text")
     device = device or str((backend == "transformers" and torch.accelerator.current_accelerator()) or "cpu")
-    check_backend(backend, folders, list(batches), device)
+    check_backend(backend, folders, list(batches), device, precision)
     if evaluation and backend != "transformers":
         raise ValueError(f"quality is measured in transformers, not in {backend}: leave it out")
     tasks = [
