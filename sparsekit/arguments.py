@@ -47,6 +47,9 @@ def command_line() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="labelled images, for vision models",
     )
+    add.add_argument(
+        "--iou", nargs="+", action="extend", default=[], metavar="SET", help="images with masks, for models such as SAM"
+    )
     add.add_argument("--against", metavar="PATH", help="measure this model too; for a run's result, its source is")
 
     add = commands.add_parser("verify", help="prove from disk that a checkpoint is sparse and sound")

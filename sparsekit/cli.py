@@ -68,8 +68,10 @@ def fit(given: argparse.Namespace) -> int:
 
 def evaluate(given: argparse.Namespace) -> int:
     """`sparsekit eval`: perplexities and tasks of any checkpoint, beside another one where asked."""
-    if not (given.perplexity or given.task or given.accuracy or given.metric):
-        raise ValueError("nothing to measure: give --perplexity (a source or a file), --task, --accuracy or --metric")
+    if not (given.perplexity or given.task or given.accuracy or given.iou or given.metric):
+        raise ValueError(
+            "nothing to measure: give --perplexity (a source or a file), --task, --accuracy, --iou or --metric"
+        )
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -80,7 +82,7 @@ def evaluate(given: argparse.Namespace) -> int:
 
     texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
     settings = {"perplexity": texts, "tasks": given.task, "accuracy": given.accuracy, "length": given.length}
-    settings["metrics"] = given.metric
+    settings |= {"iou": given.iou, "metrics": given.metric}
     check_evaluation(settings)
     dense = given.against or source_of(given.path)
     models = {given.path: given.path} | ({dense if isinstance(dense, str) else dense["path"]: dense} if dense else {})

@@ -219,13 +219,6 @@ def test_other_commands_on_a_vision_model(tmp_path, digits, capsys):
         assert main(command) == 2 and said in " ".join(capsys.readouterr().err.split())
 
 
-def test_stages_of_several_widths_are_refused():
-    config = transformers.SwinConfig(embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, image_size=32)
-    with pytest.raises(ValueError, match="models of several stages"):
-        model = transformers.SwinForImageClassification(config)
-        discover(model, sample_input(model))
-
-
 def test_classes_go_by_name_or_else_by_order(digits):
     found = labelled_images(str(digits))
     model = transformers.AutoModelForImageClassification.from_pretrained(TINY)

@@ -1,6 +1,8 @@
 from .corpora import Corpus as Corpus
 from .corpora import load_rows as load_rows
 from .corpora import no_bars as no_bars
+from .masked import MaskedImages as MaskedImages
+from .masked import masked_images as masked_images
 from .naming import CALIBRATION as CALIBRATION
 from .naming import FORMATS as FORMATS
 from .naming import check_length as check_length

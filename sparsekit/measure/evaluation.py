@@ -15,6 +15,7 @@ from sparsekit import registry
 from sparsekit.data import check_length, corpus, resolve, windows
 from sparsekit.measure.first import BOS, beginning, first_token
 from sparsekit.measure.images import accuracy, image_limit, image_set_name, labelled_images
+from sparsekit.measure.masks import Overlap, makes_masks, mask_set_name
 from sparsekit.measure.metrics import Measures, Preparation, Subject, measured, prepare
 from sparsekit.measure.predictions import Walked, surprises
 from sparsekit.measure.tasks import check_named, check_task, tasks
@@ -71,6 +72,7 @@ def evaluate(
       length: tokens of a window, 2048 unless told; never more than the model has positions (ValueError).
       tasks: see `tasks`. limit: documents per task, None for all. batch: sequences per forward pass, 1 unless told.
       accuracy: of a vision model, whose image processor is the tokenizer here: see `images.labelled`; among the tasks.
+      iou: of a model that cuts objects out, images with masks: see `masks.Overlap`; its figures are under "figures"
       bos: whether the first token stands before every window: auto, window or published; see `first_token`.
       metrics: others, each a name or {name: options}; their figures are under "figures", by name
     ready: what `get_ready` gave for these settings, where it was called before.
@@ -80,7 +82,11 @@ def evaluate(
     check_evaluation(settings)
     batch, limit = settings.get("batch") or 1, settings.get("limit")
     if sees_images(model) and (settings.get("perplexity") or settings.get("tasks")):
-        raise ValueError(f"{type(model).__name__} sees images, and perplexity and tasks are of text: measure accuracy")
+        raise ValueError(
+            f"{type(model).__name__} sees images, and perplexity and tasks are of text: measure accuracy, or iou"
+        )
+    if settings.get("iou") and not makes_masks(model):
+        raise ValueError(f"{type(model).__name__} cuts no objects out, so iou has nothing to measure; leave it out")
     first = None
     if ready is None:
         texts = settings.get("perplexity") or [""]
@@ -146,6 +152,8 @@ def get_ready(settings: Mapping[str, Any], tokenizer: Any, config: Any, first: i
     preparation = Preparation(tokenizer, config, **common, first=first)
     texts = perplexity_windows(settings, tokenizer, positions, first)
     measures = prepare(settings.get("metrics") or [], preparation)
+    for entry in settings.get("iou") or []:
+        measures[f"iou of {mask_set_name(entry)}"] = Overlap(entry, settings.get("limit"))
     check_named(settings.get("tasks") or [])
     return Ready(texts, measures, first)
 
@@ -169,7 +177,7 @@ def perplexity_windows(
 
 def check_evaluation(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for what can be seen to be wrong without a model, a tokenizer, network or lm-eval."""
-    known = ("perplexity", "length", "tasks", "accuracy", "metrics", "limit", "batch", "bos")
+    known = ("perplexity", "length", "tasks", "accuracy", "iou", "metrics", "limit", "batch", "bos")
     for key in settings:
         if key not in known:
             raise ValueError(f"evaluate: unknown key `{key}`, {registry.suggest(key, known)}")
@@ -184,6 +192,7 @@ def check_evaluation(settings: Mapping[str, Any]) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"evaluate: two perplexity sets are called `{twice.pop()}`: give one of them another `name`")
     sets = [image_set_name(entry) for entry in settings.get("accuracy") or []]
+    sets += [mask_set_name(entry) for entry in settings.get("iou") or []]
     if twice := {name for name in sets if sets.count(name) > 1}:
         raise ValueError(f"evaluate: two sets of images are called `{twice.pop()}`: give one of them another `name`")
     for task in settings.get("tasks") or []:

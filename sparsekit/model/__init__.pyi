@@ -5,13 +5,14 @@ from .blocks import is_linear as is_linear
 from .blocks import put_forward as put_forward
 from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import read_json as read_json
+from .discovery import RAISED as RAISED
 from .discovery import adopt as adopt
 from .discovery import discover as discover
 from .discovery import find_blocks as find_blocks
-from .discovery import first_inputs as first_inputs
 from .discovery import parts_of as parts_of
-from .discovery import passed_over as passed_over
 from .discovery import run_model as run_model
+from .entering import first_inputs as first_inputs
+from .entering import passed_over as passed_over
 from .expert_forms import as_linears as as_linears
 from .expert_forms import join_experts as join_experts
 from .expert_forms import joined as joined
@@ -54,7 +55,7 @@ from .storage import write_model as write_model
 from .tensors import Tensors as Tensors
 from .tensors import tied_names as tied_names
 from .vision import channels_of as channels_of
-from .vision import height_and_width as height_and_width
+from .vision import image_size as image_size
 from .vision import in_two_parts as in_two_parts
 from .vision import patches as patches
 from .vision import predicts_text as predicts_text

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -84,6 +85,9 @@ class Block:
         kept weight may underflow in half precision
     records: name -> what was seen while it was pruned (error, seconds, zeros, warnings ...)
     fixed: the block cannot be dropped whole, since the family's config could not say so
+    part: which of the model's lists of blocks it is of: 0, or 1 of a decoder behind an encoder
+    scale: how many times as large each dimension of its hidden states is behind it, but the first; none: as before it
+    bridge: turns what leaves the block before into what enters this one, where something lies between the two
     trained: parameters of the module, by their names inside it, that gradient steps have changed
     notes: what a stage saw of the block as a whole (see the stage); JSON
     """
@@ -99,6 +103,10 @@ class Block:
         self.masks: dict[str, Tensor] = {}
         self.records: dict[str, dict[str, Any]] = {}
         self.fixed = False
+        self.part = 0
+        self.scale: tuple[Fraction, ...] = ()
+        self.bridged = False  # something lies between the block before and this one
+        self.bridge: Callable[[Tensor], Tensor] | None = None
         self.trained: set[str] = set()
         self.notes: dict[str, Any] = {}
         self.tuple_length = 0  # 0: the block returns a tensor; n: a tuple of n, hidden states first
@@ -143,6 +151,22 @@ class Block:
         out = functional_call(self.module, parameters, (hidden, *args), kwargs)
         self.carried.take(self.index, chunk, out)
         return out[0] if isinstance(out, tuple | list) else out
+
+    def enter(self, *stores: Any) -> None:
+        """Turn what left the block before, chunk by chunk of these stores, into what enters this one."""
+        if self.bridge is None:
+            return
+        for store in stores:
+            for index in range(len(store)):
+                store[index] = self.bridge(store[index])
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Zeros of the shape that the block makes of these hidden states, or they themselves where it is the same."""
+        if not self.scale:
+            return hidden
+        return hidden.new_zeros(
+            hidden.shape[0], *(int(n * by) for n, by in zip(hidden.shape[1:], self.scale, strict=True))
+        )
 
     def expert_of(self, group: int) -> str | None:
         """The expert, by its name inside the block, whose linears a group is of; None: of none."""

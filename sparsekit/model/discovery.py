@@ -3,16 +3,14 @@
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from types import MappingProxyType
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block, Linear, _modules, _Stop, decides, put_forward
-from sparsekit.model.carried import Carried
+from sparsekit.model.blocks import Block, Linear, _modules, decides
 from sparsekit.model.expert_forms import split_experts
 from sparsekit.model.tensors import tied_names
 from sparsekit.model.vision import in_two_parts, sees_images
@@ -21,6 +19,8 @@ from sparsekit.model.vision import in_two_parts, sees_images
 RAISED = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError)
 # names of what reads no text
 TOWERS = re.compile(r"(^|[._])(vision|visual|image|audio|speech|vit|vqmodel|qformer|resampler|connector)([._]|$)")
+# of linears that are given positions (Swin 2)
+POSITIONS = re.compile(r"(^|[._])position_bias([._]|$)")
 
 
 def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
@@ -56,23 +56,43 @@ def find_blocks(model: nn.Module) -> list[Block]:
         lists = [(name, m) for name, m in lists if not TOWERS.search(name)]
     if in_two_parts(model):
         parts = [[item for item in lists if f".{part}." in f".{item[0]}."] for part in ("encoder", "decoder")]
-        chosen = [max(part, key=lambda item: weight(item[1])) for part in parts if part]
+        chosen = [[max(part, key=lambda item: weight(item[1]))] for part in parts if part]
     else:
-        chosen = [max(lists, key=lambda item: weight(item[1]), default=("", nn.ModuleList()))]
-    if not chosen or not all(weight(layers) for _, layers in chosen):
+        largest = max(lists, key=lambda item: weight(item[1]), default=("", nn.ModuleList()))
+        chosen = [_stages(largest, lists, weight) if sees_images(model) else [largest]]
+    if not chosen or not all(sum(weight(layers) for _, layers in part) for part in chosen):
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks: sparsekit needs a list of modules (nn.ModuleList) that "
             "hold linears, as every transformer in the transformers library has"
         )
-    named = [(f"{name}.{index}", layer) for name, layers in chosen for index, layer in enumerate(layers)]
-    return [Block(index, name, layer) for index, (name, layer) in enumerate(named)]
+    found: list[Block] = []
+    for number, part in enumerate(chosen):
+        for name, layers in part:
+            for inner, layer in layers.named_children():
+                found.append(Block(len(found), f"{name}.{inner}", layer))
+                found[-1].part = number
+    return found
+
+
+Named = tuple[str, nn.ModuleList]
+
+
+def _stages(largest: Named, lists: list[Named], weight: Callable[[nn.ModuleList], int]) -> list[Named]:
+    """The lists of blocks inside a list of stages (Swin, SegFormer), or the list itself where its items are blocks."""
+    inside: dict[str, list[Named]] = {}
+    for name, layers in lists:
+        if name.startswith(f"{largest[0]}."):
+            inside.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append((name, layers))
+    whole = weight(largest[1])
+    main = [each for each in inside.values() if sum(weight(layers) for _, layers in each) > whole / 2]
+    return main[-1] if main else [largest]
 
 
 def parts_of(blocks: list[Block]) -> list[list[Block]]:
     """The blocks of each list that a model has: one, or an encoder's and a decoder's."""
-    found: dict[str, list[Block]] = {}
+    found: dict[int, list[Block]] = {}
     for block in blocks:
-        found.setdefault(block.name.rpartition(".")[0], []).append(block)
+        found.setdefault(block.part, []).append(block)
     return list(found.values())
 
 
@@ -131,6 +151,7 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
     keep: list[Tensor] = []  # inputs stay alive, so that no two of them share an address
     hooks = []
     runs = dict.fromkeys((block.index for block in blocks), 0)
+    left: list[tuple[int, ...]] = []  # the shape of what the block before gave
 
     def ran(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         runs[block.index] += 1
@@ -139,10 +160,14 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
         before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple | list) else out
         shapes = [tuple(getattr(each, "shape", ("none",))) for each in (before, after)]
         if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{block.name} turns hidden states {shapes[0]} into {shapes[1]}: models of several stages (Swin) "
-                "cannot be pruned block by block"
-            )
+            if not sees_images(model) or len(shapes[0]) != len(shapes[1]):
+                raise ValueError(
+                    f"{block.name} turns hidden states {shapes[0]} into {shapes[1]}, so what enters a block is not "
+                    "what the one before it gives: such models cannot be pruned block by block"
+                )
+            block.scale = tuple(Fraction(new, old) for old, new in zip(shapes[0][1:], shapes[1][1:], strict=True))
+        block.bridged = sees_images(model) and bool(left) and left[-1] != shapes[0]
+        left.append(shapes[1])
 
     def reached(block: Block, name: str, seen: dict[Any, list[str]], inputs: Tensor) -> None:
         keep.append(inputs)
@@ -178,6 +203,8 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
         found = {name for group in block.groups for name in group}
         for name in block.linears.keys() - found:
             block.skipped[name] = "not reached by the forward pass that looks for linears"
+        for name in filter(POSITIONS.search, found):
+            block.skipped[name] = "it makes biases of positions, and no hidden states go through it"
         for name in () if routers else filter(decides, found):
             block.skipped[name] = "it decides where tokens go, or how much passes"
         block.keep_only(found - block.skipped.keys())
@@ -199,88 +226,5 @@ def adopt(model: nn.Module, known: list[Block]) -> list[Block]:
         block.linears = {name: block.linears[name] for name in other.linears}
         block.groups, block.skipped = other.groups, other.skipped
         block.tuple_length, block.passes = other.tuple_length, other.passes
-        block.fixed = other.fixed
+        block.fixed, block.scale, block.bridged = other.fixed, other.scale, other.bridged
     return blocks
-
-
-@torch.no_grad()
-def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: int) -> Iterator[Tensor]:
-    """Hidden states that enter the first block, (batch, length, hidden) a chunk; fills every block's `arguments`.
-
-    The model runs up to its blocks only: each block is passed over, the last one ends the pass, so this costs an
-    embedding look-up. Arguments (masks, positions, rotary tables, caches off) differ by block in some families
-    (Gemma), so they are kept for every block, once for each batch size. Where they depend on the text (per-layer
-    inputs, the tokens themselves), they are kept for every chunk, by its number, in CPU memory.
-    """
-    caught: list[Tensor] = []
-
-    def stand_in(block: Block) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            # a cache that is given all the same would grow with every pass through the block
-            kwargs = {key: None if hasattr(value, "get_seq_length") else value for key, value in kwargs.items()}
-            rest, kwargs = _unmarked(block, rest, kwargs)
-            known = block.arguments.setdefault(hidden.shape[0], (rest, kwargs))
-            carried.keep(block.index, len(done), known, (rest, kwargs))
-            if block is blocks[0]:
-                caught.append(hidden)
-            if block is blocks[-1]:
-                raise _Stop
-            marked = {place: hidden.new_empty(0) for place in block.passes}
-            marks.update({id(mark): (mark, (block.index, place)) for place, mark in marked.items()})
-            return _returned(block, hidden, marked)
-
-        return forward
-
-    def _unmarked(block: Block, args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments without what earlier blocks gave, of which it is noted where it came from."""
-        slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        for slot, value in slots:
-            if id(value) in marks:
-                carried.passed.setdefault(block.index, {})[slot] = marks[id(value)][1]
-        plain = tuple(None if id(value) in marks else value for value in args)
-        return plain, {key: None if id(value) in marks else value for key, value in kwargs.items()}
-
-    done: list[int] = []
-    marks: dict[int, tuple[Tensor, tuple[int, int]]] = {}  # stands for an output of a block, by its id
-    carried = Carried()
-    for block in blocks:
-        block.arguments.clear()
-        block.carried = carried
-    for start in range(0, len(tokens), batch):
-        undo = [put_forward(block.module, stand_in(block)) for block in blocks]
-        try:
-            run_model(model, tokens[start : start + batch], use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            for each in undo:
-                each()
-        marks.clear()
-        done.append(start)
-        yield caught.pop()
-
-
-@contextmanager
-def passed_over(blocks: list[Block], result: Tensor) -> Iterator[None]:
-    """While this lasts, a forward pass of the model does not run its blocks, and goes on behind them.
-
-    result: what the last one gives, hidden states (batch, length, hidden)
-    """
-
-    def stand_in(block: Block) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = args[0] if args else kwargs["hidden_states"]
-            return _returned(block, result if block is blocks[-1] else given)
-
-        return forward
-
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.callback(put_forward(block.module, stand_in(block)))
-        yield
-
-
-def _returned(block: Block, hidden: Tensor, others: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
-    """What a block's module gives where its hidden states are these, with other outputs by their places."""
-    return (hidden, *map(others.get, range(1, block.tuple_length))) if block.tuple_length else hidden

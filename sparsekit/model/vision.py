@@ -44,6 +44,15 @@ def height_and_width(size: Any) -> tuple[int, int]:
 
 def patches(config: Any) -> int:
     """Patches of an image, by the model's configuration."""
+    height, width = image_size(config)
     own = vision_config(config)
-    (height, width), (tall, wide) = height_and_width(own.image_size), height_and_width(own.patch_size)
+    first = next((getattr(own, key) for key in ("patch_size", "patch_stride", "strides") if hasattr(own, key)), 4)
+    tall, wide = height_and_width(first if isinstance(first, int) else list(first)[:2])
     return (height // tall) * (width // wide)
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """Height and width of the images that a model is made for; 224 where it takes any."""
+    own = vision_config(config)
+    own = own if getattr(own, "image_size", None) else getattr(own, "backbone_config", own)
+    return height_and_width(getattr(own, "image_size", None) or 224)

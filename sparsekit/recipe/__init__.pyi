@@ -11,8 +11,8 @@ from .effects import group_of as group_of
 from .effects import kind as kind
 from .effects import options_of as options_of
 from .load import load_recipe as load_recipe
+from .methods import Stage as Stage
 from .schema import Recipe as Recipe
-from .schema import Stage as Stage
 from .starting import QUESTIONS as QUESTIONS
 from .starting import asked as asked
 from .starting import first_recipe as first_recipe

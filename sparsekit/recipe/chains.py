@@ -7,7 +7,7 @@ from pydantic import AfterValidator
 
 from sparsekit import registry
 from sparsekit.contracts import show
-from sparsekit.recipe.schema import Stage, method
+from sparsekit.recipe.methods import Stage, method
 
 
 def named_solvers(given: Any) -> list[Stage]:

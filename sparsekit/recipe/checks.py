@@ -12,7 +12,8 @@ from sparsekit import registry
 from sparsekit.contracts import Effect
 from sparsekit.recipe.chains import TARGETS, order_problems, targets_problem
 from sparsekit.recipe.effects import effect_of, kind
-from sparsekit.recipe.schema import Recipe, Stage
+from sparsekit.recipe.methods import Stage
+from sparsekit.recipe.schema import Recipe
 from sparsekit.recipe.writing import named_methods
 from sparsekit.recipe.yaml_tree import Tree
 

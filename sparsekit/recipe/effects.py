@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from sparsekit import registry
 from sparsekit.contracts import Effect
-from sparsekit.recipe.schema import Stage
+from sparsekit.recipe.methods import Stage
 
 GROUPS = {"solver": "solvers", "stage": "stages", "criterion": "criteria"}
 

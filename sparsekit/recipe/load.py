@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from sparsekit.recipe import yaml_tree as yamltree
 from sparsekit.recipe.checks import RecipeError, without_pattern
 from sparsekit.recipe.effects import kind
-from sparsekit.recipe.schema import Recipe, expand, sentence
+from sparsekit.recipe.methods import expand
+from sparsekit.recipe.schema import Recipe, sentence
 from sparsekit.recipe.yaml_tree import Tree
 
 

@@ -10,7 +10,10 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from sparsekit import registry
 from sparsekit.recipe.effects import group_of
-from sparsekit.recipe.schema import Calibration, Recipe, Stage, TextSet
+from sparsekit.recipe.measuring import TextSet
+from sparsekit.recipe.methods import Stage
+from sparsekit.recipe.schema import Recipe
+from sparsekit.recipe.texts import Calibration
 from sparsekit.recipe.yaml_tree import Keys
 
 

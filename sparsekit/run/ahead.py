@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsekit import registry
 from sparsekit.contracts import goal, share
 from sparsekit.maths import NM, parse
+from sparsekit.measure import makes_masks
 from sparsekit.model import Block, adopt, discover, in_two_parts, predicts_text, sees_images, unreadable
 from sparsekit.model.structure import Removal, Shape, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
@@ -28,6 +29,10 @@ def check_reading(recipe: Recipe, model: nn.Module) -> None:
         _refuse_text(recipe, model)
     if in_two_parts(model):
         _refuse_dense_streams(recipe, model)
+    if recipe.evaluate.iou and not makes_masks(model):
+        raise ValueError(
+            f"{type(model).__name__} cuts no objects out, so evaluate.iou has nothing to measure; leave it out"
+        )
     if recipe.evaluate.accuracy and not sees_images(model):
         raise ValueError(
             f"{type(model).__name__} reads text, so evaluate.accuracy has nothing to measure; leave it out"
@@ -47,7 +52,7 @@ def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
     for key in ("perplexity", "tasks"):
         if getattr(recipe.evaluate, key):
             instead = (
-                "give evaluate.accuracy, a folder of images with a folder for each class"
+                "give evaluate.accuracy, a folder of images with a folder for each class, or iou, images with masks"
                 if sees_images(model)
                 else "leave it out"
             )

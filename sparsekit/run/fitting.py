@@ -152,7 +152,7 @@ def _fit(
     recipe_ = planned.recipe
     trust = recipe_.model.trust_remote_code
     settings = _settings(recipe_)
-    measured = any(settings[key] for key in ("perplexity", "tasks", "accuracy", "metrics"))
+    measured = any(settings[key] for key in ("perplexity", "tasks", "accuracy", "iou", "metrics"))
     evaluation: dict[str, Any] = {}
     with meter.stage("load"):
         console.print(f"opening {planned.model.__class__.__name__}, {len(planned.blocks)} blocks", style="dim")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model import Block, filled, filled_in_turn, first_inputs, parts_of, run_model
+from sparsekit.model import RAISED, Block, filled, filled_in_turn, first_inputs, parts_of, run_model
 
 TOKENS = 128  # of the sequence that is looked at
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative difference of hidden states; else 2e-2
@@ -35,8 +35,14 @@ def check_walk(model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    for part in parts_of(blocks):
-        _check_part(model, blocks, part, sample, own)
+    try:
+        for part in parts_of(blocks):
+            _check_part(model, blocks, part, sample, own)
+    except RAISED as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{type(model).__name__} cannot be walked through from block to block ({reason}), so it is not pruned yet"
+        ) from error
 
 
 def _check_part(
@@ -45,6 +51,8 @@ def _check_part(
     with filled_in_turn(blocks[: part[0].index]):
         hidden = next(first_inputs(model, part, sample, 1))
     for block in part:
+        if block.bridge is not None:
+            hidden = block.bridge(hidden)
         with filled([block]):
             hidden, expected = block(hidden), own.pop(block.index)
         if not expected.isfinite().all():  # of which more is said where it matters

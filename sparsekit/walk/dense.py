@@ -36,6 +36,7 @@ def weights_and_norms(
         for hidden in first_inputs(model, blocks, tokens, batch):
             store.append(hidden)
         for block in blocks:
+            block.enter(store)
             with filled([block]):
                 home = block.device
                 for experts in block.experts.values():

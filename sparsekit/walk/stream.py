@@ -134,6 +134,7 @@ class BlockStream:
                 meet()  # the first process may still be writing the block before
                 for index, hidden in enumerate(self.starts[block.index]()):
                     self.inputs[index] = hidden
+            block.enter(*(store for store in (self.inputs, self.dense_inputs) if store is not None))
             with filled([block]):
                 if block in turns:
                     yield block
