@@ -62,10 +62,11 @@ def _dense(row: Row) -> dict[str, Any]:
 
 
 def figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Perplexities, accuracies of tasks, and of several tasks their `mean`, by name."""
+    """Perplexities, accuracies of tasks, and of several tasks their `mean`, and other figures, by name."""
     accuracies = {task: metrics["acc"] for task, metrics in evaluation["tasks"].items() if "acc" in metrics}
     means = {"mean": mean(accuracies.values())} if len(accuracies) > 1 else {}
-    return evaluation["perplexity"] | accuracies | means
+    others = {name: figure["value"] for name, figure in evaluation.get("figures", {}).items()}
+    return evaluation["perplexity"] | accuracies | means | others
 
 
 def objectives(blocks: Mapping[str, Any], index: int) -> dict[str, float]:
