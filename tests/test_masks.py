@@ -1,5 +1,7 @@
 """Objects cut out of images: sets with masks in every form, prompts, and intersection over union."""
 
+import base64
+import io
 import json
 import sys
 from pathlib import Path
@@ -195,6 +197,14 @@ def test_a_run_says_what_the_masks_are_worth(tmp_path, folder):
     dense, pruned = (report["evaluation"][which]["figures"]["drawings IoU"] for which in ("dense", "pruned"))
     assert report["verified"] is True and pruned["value"] < dense["value"] and dense["of"] == "masks"
     assert transformers.SamModel.from_pretrained(tmp_path / "run" / "model")
+    assert len(report["samples"]) == 4
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 12 and "<script" not in page
+    for sample in report["samples"]:
+        images = [
+            Image.open(io.BytesIO(base64.b64decode(sample[who].partition(",")[2]))) for who in ("asked", "pruned")
+        ]
+        assert {image.size for image in images} == {(240, 240)}
 
 
 def test_a_model_that_cuts_nothing_out(tmp_path, folder):

@@ -13,12 +13,14 @@ from .first import beginning as beginning
 from .first import first_token as first_token
 from .images import image_set_name as image_set_name
 from .images import labelled_images as labelled_images
+from .masks import Overlap as Overlap
 from .masks import makes_masks as makes_masks
 from .masks import mask_set as mask_set
 from .metrics import Subject as Subject
 from .metrics import prepare_metric as prepare_metric
 from .predictions import Walked as Walked
 from .predictions import surprises as surprises
+from .showing import mask_pictures as mask_pictures
 from .timing import attend as attend
 from .timing import facts_of as facts_of
 from .timing import serve as serve

@@ -6,8 +6,8 @@ from .door import evaluate as evaluate
 from .door import fit as fit
 from .exporting import export_run as export_run
 from .exporting import said_of as said_of
-from .fitting import evaluate_path as evaluate_path
 from .fitting import run_recipe as run_recipe
+from .measuring import evaluate_path as evaluate_path
 from .memory import prune as prune
 from .needs import memory_needs as memory_needs
 from .plan import BATCH_TOKENS as BATCH_TOKENS

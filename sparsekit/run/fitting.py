@@ -15,30 +15,17 @@ from torch import Tensor, nn
 from sparsekit.data import calibration_images, calibration_tokens
 from sparsekit.maths import Pattern, parse
 from sparsekit.measure import (
-    PROMPTS,
     FirstToken,
     Ready,
-    Walked,
     beginning,
     check_evaluation,
-    evaluate,
     first_token,
-    get_ready,
-    labelled_images,
-    samples,
 )
 from sparsekit.model import (
-    Block,
-    adopt,
     channels_of,
-    filled,
-    find_blocks,
     load_resting,
     load_tokenizer,
     loading_code,
-    locate,
-    on_device,
-    rests,
 )
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe, effect_of, to_yaml
@@ -58,6 +45,7 @@ from sparsekit.run.ahead import check_carried
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of, measured_once
 from sparsekit.run.exporting import export, said_of
 from sparsekit.run.lock import locked
+from sparsekit.run.measuring import measure_model, ready_for, settings_of, side_by_side
 from sparsekit.run.plan import Plan
 from sparsekit.run.preview import left_as_is
 from sparsekit.system import Meter, hardware, session, versions, write_atomically, write_json
@@ -81,7 +69,7 @@ def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, 
         output = Path(str(recipe_.output))
         leads = process_rank() == 0  # of several processes that run this recipe, the first writes and talks
         if dry_run:
-            check_evaluation(_settings(recipe_))
+            check_evaluation(settings_of(recipe_))
             preview.show_plan(plan.make_plan(recipe_), console)
             return 0
         if leads:
@@ -105,7 +93,7 @@ def _run(planned: Plan, output: Path, leads: bool, console: Console) -> int:
             tokenizer = load_tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
             first = _first_token(planned, tokenizer, console)
             tokens = _tokens(planned, tokenizer, first.token)
-            ready = _ready(planned, tokenizer, first.token)
+            ready = ready_for(planned, tokenizer, first.token)
             fingerprint = fingerprint_of(planned, tokens)
             finished = claim_output(output, fingerprint) if leads else (output / REPORT).is_file()
         if finished:
@@ -151,7 +139,7 @@ def _fit(
 
     recipe_ = planned.recipe
     trust = recipe_.model.trust_remote_code
-    settings = _settings(recipe_)
+    settings = settings_of(recipe_)
     measured = any(settings[key] for key in ("perplexity", "tasks", "accuracy", "iou", "metrics"))
     evaluation: dict[str, Any] = {}
     with meter.stage("load"):
@@ -167,7 +155,7 @@ def _fit(
             if planned.dense != planned.folder:
                 dense = load_resting(planned.dense, dtype=dtype, trust_remote_code=trust)
                 known = plan.blocks_in(planned.dense, trust_remote_code=trust)
-            measure = partial(_measure, planned, dense, known, tokenizer, settings, ready)
+            measure = partial(measure_model, planned, dense, known, tokenizer, settings, ready)
             evaluation["dense"] = measured_once(output / "blocks" / "dense.json", settings, measure)
             del measure, dense, known
     if planned.postponed:
@@ -194,7 +182,7 @@ def _fit(
         with meter.stage("evaluate pruned"):
             console.print("measuring the pruned model, loaded from disk")
             pruned = load_resting(output / "model", trust_remote_code=trust)
-            evaluation["pruned"] = _measure(planned, pruned, known, tokenizer, settings, ready)
+            evaluation["pruned"] = measure_model(planned, pruned, known, tokenizer, settings, ready)
     complete = {
         "model": {"name": recipe_.model.path, "class": planned.model.__class__.__name__, "dtype": str(dtype or "auto")},
         "recipe": planned.resolved,
@@ -204,7 +192,7 @@ def _fit(
         **found,
         "bos": {"asked": recipe_.bos, "used": first.used, "why": first.why},
         "evaluation": evaluation,
-        "samples": _side_by_side(evaluation),
+        "samples": side_by_side(evaluation),
         "verified": failures or True,
         "fingerprint": fingerprint,
     }
@@ -222,40 +210,6 @@ def _fit(
     clear_working_files(output, recipe_.keep)
     _close(complete, output, console)
     return 0 if not failures else 1
-
-
-def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Measure any model that a recipe's `model` could name: what `evaluate.evaluate` gives."""
-    trust = isinstance(model, dict) and bool(model.get("trust_remote_code"))
-    with session():
-        loaded, tokenizer = load_model(locate(model), trust_remote_code=trust)
-        return evaluate(loaded, tokenizer, settings)
-
-
-def _measure(
-    planned: Plan, model: nn.Module, known: list[Block], tokenizer: Any, settings: dict[str, Any], ready: Ready
-) -> dict[str, Any]:
-    """Measure a model on the accelerator that the recipe walks on. known: its blocks, in whatever copy of it."""
-    from sparsekit.system import alone
-
-    on_disk = any(map(rests, find_blocks(model)))
-    walked = Walked(adopt(model, known) if on_disk else (), planned.memory[0], planned.device)
-    with alone(), on_device(model, walked.blocks, planned.device):
-        found: dict[str, Any] = evaluate(model, tokenizer, settings, ready, walked)
-        if planned.recipe.evaluate.samples and planned.predicts:
-            with filled(walked.blocks, planned.device):
-                found["samples"] = samples(model, tokenizer)
-        return found
-
-
-def _side_by_side(evaluation: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """What the dense and the pruned model say to the same prompts; taken out of their measurements."""
-    said = {name: texts for name, found in evaluation.items() if (texts := found.pop("samples", []))}
-    return [
-        {"prompt": prompt} | {name: texts[index] for name, texts in said.items()}
-        for index, prompt in enumerate(PROMPTS)
-        if said
-    ]
 
 
 def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, console: Console) -> dict[str, Pattern]:
@@ -301,21 +255,6 @@ def _tokens(planned: Plan, tokenizer: Any, first: int | None) -> Tensor:
     if planned.images:
         return calibration_images(settings, tokenizer, channels_of(planned.config))
     return calibration_tokens(settings, tokenizer, planned.positions, planned.config.vocab_size, first)
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What is to be measured, as `evaluate` takes it."""
-    settings = recipe.evaluate.model_dump(exclude={"dense", "samples", "metrics"})
-    return settings | {"metrics": [{each.name: each.options} for each in recipe.evaluate.metrics]}
-
-
-def _ready(planned: Plan, tokenizer: Any, first: int | None) -> Ready:
-    """All that measuring needs beside the model, read before the model is, so that a mistake costs no time."""
-    settings = _settings(planned.recipe)
-    check_evaluation(settings)
-    for entry in settings["accuracy"]:
-        labelled_images(entry).classes(planned.model)
-    return get_ready(settings, tokenizer, planned.model.config, first)
 
 
 def _close(complete: dict[str, Any], output: Path, console: Console) -> None:

@@ -180,17 +180,29 @@ def cost(report: Report) -> str:
 
 
 def samples(report: Report) -> str:
-    """What the dense and the pruned model say after the same prompts."""
-    parts = []
+    """What the dense and the pruned model say after the same prompts, or cut out of the same pictures."""
+    parts, drawn = [], False
     for sample in report.get("samples") or []:
-        texts = {who: sample[who].lstrip(" ").strip("\n") for who in ("dense", "pruned") if sample.get(who) is not None}
-        said = "".join(
-            f'<div><div class="who">{who}</div><p class="said">{escape(text)}</p></div>' for who, text in texts.items()
-        )
+        shown = ""
+        for who in ("asked", "dense", "pruned"):
+            if (made := sample.get(who)) is not None:
+                drawn = drawn or made.startswith(PICTURE)
+                shown += f'<div><div class="who">{who}</div>{_said(made, who)}</div>'
+        layout = "shown" if "asked" in sample else "wide"
         prompt = escape(sample.get("prompt", ""))
-        parts.append(f'<div class="sample"><p class="prompt">{prompt}</p><div class="wide">{said}</div></div>')
-    note = '<p class="soft small">Greedy: the likeliest next token each time.</p>'
-    return note + "".join(parts) if parts else ""
+        parts.append(f'<div class="sample"><p class="prompt">{prompt}</p><div class="{layout}">{shown}</div></div>')
+    pictures = "A colour is an object, and a white point or box asks for it."
+    said = pictures if drawn else "Greedy: the likeliest next token each time."
+    return f'<p class="soft small">{said}</p>' + "".join(parts) if parts else ""
+
+
+PICTURE = "data:image/png;base64,"
+
+
+def _said(made: str, who: str) -> str:
+    if made.startswith(PICTURE):
+        return f'<img src="{escape(made)}" alt="masks, {who}">'
+    return f'<p class="said">{escape(made.lstrip(" ").strip(chr(10)))}</p>'
 
 
 def remarks(report: Report) -> str:

@@ -117,6 +117,8 @@ caption { text-align: left; font-weight: 600; font-size: .95rem; padding-bottom:
 .sample { border-top: 1px solid var(--line); padding: 12px 0 4px; }
 .sample .prompt { font-weight: 600; }
 .sample .said { white-space: pre-wrap; overflow-wrap: anywhere; margin: 2px 0 8px; }
+.shown { display: flex; flex-wrap: wrap; gap: 16px; }
+.shown img { max-width: 100%; image-rendering: pixelated; border-radius: 4px; }
 .sample .who { color: var(--soft); font-size: .85rem; }
 pre {
   margin: 0; padding: 12px 14px; background: var(--track); border-radius: 8px; overflow-x: auto;

@@ -1,0 +1,82 @@
+"""Measuring a run's models, the dense one and the pruned one, and any other that is asked about."""
+
+from typing import Any
+
+from torch import nn
+
+from sparsekit.measure import (
+    PROMPTS,
+    Overlap,
+    Ready,
+    Walked,
+    check_evaluation,
+    evaluate,
+    get_ready,
+    labelled_images,
+    mask_pictures,
+    samples,
+)
+from sparsekit.model import Block, adopt, filled, find_blocks, locate, on_device, rests
+from sparsekit.model import load as load_model
+from sparsekit.recipe import Recipe
+from sparsekit.run.plan import Plan
+from sparsekit.system import session
+
+
+def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Measure any model that a recipe's `model` could name: what `evaluate.evaluate` gives."""
+    trust = isinstance(model, dict) and bool(model.get("trust_remote_code"))
+    with session():
+        loaded, tokenizer = load_model(locate(model), trust_remote_code=trust)
+        return evaluate(loaded, tokenizer, settings)
+
+
+def measure_model(
+    planned: Plan, model: nn.Module, known: list[Block], tokenizer: Any, settings: dict[str, Any], ready: Ready
+) -> dict[str, Any]:
+    """Measure a model on the accelerator that the recipe walks on. known: its blocks, in whatever copy of it."""
+    from sparsekit.system import alone
+
+    on_disk = any(map(rests, find_blocks(model)))
+    walked = Walked(adopt(model, known) if on_disk else (), planned.memory[0], planned.device)
+    with alone(), on_device(model, walked.blocks, planned.device):
+        found: dict[str, Any] = evaluate(model, tokenizer, settings, ready, walked)
+        if planned.recipe.evaluate.samples and planned.predicts:
+            with filled(walked.blocks, planned.device):
+                found["samples"] = samples(model, tokenizer)
+        overlaps = [each for each in ready.measures.values() if isinstance(each, Overlap)]
+        if planned.recipe.evaluate.samples and overlaps:
+            with filled(walked.blocks, planned.device):
+                found["pictures"] = mask_pictures(model, tokenizer, overlaps[0])
+        return found
+
+
+def side_by_side(evaluation: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """What the dense and the pruned model make of the same prompts or pictures; taken out of their measurements."""
+    said = {name: texts for name, found in evaluation.items() if (texts := found.pop("samples", []))}
+    drawn = {name: pictures for name, found in evaluation.items() if (pictures := found.pop("pictures", []))}
+    first: list[dict[str, str]] = next(iter(drawn.values()), [])
+    return [
+        {"prompt": prompt} | {name: texts[index] for name, texts in said.items()}
+        for index, prompt in enumerate(PROMPTS)
+        if said
+    ] + [
+        {"prompt": each["prompt"], "asked": each["asked"]}
+        | {name: pictures[index]["made"] for name, pictures in drawn.items()}
+        for index, each in enumerate(first)
+    ]
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What is to be measured, as `evaluate` takes it."""
+    settings = recipe.evaluate.model_dump(exclude={"dense", "samples", "metrics"})
+    return settings | {"metrics": [{each.name: each.options} for each in recipe.evaluate.metrics]}
+
+
+def ready_for(planned: Plan, tokenizer: Any, first: int | None) -> Ready:
+    """All that measuring needs beside the model, read before the model is, so that a mistake costs no time."""
+    settings = settings_of(planned.recipe)
+    check_evaluation(settings)
+    for entry in settings["accuracy"]:
+        labelled_images(entry).classes(planned.model)
+    return get_ready(settings, tokenizer, planned.model.config, first)
