@@ -48,6 +48,9 @@ def command_line() -> argparse.ArgumentParser:
         help="labelled images, for vision models",
     )
     add.add_argument(
+        "--features", nargs="+", action="extend", default=[], metavar="FOLDER", help="images: cosine to --against"
+    )
+    add.add_argument(
         "--iou", nargs="+", action="extend", default=[], metavar="SET", help="images with masks, for models such as SAM"
     )
     add.add_argument("--against", metavar="PATH", help="measure this model too; for a run's result, its source is")

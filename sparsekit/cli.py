@@ -68,9 +68,10 @@ def fit(given: argparse.Namespace) -> int:
 
 def evaluate(given: argparse.Namespace) -> int:
     """`sparsekit eval`: perplexities and tasks of any checkpoint, beside another one where asked."""
-    if not (given.perplexity or given.task or given.accuracy or given.iou or given.metric):
+    if not (given.perplexity or given.task or given.accuracy or given.features or given.iou or given.metric):
         raise ValueError(
-            "nothing to measure: give --perplexity (a source or a file), --task, --accuracy, --iou or --metric"
+            "nothing to measure: give --perplexity (a source or a file), --task, --accuracy, --features, --iou or "
+            "--metric"
         )
     from rich.console import Console
     from rich.markup import escape
@@ -82,14 +83,16 @@ def evaluate(given: argparse.Namespace) -> int:
 
     texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
     settings = {"perplexity": texts, "tasks": given.task, "accuracy": given.accuracy, "length": given.length}
-    settings |= {"iou": given.iou, "metrics": given.metric}
+    settings |= {"features": given.features, "iou": given.iou, "metrics": given.metric}
     check_evaluation(settings)
     dense = given.against or source_of(given.path)
+    if given.features and dense is None:
+        raise ValueError("--features compares with the dense model, and it is not known: name it by --against")
     models = {given.path: given.path} | ({dense if isinstance(dense, str) else dense["path"]: dense} if dense else {})
     paths = list(models)
     found = {}
     for path, model in reversed(models.items()):  # the dense one, where there is one, decides how windows begin
-        found[path] = evaluate_path(model, settings)
+        found[path] = evaluate_path(model, settings, dense)
         settings["bos"] = found[path]["bos"]["used"]
     figures = {path: figures_of(measured) for path, measured in found.items()}
     table = Table("", *map(escape, paths))

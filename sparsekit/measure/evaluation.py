@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsekit import registry
 from sparsekit.data import check_length, corpus, resolve, windows
+from sparsekit.measure.features import Features
 from sparsekit.measure.first import BOS, beginning, first_token
 from sparsekit.measure.images import accuracy, image_limit, image_set_name, labelled_images
 from sparsekit.measure.masks import Overlap, makes_masks, mask_set_name
@@ -60,6 +61,7 @@ def evaluate(
     settings: Mapping[str, Any],
     ready: Ready | None = None,
     walked: Walked | None = None,
+    dense: Callable[[], Any] | None = None,
 ) -> dict[str, dict]:
     """What a model is worth, by name of the text or task.
 
@@ -72,10 +74,12 @@ def evaluate(
       length: tokens of a window, 2048 unless told; never more than the model has positions (ValueError).
       tasks: see `tasks`. limit: documents per task, None for all. batch: sequences per forward pass, 1 unless told.
       accuracy: of a vision model, whose image processor is the tokenizer here: see `images.labelled`; among the tasks.
+      features: of a vision model, images: see `features.Features`; its figures are under "figures"
       iou: of a model that cuts objects out, images with masks: see `masks.Overlap`; its figures are under "figures"
       bos: whether the first token stands before every window: auto, window or published; see `first_token`.
       metrics: others, each a name or {name: options}; their figures are under "figures", by name
     ready: what `get_ready` gave for these settings, where it was called before.
+    dense: opens the dense model, which `features` are compared with where ready is None
     walked: how to go through a model whose blocks rest on disk: texts block by block; tasks, and metrics that generate,
         with all blocks filled meanwhile. None: the model is in memory
     """
@@ -87,12 +91,14 @@ def evaluate(
         )
     if settings.get("iou") and not makes_masks(model):
         raise ValueError(f"{type(model).__name__} cuts no objects out, so iou has nothing to measure; leave it out")
+    if settings.get("features") and ready is None and dense is None:
+        raise ValueError("features are compared with the dense model's, and which one that is was not said: give it")
     first = None
     if ready is None:
         texts = settings.get("perplexity") or [""]
         bos = settings.get("bos") or "auto"
         first = first_token(bos, tokenizer, lambda: model, lambda: texts[0] and beginning(texts[0], "test"))
-        ready = get_ready(settings, tokenizer, model.config, first.token)
+        ready = get_ready(settings, tokenizer, model.config, first.token, dense)
     found = ready.texts
     walked = walked or Walked()
     seen = {name: losses(model, tokens, batch=batch, walked=walked) for name, tokens in found.items()}
@@ -142,16 +148,26 @@ class Ready:
     first: int | None = None  # the token that stands before every window
 
 
-def get_ready(settings: Mapping[str, Any], tokenizer: Any, config: Any, first: int | None = None) -> Ready:
+def get_ready(
+    settings: Mapping[str, Any],
+    tokenizer: Any,
+    config: Any,
+    first: int | None = None,
+    dense: Callable[[], Any] | None = None,
+) -> Ready:
     """Read all that `evaluate` needs beside the model. Raises ValueError for what cannot be had or used.
 
     first: the token that stands before every window; None: windows are cut as published
+    dense: opens the dense model, for features that are compared with its; None: it is the first that is measured
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     common = {key: settings[key] for key in ("length", "batch", "limit") if settings.get(key)}
     preparation = Preparation(tokenizer, config, **common, first=first)
     texts = perplexity_windows(settings, tokenizer, positions, first)
     measures = prepare(settings.get("metrics") or [], preparation)
+    for entry in settings.get("features") or []:
+        name = image_set_name(entry)
+        measures[f"features of {name}"] = Features(entry, settings.get("limit"), settings.get("batch") or 1, dense)
     for entry in settings.get("iou") or []:
         measures[f"iou of {mask_set_name(entry)}"] = Overlap(entry, settings.get("limit"))
     check_named(settings.get("tasks") or [])
@@ -177,7 +193,7 @@ def perplexity_windows(
 
 def check_evaluation(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for what can be seen to be wrong without a model, a tokenizer, network or lm-eval."""
-    known = ("perplexity", "length", "tasks", "accuracy", "iou", "metrics", "limit", "batch", "bos")
+    known = ("perplexity", "length", "tasks", "accuracy", "features", "iou", "metrics", "limit", "batch", "bos")
     for key in settings:
         if key not in known:
             raise ValueError(f"evaluate: unknown key `{key}`, {registry.suggest(key, known)}")
@@ -192,6 +208,7 @@ def check_evaluation(settings: Mapping[str, Any]) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"evaluate: two perplexity sets are called `{twice.pop()}`: give one of them another `name`")
     sets = [image_set_name(entry) for entry in settings.get("accuracy") or []]
+    sets += [image_set_name(entry) for entry in settings.get("features") or []]
     sets += [mask_set_name(entry) for entry in settings.get("iou") or []]
     if twice := {name for name in sets if sets.count(name) > 1}:
         raise ValueError(f"evaluate: two sets of images are called `{twice.pop()}`: give one of them another `name`")

@@ -63,6 +63,14 @@ class ImageSet(Section):
         return self.name or Path(self.path).name
 
 
+class FeatureSet(ImageSet):
+    """Images on which a model's features are compared with the dense model's."""
+
+    neighbours: int | None = Field(
+        default=None, gt=0, description="measure accuracy by so many nearest images too (DINO: 20); null: cosines alone"
+    )
+
+
 class MaskSet(Section):
     """Images with the masks of what is on them, to measure intersection over union on."""
 
@@ -120,6 +128,10 @@ class Evaluate(Section):
         list[Annotated[MaskSet, BeforeValidator(_path_alone, json_schema_input_type=str | MaskSet)]],
         AfterValidator(_called_once),
     ] = Field(default_factory=list, description="images with masks, for models that cut objects out (SAM)")
+    features: Annotated[
+        list[Annotated[FeatureSet, BeforeValidator(_path_alone, json_schema_input_type=str | FeatureSet)]],
+        AfterValidator(_called_once),
+    ] = Field(default_factory=list, description="images, for vision models: cosine of features to the dense model's")
     metrics: list[Annotated[Stage, BeforeValidator(method("metrics"))]] = Field(
         default_factory=list, description="other metrics, by name or as {name: {option: value}}"
     )

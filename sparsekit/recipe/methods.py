@@ -36,7 +36,7 @@ def expand(keys: Keys, value: Any, inner: str | int = "") -> Any:
             return {"path": value}
         case ("evaluate", "perplexity", _) if isinstance(value, str):
             return {"source": value}
-        case ("evaluate", "accuracy" | "iou", _) if isinstance(value, str):
+        case ("evaluate", "accuracy" | "features" | "iou", _) if isinstance(value, str):
             return {"path": value}
     return value
 

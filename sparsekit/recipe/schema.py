@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 from sparsekit import registry
 from sparsekit.contracts import show
 from sparsekit.recipe import values
-from sparsekit.recipe.measuring import BRANCHES, Evaluate, ImageSet, MaskSet, Task
+from sparsekit.recipe.measuring import BRANCHES, Evaluate, FeatureSet, ImageSet, MaskSet, Task
 from sparsekit.recipe.memory import Memory
 from sparsekit.recipe.methods import Stage, expand, method
 from sparsekit.recipe.section import Section
@@ -39,6 +39,7 @@ SECTIONS: dict[tuple[str | int, ...], type[Section]] = {
     ("evaluate",): Evaluate,
     ("evaluate", "tasks"): Task,
     ("evaluate", "accuracy"): ImageSet,
+    ("evaluate", "features"): FeatureSet,
     ("evaluate", "iou"): MaskSet,
 }
 TYPES = {"string_type": "a text", "int_type": "a whole number", "bool_type": "true or false", "list_type": "a list"}

@@ -33,10 +33,11 @@ def check_reading(recipe: Recipe, model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} cuts no objects out, so evaluate.iou has nothing to measure; leave it out"
         )
-    if recipe.evaluate.accuracy and not sees_images(model):
-        raise ValueError(
-            f"{type(model).__name__} reads text, so evaluate.accuracy has nothing to measure; leave it out"
-        )
+    for key in ("accuracy", "features"):
+        if getattr(recipe.evaluate, key) and not sees_images(model):
+            raise ValueError(
+                f"{type(model).__name__} reads text, so evaluate.{key} has nothing to measure; leave it out"
+            )
 
 
 def _refuse_text(recipe: Recipe, model: nn.Module) -> None:

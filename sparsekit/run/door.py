@@ -41,12 +41,13 @@ def fit(
     return Result(str(checked.output))
 
 
-def evaluate(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Figure]:
+def evaluate(model: Any, tokenizer: Any, *, dense: Any = None, **settings: Any) -> dict[str, Figure]:
     """Measure a model in memory, as the section `evaluate` of a recipe says.
 
         evaluate(model, tokenizer, perplexity=["wikitext2"], tasks=["arc_easy"], length=2048)
 
     tokenizer: of a vision model its image processor
+    dense: the dense model, for `features=`, which are compared with its
 
     Returns:
         figures by name: a text's, "TASK METRIC", and those of metrics; each has value, stderr, count and more
@@ -55,4 +56,4 @@ def evaluate(model: Any, tokenizer: Any, **settings: Any) -> dict[str, Figure]:
         ValueError: settings, texts and model do not fit each other.
     """
     with session():
-        return figures_of(measured(model, tokenizer, settings))
+        return figures_of(measured(model, tokenizer, settings, dense=None if dense is None else lambda: dense))

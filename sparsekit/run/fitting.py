@@ -140,7 +140,7 @@ def _fit(
     recipe_ = planned.recipe
     trust = recipe_.model.trust_remote_code
     settings = settings_of(recipe_)
-    measured = any(settings[key] for key in ("perplexity", "tasks", "accuracy", "iou", "metrics"))
+    measured = any(settings[key] for key in ("perplexity", "tasks", "accuracy", "features", "iou", "metrics"))
     evaluation: dict[str, Any] = {}
     with meter.stage("load"):
         console.print(f"opening {planned.model.__class__.__name__}, {len(planned.blocks)} blocks", style="dim")

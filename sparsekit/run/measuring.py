@@ -1,5 +1,6 @@
 """Measuring a run's models, the dense one and the pruned one, and any other that is asked about."""
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -22,13 +23,22 @@ from sparsekit.recipe import Recipe
 from sparsekit.run.plan import Plan
 from sparsekit.system import session
 
+Named = str | dict[str, Any]
 
-def evaluate_path(model: str | dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Measure any model that a recipe's `model` could name: what `evaluate.evaluate` gives."""
-    trust = isinstance(model, dict) and bool(model.get("trust_remote_code"))
+
+def evaluate_path(model: Named, settings: dict[str, Any], dense: Named | None = None) -> dict[str, Any]:
+    """Measure any model that a recipe's `model` could name: what `evaluate.evaluate` gives.
+
+    dense: the model that features are compared with
+    """
+
+    def opened(named: Named) -> tuple[Any, Any]:
+        trust = isinstance(named, dict) and bool(named.get("trust_remote_code"))
+        return load_model(locate(named), trust_remote_code=trust)
+
     with session():
-        loaded, tokenizer = load_model(locate(model), trust_remote_code=trust)
-        return evaluate(loaded, tokenizer, settings)
+        loaded, tokenizer = opened(model)
+        return evaluate(loaded, tokenizer, settings, dense=None if dense is None else lambda: opened(dense)[0])
 
 
 def measure_model(
@@ -79,4 +89,10 @@ def ready_for(planned: Plan, tokenizer: Any, first: int | None) -> Ready:
     check_evaluation(settings)
     for entry in settings["accuracy"]:
         labelled_images(entry).classes(planned.model)
-    return get_ready(settings, tokenizer, planned.model.config, first)
+    dense = partial(_dense, planned)
+    return get_ready(settings, tokenizer, planned.model.config, first, dense)
+
+
+def _dense(planned: Plan) -> Any:
+    model, _ = load_model(planned.dense, trust_remote_code=planned.recipe.model.trust_remote_code)
+    return model.to(planned.device)

@@ -1,0 +1,125 @@
+"""How near the features of a vision model are to the dense model's, and what their neighbours know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from sparsekit.contracts import Figure
+from sparsekit.data import Images, images
+from sparsekit.measure.images import OPTIONS, image_set_name
+from sparsekit.model import channels_of
+
+if TYPE_CHECKING:
+    from sparsekit.measure.metrics import Subject
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's protocol (Caron et al. 2021, section 4.1)
+
+
+@torch.no_grad()
+def features_of(model: Any, processor: Any, found: Images, chosen: Sequence[int], batch: int) -> tuple[Tensor, Tensor]:
+    """Features of some images, float32: of each as a whole (images, width), of its places (images, places, width).
+
+    Of CLIP and SigLIP the embedding that texts are compared with; else what the encoder's pooling gives, or where it
+    has none its first token, or the mean of a map. Of a classifier the head is left out.
+    """
+    whole, places = [], []
+    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    for start in range(0, len(chosen), batch):
+        pixels = found.pixels(chosen[start : start + batch], processor, channels_of(model.config))
+        pixels = pixels.to(model.device, model.dtype)
+        if hasattr(base, "get_image_embeddings"):  # SAM: a map (images, channels, height, width)
+            spots = base.get_image_embeddings(pixels).flatten(2).transpose(1, 2)
+            image = spots.mean(1)
+        else:
+            tower = getattr(base, "vision_model", base)
+            out = tower(pixel_values=pixels)
+            spots = out.last_hidden_state
+            spots = spots.flatten(2).transpose(1, 2) if spots.dim() == 4 else spots
+            image = getattr(out, "pooler_output", None)
+            image = spots[:, 0] if image is None else image.flatten(1)
+            if hasattr(base, "visual_projection"):
+                image = base.visual_projection(image)
+        whole.append(image.float().cpu())
+        places.append(spots.float().cpu())
+    return torch.cat(whole), torch.cat(places)
+
+
+class Features:
+    """Cosine of a model's features to the dense model's, and accuracy by nearest neighbours where images are labelled.
+
+    entry: of `evaluate.features`. dense: opens the dense model; None: it is the one that is measured first
+    """
+
+    def __init__(
+        self,
+        entry: str | Mapping[str, Any],
+        limit: int | None = None,
+        batch: int = 1,
+        dense: Callable[[], Any] | None = None,
+    ):
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        self.name, self.batch, self.dense = image_set_name(entry), batch, dense
+        given = {key: entry[key] for key in OPTIONS if entry.get(key) is not None}
+        self.found = images("test", path=entry["path"], **given)
+        self.chosen = _spread(self.found, entry.get("limit") or limit)
+        self.neighbours: int = entry.get("neighbours") or 0
+        self.gallery: Images | None = None
+        if self.neighbours:
+            self.gallery = images("calibration", path=entry["path"], **given)
+            for each in (self.found, self.gallery):
+                if each.label not in each.rows.features:
+                    raise ValueError(
+                        f"{self.name} has no labels called `{each.label}`, for which neighbours are asked: give a "
+                        "folder with train/CLASS/ and test/CLASS/, name the column by `label`, or leave `neighbours` out"
+                    )
+        self.reference: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, subject: Subject) -> dict[str, Figure]:
+        """{"NAME cosine": of whole images, "NAME cosine of places", "NAME neighbours": accuracy}"""
+        model, processor = subject.model, subject.tokenizer
+        own = features_of(model, processor, self.found, self.chosen, self.batch)
+        if self.reference is None:
+            self.reference = own
+            if self.dense is not None:
+                self.reference = features_of(self.dense(), processor, self.found, self.chosen, self.batch)
+        settings = {"images": len(self.chosen)}
+        figures = {}
+        for title, mine, dense in zip(("cosine", "cosine of places"), own, self.reference, strict=True):
+            near = cosine_similarity(mine, dense, dim=-1).double().reshape(len(mine), -1).mean(1)
+            figures[f"{self.name} {title}"] = _mean(near, settings)
+        if self.gallery is not None:
+            known = list(range(len(self.gallery)))
+            labels = [torch.tensor(list(each.rows[each.label])) for each in (self.gallery, self.found)]
+            gallery, _ = features_of(model, processor, self.gallery, known, self.batch)
+            said = by_neighbours(own[0], gallery, labels[0], self.neighbours)
+            right = (said == labels[1][self.chosen]).double()
+            figures[f"{self.name} neighbours"] = _mean(right, settings | {"neighbours": self.neighbours})
+        return figures
+
+
+def by_neighbours(asked: Tensor, gallery: Tensor, labels: Tensor, count: int = NEIGHBOURS) -> Tensor:
+    """The class of each feature (asked,): the votes of its nearest ones, weighted by exp(cosine / 0.07).
+
+    asked: (asked, width); gallery: (known, width), labels: (known,)
+    Source: Wu et al. 2018, section 3.4, as DINO has it.
+    """
+    near, which = (normalize(asked, dim=1) @ normalize(gallery, dim=1).t()).topk(min(count, len(gallery)), dim=1)
+    votes = torch.zeros(len(asked), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[which], (near / TEMPERATURE).exp())
+    return votes.argmax(1)
+
+
+def _spread(found: Images, limit: int | None) -> list[int]:
+    count = min(limit or len(found), len(found))
+    return [index * len(found) // count for index in range(count)]
+
+
+def _mean(values: Tensor, settings: dict[str, Any]) -> Figure:
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Figure(float(values.mean()), error, len(values), "images", "higher", settings, "features")
