@@ -181,7 +181,7 @@ def test_overlap_is_intersection_over_union(sam, folder):
 def test_of_the_held_out_drawings_it_cuts_most_out_rightly(sam, tmp_path):
     write_drawings(tmp_path, range(900_100, 900_140))
     found = evaluate(*sam, {"iou": [{"path": str(tmp_path), "name": "drawings"}]})
-    assert found["figures"]["drawings IoU"]["value"] > 0.8
+    assert found["figures"]["drawings IoU"]["value"] > 0.85
 
 
 def test_a_run_says_what_the_masks_are_worth(tmp_path, folder):

@@ -76,7 +76,7 @@ class Features:
                 if each.label not in each.rows.features:
                     raise ValueError(
                         f"{self.name} has no labels called `{each.label}`, for which neighbours are asked: give a "
-                        "folder with train/CLASS/ and test/CLASS/, name the column by `label`, or leave `neighbours` out"
+                        "folder with train/CLASS/ and test/CLASS/, name the column by `label`, or leave it out"
                     )
         self.reference: tuple[Tensor, Tensor] | None = None
 

@@ -19,6 +19,8 @@ from sparsekit.model.vision import in_two_parts, sees_images
 RAISED = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError)
 # names of what reads no text
 TOWERS = re.compile(r"(^|[._])(vision|visual|image|audio|speech|vit|vqmodel|qformer|resampler|connector)([._]|$)")
+# names of what follows an image encoder and asks for points (SAM)
+PROMPTED = re.compile(r"(^|[.])(mask_decoder|prompt_encoder|memory_attention|memory_encoder)([.]|$)")
 # of linears that are given positions (Swin 2)
 POSITIONS = re.compile(r"(^|[._])position_bias([._]|$)")
 
@@ -52,8 +54,9 @@ def find_blocks(model: nn.Module) -> list[Block]:
         return sum(Linear("", m).weight.numel() for layer in layers for m in _modules(layer))
 
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    if not sees_images(model):  # a model of text and images is pruned in its text
-        lists = [(name, m) for name, m in lists if not TOWERS.search(name)]
+    # a model of text and images is pruned in its text, one that cuts objects out in its image encoder
+    others = PROMPTED if sees_images(model) else TOWERS
+    lists = [(name, m) for name, m in lists if not others.search(name)]
     if in_two_parts(model):
         parts = [[item for item in lists if f".{part}." in f".{item[0]}."] for part in ("encoder", "decoder")]
         chosen = [[max(part, key=lambda item: weight(item[1]))] for part in parts if part]

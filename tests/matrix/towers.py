@@ -31,8 +31,36 @@ TASKS = {
     "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "images": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "segments": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    "masks": "MODEL_FOR_MASK_GENERATION_MAPPING_NAMES",
+    "backbones": "",  # the bare models of the classes in BARE
     "two": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+}
+SEEN = ("images", "segments", "masks", "backbones")  # tasks that are given images
+BARE = {
+    "beit": "BeitModel",
+    "clip": "CLIPModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "dinov2": "Dinov2Model",
+    "dinov3_vit": "DINOv3ViTModel",
+    "siglip": "SiglipModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "swin": "SwinModel",
+    "vit": "ViTModel",
+    "vit_mae": "ViTMAEForPreTraining",
+}
+FOUR: dict[str, Any] = {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 2], "image_size": 32}
+STAGES: dict[str, Any] = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+HIERA: dict[str, Any] = {"embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8], "patch_stride": [4, 4]}
+# sizes of models of several stages, which are lists
+GIVEN: dict[str, dict[str, Any]] = {
+    "convnext": FOUR,
+    "convnextv2": FOUR,
+    "donut-swin": STAGES | {"window_size": 4},
+    "swin": STAGES | {"window_size": 4},
+    "swinv2": STAGES | {"window_size": 4},
+    "hiera": HIERA | {"image_size": [32, 32]},
 }
 PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "do_resize": True}
 
@@ -41,7 +69,7 @@ def names(task: str) -> list[str]:
     """Model types with a class for this task."""
     from transformers.models.auto import modeling_auto
 
-    return sorted(getattr(modeling_auto, TASKS[task]))
+    return sorted(getattr(modeling_auto, TASKS[task]) if TASKS[task] else BARE)
 
 
 def sizes(kind: Any) -> dict[str, Any]:
@@ -81,10 +109,10 @@ def save(task: str, name: str, folder: Path) -> type:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
-    found = getattr(modeling_auto, TASKS[task])[name]
+    found = getattr(modeling_auto, TASKS[task])[name] if TASKS[task] else BARE[name]
     cls = getattr(transformers, found if isinstance(found, str) else found[0])
     kind = CONFIG_MAPPING[name]
-    made = kind(**sizes(kind))
+    made = kind(**GIVEN.get(name) or sizes(kind))
     with torch.device("meta"):
         if sum(parameter.numel() for parameter in cls(made).parameters()) > 20_000_000:
             raise ValueError("its config has sizes that no rule makes small")
@@ -97,7 +125,7 @@ def save(task: str, name: str, folder: Path) -> type:
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / file, folder / file)
-    if task == "images":
+    if task in SEEN:
         (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return cls
 
