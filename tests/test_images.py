@@ -256,7 +256,7 @@ def test_other_labels_are_another_accuracy(digits):
     found = labelled_images({"path": str(digits), "part": "test"})
     assert len(found) == 449
     seen = image_accuracy(model, processor, found, batch=32, limit=100)
-    assert seen["n"] == 100 and seen["acc"] > 0.9
+    assert seen["images"] == 100 and seen["acc"] > 0.9
     model.config.label2id = {str((number + 1) % 10): number for number in range(10)}
     assert image_accuracy(model, processor, found, batch=32, limit=100)["acc"] < 0.1
 

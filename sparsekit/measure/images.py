@@ -40,7 +40,7 @@ def labelled_images(entry: str | Mapping[str, Any]) -> Images:
 def accuracy(
     model: Any, processor: Any, found: Images, *, batch: int = 1, limit: int | None = None
 ) -> dict[str, float]:
-    """{"acc": share of images whose likeliest class is the right one, "acc_stderr", "n": images}.
+    """{"acc": share of images whose likeliest class is the right one, "acc_stderr", "images": how many}.
 
     limit: so many images, spread evenly over all of them. Raises ValueError as `Images.classes` does.
     """
@@ -60,4 +60,4 @@ def accuracy(
         answer = model(pixel_values=pixels).logits.float()
         right.update(answer, torch.tensor([classes[labels[index]] for index in part], device=model.device))
     share = float(right.compute())
-    return {"acc": share, "acc_stderr": math.sqrt(share * (1 - share) / max(1, count - 1)), "n": count}
+    return {"acc": share, "acc_stderr": math.sqrt(share * (1 - share) / max(1, count - 1)), "images": count}

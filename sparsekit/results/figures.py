@@ -21,16 +21,17 @@ def figures_of(measured: Mapping[str, Any] | None) -> dict[str, Figure]:
         found[name] = Figure(value, stderr, where.get("windows", 0), "windows", "lower", where, PERPLEXITY)
     for task, metrics in measured.get("tasks", {}).items():
         for metric, value in metrics.items():
-            if metric != "n" and not metric.endswith("_stderr"):
+            if metric not in ("n", "images") and not metric.endswith("_stderr"):
                 less = metric.endswith(("perplexity", "bits_per_byte", "loss"))
-                count = metrics.get("n", 0)
+                of = "images" if "images" in metrics else "documents"
+                count = metrics.get("images", metrics.get("n", 0))
                 found[f"{task} {metric}"] = Figure(
                     value,
                     metrics.get(f"{metric}_stderr"),
                     int(count),
-                    "documents",
+                    of,
                     "lower" if less else "higher",
-                    {"documents": count} if count else {},
+                    {of: count} if count else {},
                     TASK,
                 )
     for name, figure in measured.get("figures", {}).items():
