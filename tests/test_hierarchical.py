@@ -150,3 +150,14 @@ def test_a_swin_is_pruned_proved_and_opened(tmp_path, digits, stages):  # noqa: 
     for block in blocks:
         for linear in block.linears.values():
             assert (linear.weight.reshape(-1, 4) == 0).sum(1).ge(2).all()
+
+
+def test_structures_of_such_models_are_refused(tmp_path, digits):  # noqa: F811
+    config = transformers.PvtConfig(**FOUR, **HEADS, image_size=64, architectures=["PvtForImageClassification"])
+    transformers.PvtForImageClassification(config).save_pretrained(tmp_path / "pvt")
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "pvt")
+    file = recipe_of(tmp_path, digits, "run", "2:4", "[{wanda-sp: {remove: 20%}}]")
+    done = fit(file, "--set", f"model={tmp_path / 'pvt'}", "evaluate={}", "pattern=null")
+    assert done.returncode == 2 and "stages of different widths" in " ".join(done.stderr.split())

@@ -32,6 +32,7 @@ class Scoring:
         budgets for heads and channels, or one that is "joint"
     bias: whether biases make up for what is removed, unless the recipe says otherwise
     gradients: it needs gradients with respect to the model's parameters
+    reads: what it can be given; one that goes through `context.through()` alone can be given images too
     """
 
     kinds: tuple[str, ...]
@@ -40,6 +41,7 @@ class Scoring:
     budgets: Literal["separate", "joint"] = "separate"
     bias: bool = False
     gradients: bool = False
+    reads: tuple[Literal["text", "images"], ...] = ("text",)
 
 
 def scores(*kinds: str, **rest: Any) -> Callable[[F], F]:

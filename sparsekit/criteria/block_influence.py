@@ -8,7 +8,7 @@ from sparsekit.contracts import Context, scores
 from sparsekit.model.structure import Units
 
 
-@scores("layers")
+@scores("layers", reads=("text", "images"))
 @torch.no_grad()
 def block_influence(context: Context, units: Units, *, remove: float) -> Tensor:
     """Remove the layers that turn the hidden states least: smallest 1 - cos(input, output), mean over tokens.

@@ -14,6 +14,7 @@ from sparsekit.model import modeling, rebuild
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.structure.experts import count_experts
 from sparsekit.model.structure.shape import Layer, Shape
+from sparsekit.model.vision import sees_images
 
 MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # what configs call it
 BIASES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}  # fields of configs that give linears biases
@@ -39,7 +40,7 @@ def choose_layout(model: Any, shape: Shape) -> Layout:
         except ValueError:  # LlamaConfig refuses numbers of heads that do not divide the hidden size: the next may not
             continue
         if rebuild.difference(built, model, spare=".bias") is None:
-            return Layout("plain", _said(config, shape.config), config, zeros=_zeros(built, model))
+            return Layout("plain", _said(config, shape.config, sees_images(model)), config, zeros=_zeros(built, model))
     each = {str(index): widths(model, layer, shape.queries) for index, layer in enumerate(shape.layers)}
     config = shape.config | {
         "num_hidden_layers": len(shape.layers),  # under this name too, which per_layer_config asks for
@@ -111,8 +112,9 @@ def _plain(model: Any, shape: Shape) -> Iterator[dict[str, Any]]:
         yield rest | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
-def _said(config: dict[str, Any], source: dict[str, Any]) -> str:
-    plain = "transformers: AutoModelForCausalLM.from_pretrained(folder)"
+def _said(config: dict[str, Any], source: dict[str, Any], seen: bool) -> str:
+    opens = config["architectures"][0] if seen else "AutoModelForCausalLM"
+    plain = f"transformers: {opens}.from_pretrained(folder)"
     if config["model_type"] == source["model_type"]:
         return plain
     return (

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.modeling import PREFIX
 from sparsekit.model.rebuild import unfilled
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
@@ -81,6 +82,7 @@ def auto_class(folder: Path) -> Any:
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         kind, named = config.get("model_type"), config.get("architectures")
+        kind = kind.removeprefix(f"{PREFIX}_") if isinstance(kind, str) else kind
     except (OSError, ValueError, AttributeError):
         kind = named = None  # for transformers to complain about
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
@@ -106,14 +108,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     opens = auto_class(folder)
     images = (transformers.AutoModelForImageClassification, transformers.AutoModelForMaskGeneration)
     if opens in images or getattr(opens, "main_input_name", "") == "pixel_values":
-        return _image_processor(folder)
+        return image_processor(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises no other type for a file that is damaged
         raise ValueError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
 
 
-def _image_processor(folder: Path) -> Any:
+def image_processor(folder: Path) -> Any:
+    """The image processor that lies beside the weights. Raises ValueError where there is none."""
     import transformers
 
     try:

@@ -1,6 +1,7 @@
 """Models built from a config alone, without weights, and how one that was built differs from another."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ STALE = ("training", "intermediate_size", "gradient_checkpointing", "name_or_pat
 
 
 def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
-    """The causal language model of a transformers config (JSON), in eval mode, without weights.
+    """The model of a transformers config (JSON), of the class that its `architectures` names, in eval mode, empty.
 
     device: "meta" for everything; None: parameters on "meta", buffers computed, so that only weights are wanting
 
@@ -29,12 +30,22 @@ def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
     try:
         made = transformers.AutoConfig.for_model(kind, **given)
         with torch.device(device) if device else unfilled():
-            model: nn.Module = transformers.AutoModelForCausalLM.from_config(made).eval()
+            model: nn.Module = _opener(made)(made).eval()
     except Exception as error:  # a config's numbers may be anything, and so is what its class then raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ValueError(f"transformers cannot build a {kind} of this config: {reason}") from error
     split_experts(model)
     return model
+
+
+def _opener(config: Any) -> Callable[[Any], nn.Module]:
+    """What builds a model of a config: the family's causal language model, or the class that sees images."""
+    import transformers
+
+    named: Any = getattr(transformers, str((config.architectures or [""])[0]), None)
+    if getattr(named, "main_input_name", None) == "pixel_values":
+        return named._from_config
+    return transformers.AutoModelForCausalLM.from_config
 
 
 def decoded(config: dict[str, Any]) -> dict[str, Any]:

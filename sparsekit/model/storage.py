@@ -16,12 +16,21 @@ from sparsekit.model.checkpoint import Checkpoint
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.expert_forms import as_linears, join_experts, split_experts
 from sparsekit.model.folders import locate
-from sparsekit.model.loading import auto_class, check_layers, load_plain, plain_skeleton, plain_structure, refuse_lost
+from sparsekit.model.loading import (
+    auto_class,
+    check_layers,
+    image_processor,
+    load_plain,
+    plain_skeleton,
+    plain_structure,
+    refuse_lost,
+)
 from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.resting import fill_outside, settle
 from sparsekit.model.structure.shape import Shape
 from sparsekit.model.structure.units import BY_QUERY
 from sparsekit.model.tensors import Tensors, tied_names
+from sparsekit.model.vision import sees_images
 from sparsekit.model.weights import Weights
 from sparsekit.system import disk_errors, make_readable, sync
 
@@ -275,6 +284,9 @@ def opened(folder: str | Path, *, trust_remote_code: bool = False) -> Tensors:
 
 def _tokenizer(folder: Path, model: Any) -> Any:
     import transformers
+
+    if sees_images(model):
+        return image_processor(folder)
 
     try:  # told the family, transformers does not look for a type in config.json that it cannot know
         return transformers.AutoTokenizer.from_pretrained(folder, config=model.config)

@@ -44,7 +44,14 @@ def effect_of(stage: Stage) -> Effect:
     options = options_of(group, stage.name, stage.options)
     if group == "criteria":
         scoring = function.scoring  # type: ignore[attr-defined]
-        return Effect(cuts=True, moves=True, start="dense", processes="many", gradients=scoring.gradients)
+        return Effect(
+            cuts=True,
+            moves=True,
+            start="dense",
+            processes="many",
+            gradients=scoring.gradients,
+            reads=scoring.reads,
+        )
     if group == "solvers":
         start: dict[str, Literal["dense", "any", "answer"]] = {"none": "dense", "optional": "any", "required": "answer"}
         grid = getattr(function, "grid", lambda _: None)(options)

@@ -44,11 +44,13 @@ def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
     """Raise ValueError for what a recipe asks of a model that predicts no text, and only models have that do."""
     name = type(model).__name__
     what = "sees images" if sees_images(model) else "predicts no next token"
+    structures = ", its structures by wanda-sp, flap and block-influence" if sees_images(model) else ""
     for index, stage in enumerate(recipe.stages):
-        if "images" not in effect_of(stage).reads:
+        known = sees_images(model) or kind(stage) != "criterion"  # a model that is cut is built again by its class
+        if "images" not in effect_of(stage).reads or not known:
             raise ValueError(
                 f"stage {index + 1}, `{stage.name}`, is for causal language models, and {name} {what}: its weights are "
-                "pruned by solvers, alone or in `lamp`"
+                f"pruned by solvers, alone or in `lamp`{structures}"
             )
     for key in ("perplexity", "tasks"):
         if getattr(recipe.evaluate, key):
@@ -87,6 +89,11 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block], dtype: tor
     stages = recipe.stages
     if not any(effect_of(stage).cuts for stage in stages):
         return
+    if len({block.name.rpartition(".")[0] for block in blocks}) > 1 or any(block.scale for block in blocks):
+        raise ValueError(
+            f"{type(model).__name__} has stages of different widths, and structures are removed from models whose "
+            "layers are alike: prune its weights instead"
+        )
     asked = recipe.pattern.values() if isinstance(recipe.pattern, dict) else [recipe.pattern or 0]
     groups = [pattern for pattern in map(parse, asked) if isinstance(pattern, NM)]
     model, planned = copy.deepcopy(model), blocks
