@@ -178,7 +178,7 @@ def test_sam_is_pruned_in_its_image_encoder(tmp_path, digits):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["stages=[wanda, lora]"], "`lora`, is for causal language models, and ViTForImageClassification sees images"),
+        (["stages=[{policy_gradient: {remove: 30%}}]", "pattern=null"], "is for causal language models, and ViTFor"),
         (["evaluate={perplexity: [python-docs]}"], "evaluate.perplexity is for causal language models"),
         (["calibration={source: python-docs, samples: 4}"], "source `python-docs` gives text"),
         (["calibration.samples=100000"], "1348 images, fewer than `samples`, 100000"),

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from sparsekit.contracts import Figure
 from sparsekit.data import Images, images
 from sparsekit.measure.images import OPTIONS, image_set_name
-from sparsekit.model import channels_of
+from sparsekit.model import channels_of, features
 
 if TYPE_CHECKING:
     from sparsekit.measure.metrics import Subject
@@ -23,31 +23,13 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's protocol (Caron et al. 2021, sec
 
 @torch.no_grad()
 def features_of(model: Any, processor: Any, found: Images, chosen: Sequence[int], batch: int) -> tuple[Tensor, Tensor]:
-    """Features of some images, float32: of each as a whole (images, width), of its places (images, places, width).
-
-    Of CLIP and SigLIP the embedding that texts are compared with; else what the encoder's pooling gives, or where it
-    has none its first token, or the mean of a map. Of a classifier the head is left out.
-    """
-    whole, places = [], []
-    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    """`model.features` of some images, float32 in CPU memory."""
+    seen = []
     for start in range(0, len(chosen), batch):
         pixels = found.pixels(chosen[start : start + batch], processor, channels_of(model.config))
-        pixels = pixels.to(model.device, model.dtype)
-        if hasattr(base, "get_image_embeddings"):  # SAM: a map (images, channels, height, width)
-            spots = base.get_image_embeddings(pixels).flatten(2).transpose(1, 2)
-            image = spots.mean(1)
-        else:
-            tower = getattr(base, "vision_model", base)
-            out = tower(pixel_values=pixels)
-            spots = out.last_hidden_state
-            spots = spots.flatten(2).transpose(1, 2) if spots.dim() == 4 else spots
-            image = getattr(out, "pooler_output", None)
-            image = spots[:, 0] if image is None else image.flatten(1)
-            if hasattr(base, "visual_projection"):
-                image = base.visual_projection(image)
-        whole.append(image.float().cpu())
-        places.append(spots.float().cpu())
-    return torch.cat(whole), torch.cat(places)
+        seen.append([each.float().cpu() for each in features(model, pixels.to(model.device, model.dtype))])
+    whole, places = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    return whole, places
 
 
 class Features:

@@ -55,6 +55,7 @@ from .storage import write_model as write_model
 from .tensors import Tensors as Tensors
 from .tensors import tied_names as tied_names
 from .vision import channels_of as channels_of
+from .vision import features as features
 from .vision import image_size as image_size
 from .vision import in_two_parts as in_two_parts
 from .vision import patches as patches

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 
 def sees_images(model: Any) -> bool:
     """Whether a model is given pixels, and not tokens."""
@@ -56,3 +58,21 @@ def image_size(config: Any) -> tuple[int, int]:
     own = vision_config(config)
     own = own if getattr(own, "image_size", None) else getattr(own, "backbone_config", own)
     return height_and_width(getattr(own, "image_size", None) or 224)
+
+
+def features(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of images: of each as a whole (images, width), and of its places (images, places, width).
+
+    Of CLIP and SigLIP the embedding that texts are compared with; else what the encoder's pooling gives, or where it
+    has none its first token, or the mean of a map. Of a classifier the head is left out, of SAM all but the encoder.
+    """
+    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    if hasattr(base, "get_image_embeddings"):
+        places = base.vision_encoder(pixels)[0].flatten(2).transpose(1, 2)
+        return places.mean(1), places
+    out = getattr(base, "vision_model", base)(pixel_values=pixels)
+    places = out.last_hidden_state
+    places = places.flatten(2).transpose(1, 2) if places.dim() == 4 else places
+    pooled = getattr(out, "pooler_output", None)
+    whole = places[:, 0] if pooled is None else pooled.flatten(1)
+    return (base.visual_projection(whole) if hasattr(base, "visual_projection") else whole), places

@@ -24,7 +24,7 @@ from sparsekit.train import (
 RATES = {"all": 1e-4, "norms-and-biases": 2e-3}
 
 
-@declares(Effect(moves=True, processes="many", gradients=True))
+@declares(Effect(moves=True, processes="many", gradients=True, reads=("text", "images")))
 def finetune(
     context: Context,
     *,
@@ -56,7 +56,7 @@ def finetune(
     trainable: all, every parameter of the blocks; norms-and-biases, those with one dimension (the cheap variant of
         PERP)
     learning_rate: its peak; null: 1e-4 for all, 2e-3 for norms-and-biases
-    All others: as in `lora`.
+    All others: as in `lora`. A vision model learns from the dense model's features of images, in `lora` too.
 
     Source: Zimmer et al. 2023, PERP, arXiv 2312.15230; distillation: Hinton et al. 2015, arXiv 1503.02531.
     """

@@ -26,7 +26,9 @@ from sparsekit.train import (
 
 def _effect(options: Mapping[str, Any]) -> Effect:
     """An update that is not merged stays beside the model, which is then what it was."""
-    return Effect(moves=bool(options["merge"]), unmerged=not options["merge"], processes="many", gradients=True)
+    merged = bool(options["merge"])  # an adapter of peft is for language models
+    reads: tuple[Any, ...] = ("text", "images") if merged else ("text",)
+    return Effect(moves=merged, unmerged=not merged, processes="many", gradients=True, reads=reads)
 
 
 @declares(_effect)
@@ -75,7 +77,7 @@ def lora(
     source: a name or a local file, or {source, its options, format}; null: the recipe's calibration text. JSON and
         Parquet files with `messages`, or with `instruction` and `output`, are records of which only the answers are
         predicted; `format` (auto, text, instruction, chat) overrules that
-    tokens: read in training, rounded down to whole steps; `steps` of the optimizer overrules it
+    tokens: read in training, of images patches, rounded down to whole steps; `steps` of the optimizer overrules it
     length: of a row; null: 512, or the model's positions if they are fewer. batch: rows at once. accumulate: batches in
         a step
     learning_rate: its peak, after a linear warm-up of the share `warmup` of all steps, before a cosine to zero

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparsekit.train.records import IGNORED
-from sparsekit.train.rows import forward
+from sparsekit.train.rows import Rows, forward
 from sparsekit.train.teacher import Cached, Running, distance, divergence, divergence_of_top
 
 
@@ -60,3 +60,12 @@ class Objective:
         if self.hidden:
             loss = loss + self.hidden * distance(out.hidden_states[1:], dense.hidden_states[1:], labels)
         return loss, said, count
+
+    def validation(self, model: nn.Module, rows: Rows) -> tuple[Tensor, int]:
+        """The cross-entropy of rows, a sum, and how many tokens it is over: what the best state is chosen by."""
+        return text_loss(forward(model, rows.ids, rows.positions).logits, rows.labels)
+
+    def forget(self) -> None:
+        """Give the dense model's memory back."""
+        if isinstance(self.teacher, Running):
+            self.teacher.forget()

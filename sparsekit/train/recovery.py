@@ -1,4 +1,4 @@
-"""Recovery as Lightning sees it: a language model of which some parameters are trained, and a small checkpoint."""
+"""Recovery as Lightning sees it: a model of which some parameters are trained, and a small checkpoint."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,15 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from sparsekit.system import Team
-from sparsekit.train.losses import Objective, text_loss
-from sparsekit.train.rows import Rows, forward
+from sparsekit.train.features import FeatureObjective
+from sparsekit.train.losses import Objective
+from sparsekit.train.rows import Rows
 from sparsekit.train.schedule import cosine
 from sparsekit.train.step import mean_gradients
 
 
 class Recovery(LightningModule):
-    """Trains the parameters `leaves` of a language model by AdamW, with a linear warm-up and a cosine to zero.
+    """Trains the parameters `leaves` of a model by AdamW, with a linear warm-up and a cosine to zero.
 
     leaves: name in the model -> parameter; nothing else is in its checkpoints
     steps: of the optimizer; warmup: share of them. weight_decay: of parameters with two dimensions
@@ -31,7 +32,7 @@ class Recovery(LightningModule):
         self,
         model: nn.Module,
         leaves: dict[str, nn.Parameter],
-        objective: Objective,
+        objective: Objective | FeatureObjective,
         *,
         steps: int,
         learning_rate: float,
@@ -73,14 +74,14 @@ class Recovery(LightningModule):
 
     @torch.no_grad()
     def validate(self, rows: Rows, batch: int) -> float:
-        """The mean cross-entropy of the labels of `rows`; with several processes each looks at its share."""
+        """The mean loss of `rows`, as the objective has it; with several processes each looks at its share."""
         self.switch(False)
         sums = torch.zeros(2, dtype=torch.float64)
         mine = rows[self.team.rank :: self.team.size]
         with self.trainer.precision_plugin.val_step_context():
             for start in range(0, len(mine.ids), batch):  # a process may have no rows
                 part = mine[start : start + batch].to(self.device)
-                total, count = text_loss(forward(self.model, part.ids, part.positions).logits, part.labels)
+                total, count = self.objective.validation(self.model, part)
                 sums += torch.tensor([float(total), count], dtype=torch.float64)
         self.team.sum([sums])
         return float(sums[0] / sums[1].clamp_min(1))

@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from sparsekit.contracts import Context, Fit
 from sparsekit.data import check_length
-from sparsekit.model import Block
+from sparsekit.model import Block, patches, sees_images
 from sparsekit.train.checkpoints import Checkpoints
+from sparsekit.train.features import FeatureObjective, picture_rows
 from sparsekit.train.losses import Objective
 from sparsekit.train.recovery import Recovery
 from sparsekit.train.rows import Batches, Rows, keeps_apart, training_rows
@@ -39,11 +40,12 @@ class Text:
     validation: Rows
     steps: int
     accumulate: int
+    length: int  # tokens of a row, or places of an image
 
     @property
     def tokens(self) -> int:
         """Of one step, over all processes."""
-        return self.accumulate * self.batches.batch * self.batches.team.size * self.batches.rows.ids.shape[1]
+        return self.accumulate * self.batches.batch * self.batches.team.size * self.length
 
 
 def recovery_text(
@@ -57,11 +59,13 @@ def recovery_text(
     accumulate: int,
     validation: float,
 ) -> Text:
-    """The text of a recovery; source None: the recipe's calibration text.
+    """The text of a recovery, or the images; source None: the recipe's calibration text.
 
     Raises:
         ValueError: text, tokenizer and model do not fit each other, or `tokens` are less than one step.
     """
+    if sees_images(context.model):
+        return _pictures(context, check_source(source), tokens, steps, length, batch, accumulate, validation)
     config: Any = context.model.config.get_text_config()  # type: ignore[union-attr,operator]
     positions = getattr(config, "max_position_embeddings", None)
     check_length(length or 1, positions, "recovery")
@@ -98,7 +102,30 @@ def recovery_text(
     if int(training.ids.max()) >= (vocabulary := config.vocab_size):
         raise ValueError(f"the tokenizer gives token {int(training.ids.max())}, but the model embeds {vocabulary}")
     batches = Batches(training, count=steps * accumulate, batch=batch, seed=context.seed, team=context.team)
-    return Text(batches, held_out, steps, accumulate)
+    return Text(batches, held_out, steps, accumulate, length)
+
+
+def _pictures(
+    context: Context,
+    settings: Mapping[str, Any],
+    tokens: int,
+    steps: int | None,
+    length: int | None,
+    batch: int,
+    accumulate: int,
+    validation: float,
+) -> Text:
+    """The images of a recovery."""
+    if length is not None:
+        raise ValueError(f"`length` is of text, and {type(context.model).__name__} sees images: leave it out")
+    places = patches(context.model.config)
+    wide = batch * accumulate * context.team.size
+    steps = tokens // (wide * places) if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"tokens is {tokens}, less than one step of {wide} images of {places} patches: give more")
+    training, held_out = picture_rows(context, settings, validation)
+    batches = Batches(training, count=steps * accumulate, batch=batch, seed=context.seed, team=context.team)
+    return Text(batches, held_out, steps, accumulate, places)
 
 
 class Stored:
@@ -213,12 +240,17 @@ def recovery_parts(
 
     def end() -> None:
         recompute(context.blocks, False)
-        if isinstance(teacher, Running):
-            teacher.forget()
+        objective.forget()
         finish()
 
     kind = precision(context.device)
     rows = reading.batches.rows
+    pictures = sees_images(context.model)
+    if pictures and (distill or hidden or cache):
+        raise ValueError(
+            f"{type(context.model).__name__} sees images and learns from the dense model's features: leave out "
+            "distill, hidden and cache"
+        )
     teacher: Running | Cached | None = None
     if cache and distill:
         file = context.checkpoints / "dense.safetensors"
@@ -226,10 +258,15 @@ def recovery_parts(
         teacher = Cached(dense, rows, file, top=cache, batch=batch, temperature=temperature, console=context.console)
     elif distill or hidden:
         teacher = Running(dense)
+    objective: Objective | FeatureObjective
+    if pictures:
+        objective = FeatureObjective(dense)
+    else:
+        objective = Objective(teacher, distill=distill, hidden=hidden, temperature=temperature)
     module = Recovery(
         context.model,
         leaves,
-        Objective(teacher, distill=distill, hidden=hidden, temperature=temperature),
+        objective,
         steps=reading.steps,
         learning_rate=learning_rate,
         warmup=warmup,
@@ -250,8 +287,8 @@ def recovery_parts(
     note = context.notes[name] = {
         "trained_parameters": sum(leaf.numel() for leaf in leaves.values()),
         "tokens": reading.steps * reading.tokens,
-        "passes": reading.steps * reading.tokens / rows.ids.numel(),
-        "validation_tokens": reading.validation.ids.numel(),
+        "passes": reading.steps * reading.tokens / (len(rows) * reading.length),
+        "validation_tokens": len(reading.validation) * reading.length,
     }
     best = Best(
         reading.validation,
