@@ -217,3 +217,12 @@ def test_a_model_that_cuts_nothing_out(tmp_path, folder):
     assert done.returncode == 2 and "cuts no objects out" in done.stderr
     with pytest.raises(RecipeError, match=r'iou\.0\.prompt` is "dot", valid: box, centroid, point'):
         load_recipe(recipe, ["evaluate.iou.0.prompt=dot"])
+
+
+def test_eval_measures_any_such_model(folder, capsys):
+    from sparsekit.cli import main
+
+    assert main(["eval", str(TINY), "--iou", str(folder)]) == 0
+    assert f"{folder.name} IoU" in capsys.readouterr().out
+    assert main(["eval", str(MODELS / "tiny-vit"), "--iou", str(folder)]) == 2
+    assert "cuts no objects out" in capsys.readouterr().err
