@@ -12,9 +12,10 @@ from torch.nn.functional import cosine_similarity
 
 import sparsekit
 from sparsekit.cli import main
-from sparsekit.measure.features import by_neighbours, features_of
+from sparsekit.measure import check_evaluation
+from sparsekit.measure.features import Features, by_neighbours, features_of
 from sparsekit.measure.images import labelled_images
-from sparsekit.model import load_plain
+from sparsekit.model import features, load_plain, patches
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"image_size": 8, "patch_size": 2, "num_channels": 1}
@@ -85,5 +86,34 @@ def test_a_run_and_eval_compare_with_the_dense_model(tmp_path, digits, capsys): 
     assert "1.000" in capsys.readouterr().out
     assert main(["eval", str(TINY), "--features", str(digits)]) == 2
     assert "name it by --against" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="which one that is was not said"):
+    with pytest.raises(ValueError, match="which that is was not said"):
         sparsekit.evaluate(*own[1], features=[str(digits)])
+
+
+def test_maps_are_averaged(digits):  # noqa: F811
+    config = transformers.SegformerConfig(
+        num_channels=1, hidden_sizes=[16, 16, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1]
+    )
+    model = transformers.SegformerForImageClassification(config).eval()
+    pixels = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, places = features(model, pixels)
+        last = model.segformer(pixels).last_hidden_state
+    assert torch.allclose(whole, last.mean((2, 3)), atol=1e-6) and places.shape == (2, 4, 16)
+    assert patches(config) == 56 * 56  # 224 pixels, the first stage's stride of 4
+
+
+def test_neighbours_are_looked_for_in_another_part(digits):  # noqa: F811
+    for entry, said in (
+        ({"path": str(digits / "train"), "neighbours": 5}, "has one part"),
+        ({"path": str(digits), "neighbours": 5, "part": "test"}, "has one part"),
+        ({"path": str(digits), "neighbors": 5}, "unknown key `neighbors`, did you mean `neighbours`"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Features(entry, dense=lambda: None)
+
+
+def test_one_folder_may_be_measured_in_several_ways(digits):  # noqa: F811
+    check_evaluation({"accuracy": [str(digits)], "features": [str(digits)], "iou": [str(digits)]})
+    with pytest.raises(ValueError, match=r"evaluate\.features: two sets of images are called"):
+        check_evaluation({"features": [str(digits), str(digits)]})

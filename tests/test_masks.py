@@ -226,3 +226,27 @@ def test_eval_measures_any_such_model(folder, capsys):
     assert f"{folder.name} IoU" in capsys.readouterr().out
     assert main(["eval", str(MODELS / "tiny-vit"), "--iou", str(folder)]) == 2
     assert "cuts no objects out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"prompt": "dot"}, "`prompt` is 'dot', valid: box, centroid, point"),
+        ({"answer": "first"}, "`answer` is 'first', valid: best, likeliest, single"),
+        ({"promt": "box"}, "unknown key `promt`, did you mean `prompt`"),
+    ],
+)
+def test_what_an_entry_cannot_say(folder, entry, said):
+    with pytest.raises(ValueError, match=said):
+        Overlap({"path": str(folder), **entry})
+
+
+def test_a_set_that_cannot_be_read_is_told_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "images").mkdir()
+    told = {"images": [{"id": 7, "file_name": "gone.png", "height": 4, "width": 4}], "categories": []}
+    told["annotations"] = [
+        {"id": 1, "image_id": 7, "category_id": 1, "iscrowd": 0, "segmentation": [[0, 0, 2, 0, 2, 2]]}
+    ]
+    (tmp_path / "coco.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="its first image cannot be read"):
+        Overlap({"path": str(tmp_path / "coco.json"), "images": str(tmp_path / "images")})

@@ -67,12 +67,15 @@ def test_a_cut_model_is_recovered(tmp_path, recipe):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("distill: 0.5", "learns from the dense model's features"),
-        ("length: 64", "`length` is of text"),
+        ("distill: 0.5", "`finetune`, reads text alone with distill, and ViTForImageClassification sees images"),
+        ("length: 64", "reads text alone with length"),
+        ("hidden: 0.1, cache: 0", "reads text alone with hidden, cache"),
         ("steps: 2, source: {source: python-docs}", "gives text"),
-        ("tokens: 10", "less than one step"),
+        ("tokens: 10", "less than the 64 of one step (4 rows of 16)"),
     ],
 )
-def test_what_is_of_text_is_refused(recipe, options, said):
+def test_what_is_of_text_is_refused(tmp_path, recipe, options, said):
     done = fit(recipe, "--set", f"stages=[magnitude, {{finetune: {{{options}}}}}]", "pattern=50%", "evaluate={}")
     assert done.returncode == 2 and said in " ".join(done.stderr.split()), done.stderr
+    if "reads text alone" in said:  # before anything is pruned
+        assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from .naming import resolve as resolve
 from .pictures import Images as Images
 from .pictures import calibration_images as calibration_images
 from .pictures import images as images
+from .pictures import spread as spread
 from .sampling import calibration_tokens as calibration_tokens
 from .sampling import own_first_token as own_first_token
 from .sampling import sample as sample

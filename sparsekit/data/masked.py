@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekit.data.pictures import parts_of_set, pick_part
+from sparsekit.data.pictures import parts_of_set, pick_part, pillow
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 Mask = NDArray[np.bool_]
@@ -84,13 +84,7 @@ def masked_images(
 
 
 def _open(file: Path) -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ValueError(
-            "images are read by pillow, which is not installed: pip install 'sparsekit-lightning[vision]'"
-        ) from None
-    return Image.open(file).convert("RGB")
+    return pillow().open(file).convert("RGB")
 
 
 def _objects(labels: Any) -> Iterator[Mask]:
@@ -104,8 +98,6 @@ def _objects(labels: Any) -> Iterator[Mask]:
 
 
 def _pairs(folder: Path) -> MaskedImages:
-    from PIL import Image
-
     pictures = sorted(file for file in (folder / "images").glob("*") if file.suffix.lower() in PICTURES)
     drawn: dict[str, list[Path]] = {}
     for file in sorted((folder / "masks").glob("*")):
@@ -120,7 +112,7 @@ def _pairs(folder: Path) -> MaskedImages:
 
         def masks() -> Iterator[Mask]:
             for file in files:
-                with Image.open(file) as opened:
+                with pillow().open(file) as opened:
                     if file in alone:
                         yield np.asarray(opened.convert("L")) > 0
                     else:

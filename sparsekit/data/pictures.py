@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,23 @@ def pick_part(path: str, parts: Mapping[str, Any], part: str | None, split: str)
     return parts[known[0]]
 
 
+def pillow() -> Any:
+    """Pillow's module of images. Raises ValueError where it is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ValueError(
+            "images are read by pillow, which is not installed: pip install 'sparsekit-lightning[vision]'"
+        ) from None
+    return Image
+
+
+def spread(images: Sized, limit: int | None) -> list[int]:
+    """The numbers of so many images, spread evenly over all of them; limit: null: all."""
+    count = min(limit or len(images), len(images))
+    return [index * len(images) // count for index in range(count)]
+
+
 def parts_of_set(path: str) -> Mapping[str, Any]:
     """The parts of a data set of images, by name: of a folder, a Parquet file, or one on the hub.
 
@@ -106,12 +123,7 @@ def parts_of_set(path: str) -> Mapping[str, Any]:
     """
     import datasets
 
-    try:
-        import PIL  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "images are read by pillow, which is not installed: pip install 'sparsekit-lightning[vision]'"
-        ) from None
+    pillow()
     try:
         with no_bars():
             if Path(path).is_dir():

@@ -91,8 +91,6 @@ def evaluate(
         )
     if settings.get("iou") and not makes_masks(model):
         raise ValueError(f"{type(model).__name__} cuts no objects out, so iou has nothing to measure; leave it out")
-    if settings.get("features") and ready is None and dense is None:
-        raise ValueError("features are compared with the dense model's, and which one that is was not said: give it")
     first = None
     if ready is None:
         texts = settings.get("perplexity") or [""]
@@ -158,7 +156,7 @@ def get_ready(
     """Read all that `evaluate` needs beside the model. Raises ValueError for what cannot be had or used.
 
     first: the token that stands before every window; None: windows are cut as published
-    dense: opens the dense model, for features that are compared with its; None: it is the first that is measured
+    dense: opens the dense model, which features are compared with; None where none are asked for
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     common = {key: settings[key] for key in ("length", "batch", "limit") if settings.get(key)}
@@ -166,8 +164,10 @@ def get_ready(
     texts = perplexity_windows(settings, tokenizer, positions, first)
     measures = prepare(settings.get("metrics") or [], preparation)
     for entry in settings.get("features") or []:
-        name = image_set_name(entry)
-        measures[f"features of {name}"] = Features(entry, settings.get("limit"), settings.get("batch") or 1, dense)
+        if dense is None:
+            raise ValueError("features are compared with the dense model's, and which that is was not said: give it")
+        given = (settings.get("limit"), settings.get("batch") or 1)
+        measures[f"features of {image_set_name(entry)}"] = Features(entry, dense, *given)
     for entry in settings.get("iou") or []:
         measures[f"iou of {mask_set_name(entry)}"] = Overlap(entry, settings.get("limit"))
     check_named(settings.get("tasks") or [])
@@ -207,11 +207,12 @@ def check_evaluation(settings: Mapping[str, Any]) -> None:
         whole += [(f"{_name(entry)}: {key}", _mapping(entry).get(key)) for key in ("length", "windows")]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"evaluate: two perplexity sets are called `{twice.pop()}`: give one of them another `name`")
-    sets = [image_set_name(entry) for entry in settings.get("accuracy") or []]
-    sets += [image_set_name(entry) for entry in settings.get("features") or []]
-    sets += [mask_set_name(entry) for entry in settings.get("iou") or []]
-    if twice := {name for name in sets if sets.count(name) > 1}:
-        raise ValueError(f"evaluate: two sets of images are called `{twice.pop()}`: give one of them another `name`")
+    for key, called in (("accuracy", image_set_name), ("features", image_set_name), ("iou", mask_set_name)):
+        sets = [called(entry) for entry in settings.get(key) or []]
+        if twice := {name for name in sets if sets.count(name) > 1}:
+            raise ValueError(
+                f"evaluate.{key}: two sets of images are called `{twice.pop()}`: give one of them another `name`"
+            )
     for task in settings.get("tasks") or []:
         check_task(task)
     for key, value in whole:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from sparsekit.contracts import Figure
-from sparsekit.data import Images, images
-from sparsekit.measure.images import OPTIONS, image_set_name
+from sparsekit.data import Images, images, spread
+from sparsekit.measure.images import KEYS, OPTIONS, full_entry, image_set_name
 from sparsekit.model import channels_of, features
 
 if TYPE_CHECKING:
@@ -35,25 +35,32 @@ def features_of(model: Any, processor: Any, found: Images, chosen: Sequence[int]
 class Features:
     """Cosine of a model's features to the dense model's, and accuracy by nearest neighbours where images are labelled.
 
-    entry: of `evaluate.features`. dense: opens the dense model; None: it is the one that is measured first
+    entry: of `evaluate.features`. dense: opens the dense model, when it is first needed
+
+    Raises ValueError for an entry or images that do not serve.
     """
 
     def __init__(
         self,
         entry: str | Mapping[str, Any],
+        dense: Callable[[], Any],
         limit: int | None = None,
         batch: int = 1,
-        dense: Callable[[], Any] | None = None,
     ):
-        entry = {"path": entry} if isinstance(entry, str) else entry
-        self.name, self.batch, self.dense = image_set_name(entry), batch, dense
+        entry = full_entry(entry, (*KEYS, "neighbours"), "features")
+        self.path, self.name, self.batch, self.dense = str(entry["path"]), image_set_name(entry), batch, dense
         given = {key: entry[key] for key in OPTIONS if entry.get(key) is not None}
         self.found = images("test", path=entry["path"], **given)
-        self.chosen = _spread(self.found, entry.get("limit") or limit)
+        self.chosen = spread(self.found, entry.get("limit") or limit)
         self.neighbours: int = entry.get("neighbours") or 0
         self.gallery: Images | None = None
         if self.neighbours:
             self.gallery = images("calibration", path=entry["path"], **given)
+            if self.gallery.rows.split == self.found.rows.split:  # each would be its own nearest neighbour
+                raise ValueError(
+                    f"{self.name} has one part, `{self.found.rows.split}`, and neighbours are looked for in another: "
+                    "give a folder with train/CLASS/ and test/CLASS/, without `part`, or leave out `neighbours`"
+                )
             for each in (self.found, self.gallery):
                 if each.label not in each.rows.features:
                     raise ValueError(
@@ -67,10 +74,8 @@ class Features:
         model, processor = subject.model, subject.tokenizer
         own = features_of(model, processor, self.found, self.chosen, self.batch)
         if self.reference is None:
-            self.reference = own
-            if self.dense is not None:
-                self.reference = features_of(self.dense(), processor, self.found, self.chosen, self.batch)
-        settings = {"images": len(self.chosen)}
+            self.reference = features_of(self.dense(), processor, self.found, self.chosen, self.batch)
+        settings: dict[str, Any] = {"set": self.path, "images": len(self.chosen)}
         figures = {}
         for title, mine, dense in zip(("cosine", "cosine of places"), own, self.reference, strict=True):
             near = cosine_similarity(mine, dense, dim=-1).double().reshape(len(mine), -1).mean(1)
@@ -95,11 +100,6 @@ def by_neighbours(asked: Tensor, gallery: Tensor, labels: Tensor, count: int = N
     votes = torch.zeros(len(asked), int(labels.max()) + 1)
     votes.scatter_add_(1, labels[which], (near / TEMPERATURE).exp())
     return votes.argmax(1)
-
-
-def _spread(found: Images, limit: int | None) -> list[int]:
-    count = min(limit or len(found), len(found))
-    return [index * len(found) // count for index in range(count)]
 
 
 def _mean(values: Tensor, settings: dict[str, Any]) -> Figure:

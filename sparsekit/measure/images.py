@@ -1,18 +1,27 @@
 """How often an image classifier is right."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsekit import registry
-from sparsekit.data import Images, images
+from sparsekit.data import Images, images, spread
 from sparsekit.model import channels_of
 
 OPTIONS = ("part", "image", "label")  # of the source, in an entry of `evaluate.accuracy`
 KEYS = ("path", *OPTIONS, "name", "limit")
+
+
+def full_entry(entry: str | Mapping[str, Any], keys: Sequence[str], what: str) -> Mapping[str, Any]:
+    """An entry that names images, in full. Raises ValueError for a key that it cannot have."""
+    entry = {"path": entry} if isinstance(entry, str) else entry
+    for key in entry:
+        if key not in keys:
+            raise ValueError(f"{what} of {image_set_name(entry)}: unknown key `{key}`, {registry.suggest(key, keys)}")
+    return entry
 
 
 def image_set_name(entry: str | Mapping[str, Any]) -> str:
@@ -28,10 +37,7 @@ def image_limit(entry: str | Mapping[str, Any]) -> int | None:
 
 def labelled_images(entry: str | Mapping[str, Any]) -> Images:
     """The images of an entry of `evaluate.accuracy`: a path, or {path, part, image, label, name, limit}."""
-    entry = {"path": entry} if isinstance(entry, str) else entry
-    for key in entry:
-        if key not in KEYS:
-            raise ValueError(f"accuracy of {image_set_name(entry)}: unknown key `{key}`, {registry.suggest(key, KEYS)}")
+    entry = full_entry(entry, KEYS, "accuracy")
     given = {key: entry[key] for key in OPTIONS if entry.get(key) is not None}
     return images("test", path=entry["path"], **given)
 
@@ -47,8 +53,8 @@ def accuracy(
     from torchmetrics.classification import MulticlassAccuracy
 
     classes = found.classes(model)
-    count = min(limit or len(found), len(found))
-    chosen = [index * len(found) // count for index in range(count)]
+    chosen = spread(found, limit)
+    count = len(chosen)
     right = MulticlassAccuracy(model.config.num_labels, average="micro", sync_on_compute=False).to(model.device)
     labels = list(found.rows[found.label])
     if strange := {label for label in labels if label is None or not 0 <= label < len(classes)}:

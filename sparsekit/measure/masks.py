@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparsekit import registry
 from sparsekit.contracts import Figure
-from sparsekit.data import MaskedImages, masked_images
+from sparsekit.data import MaskedImages, masked_images, spread
+from sparsekit.measure.images import full_entry
 
 if TYPE_CHECKING:
     from sparsekit.measure.metrics import Subject
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 PROMPTS = ("point", "centroid", "box")
 ANSWERS = ("single", "likeliest", "best")
 READS = ("path", "images", "part", "image", "masks")  # keys of an entry that belong to the set
+KEYS = (*READS, "name", "prompt", "answer", "objects", "limit")
 OBJECTS = 16  # that are asked for at once: their masks are scaled up to the picture's size
 
 
@@ -55,7 +58,12 @@ def prompt_of(mask: NDArray[np.bool_], prompt: str) -> list[float]:
     if prompt == "centroid":
         nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
         return [float(columns[nearest]), float(rows[nearest])]
-    from scipy.ndimage import distance_transform_edt
+    try:
+        from scipy.ndimage import distance_transform_edt
+    except ImportError:
+        raise ValueError(
+            "prompt: point is found by scipy, which is not installed: pip install 'sparsekit-lightning[vision]'"
+        ) from None
 
     inner = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     row, column = np.unravel_index(int(inner.argmax()), mask.shape)
@@ -98,16 +106,25 @@ class Overlap:
     entry: of `evaluate.iou`; `prompt` and `answer` say what is asked, and which mask counts
         single: the one that the model gives where one is wanted; likeliest: of three the one that it thinks best of;
         best: of three the one that comes nearest
+
+    Raises ValueError for an entry that says what it cannot, and for a set whose first image cannot be read.
     """
 
     def __init__(self, entry: str | Mapping[str, Any], limit: int | None = None):
-        entry = {"path": entry} if isinstance(entry, str) else entry
-        self.name, self.found = mask_set_name(entry), mask_set(entry)
+        entry = full_entry(entry, KEYS, "iou")
+        self.path, self.name, self.found = str(entry["path"]), mask_set_name(entry), mask_set(entry)
         self.prompt, self.answer = entry.get("prompt") or "point", entry.get("answer") or "single"
+        for key, value, known in (("prompt", self.prompt, PROMPTS), ("answer", self.answer, ANSWERS)):
+            if value not in known:
+                raise ValueError(f"iou of {self.name}: `{key}` is {value!r}, {registry.suggest(str(value), known)}")
         self.objects = entry.get("objects")
-        most = entry.get("limit") or limit
-        count = min(most or len(self.found), len(self.found))
-        self.chosen = [index * len(self.found) // count for index in range(count)]
+        self.chosen = spread(self.found, entry.get("limit") or limit)
+        try:  # what a set lacks is said before anything heavy begins
+            _, first = self.found.objects(self.chosen[0], 1)
+        except OSError as error:
+            raise ValueError(f"iou of {self.name}: its first image cannot be read ({error})") from error
+        for mask in first:
+            prompt_of(mask, self.prompt)
 
     def __call__(self, subject: Subject) -> dict[str, Figure]:
         """{"NAME IoU": the mean over all masks}; its error takes the masks of one image together."""
@@ -117,7 +134,8 @@ class Overlap:
             raise ValueError(f"{self.name} has no object on any of its {len(self.chosen)} images: give others")
         mean = float(scores.mean())
         spread = math.sqrt(sum(float((own - mean).sum()) ** 2 for own in each)) / len(scores)
-        settings = {"prompt": self.prompt, "answer": self.answer, "images": len(self.chosen)}
+        settings = {"set": self.path, "prompt": self.prompt, "answer": self.answer, "objects": self.objects}
+        settings |= {"images": len(self.chosen)}
         figure = Figure(mean, spread, len(scores), "masks", "higher", settings, "iou")
         return {f"{self.name} IoU": figure}
 

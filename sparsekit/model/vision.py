@@ -48,8 +48,10 @@ def patches(config: Any) -> int:
     """Patches of an image, by the model's configuration."""
     height, width = image_size(config)
     own = vision_config(config)
-    first = next((getattr(own, key) for key in ("patch_size", "patch_stride", "strides") if hasattr(own, key)), 4)
-    tall, wide = height_and_width(first if isinstance(first, int) else list(first)[:2])
+    # a stride for each stage, of which the first makes the patches; else a number or a pair
+    strides = getattr(own, "patch_stride", None) or getattr(own, "strides", None) or (4,)
+    size = getattr(own, "patch_size", None) or (strides if isinstance(strides, int) else strides[0])
+    tall, wide = height_and_width(size)
     return (height // tall) * (width // wide)
 
 
@@ -72,7 +74,11 @@ def features(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return places.mean(1), places
     out = getattr(base, "vision_model", base)(pixel_values=pixels)
     places = out.last_hidden_state
-    places = places.flatten(2).transpose(1, 2) if places.dim() == 4 else places
+    is_map = places.dim() == 4
+    places = places.flatten(2).transpose(1, 2) if is_map else places
     pooled = getattr(out, "pooler_output", None)
-    whole = places[:, 0] if pooled is None else pooled.flatten(1)
+    if pooled is not None:
+        whole = pooled.flatten(1)
+    else:
+        whole = places.mean(1) if is_map else places[:, 0]
     return (base.visual_projection(whole) if hasattr(base, "visual_projection") else whole), places

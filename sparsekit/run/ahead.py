@@ -48,6 +48,11 @@ def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
     for index, stage in enumerate(recipe.stages):
         known = sees_images(model) or kind(stage) != "criterion"  # a model that is cut is built again by its class
         if "images" not in effect_of(stage).reads or not known:
+            if known and "images" in effect_of(Stage(stage.name)).reads:  # with other options
+                raise ValueError(
+                    f"stage {index + 1}, `{stage.name}`, reads text alone with {', '.join(stage.options)}, and {name} "
+                    "sees images: leave out what is of text"
+                )
             raise ValueError(
                 f"stage {index + 1}, `{stage.name}`, is for causal language models, and {name} {what}: its weights are "
                 f"pruned by solvers, alone or in `lamp`{structures}"

@@ -18,13 +18,14 @@ from sparsekit.train import (
     masked_gradient,
     precision,
     recovery_parts,
+    recovery_reads,
     recovery_text,
 )
 
 RATES = {"all": 1e-4, "norms-and-biases": 2e-3}
 
 
-@declares(Effect(moves=True, processes="many", gradients=True, reads=("text", "images")))
+@declares(lambda options: Effect(moves=True, processes="many", gradients=True, reads=recovery_reads(options)))
 def finetune(
     context: Context,
     *,

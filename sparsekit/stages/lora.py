@@ -1,6 +1,7 @@
 """LoRA recovery: a low-rank update that keeps pruned weights zero, merged at the end without a trace."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
@@ -19,6 +20,7 @@ from sparsekit.train import (
     mark_trained,
     precision,
     recovery_parts,
+    recovery_reads,
     recovery_text,
     save_adapter,
 )
@@ -27,8 +29,8 @@ from sparsekit.train import (
 def _effect(options: Mapping[str, Any]) -> Effect:
     """An update that is not merged stays beside the model, which is then what it was."""
     merged = bool(options["merge"])  # an adapter of peft is for language models
-    reads: tuple[Any, ...] = ("text", "images") if merged else ("text",)
-    return Effect(moves=merged, unmerged=not merged, processes="many", gradients=True, reads=reads)
+    found = Effect(moves=merged, unmerged=not merged, processes="many", gradients=True)
+    return replace(found, reads=recovery_reads(options)) if merged else found
 
 
 @declares(_effect)

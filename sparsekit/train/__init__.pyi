@@ -20,6 +20,7 @@ from .session import flat_parameters as flat_parameters
 from .session import mark_trained as mark_trained
 from .session import precision as precision
 from .session import recovery_parts as recovery_parts
+from .session import recovery_reads as recovery_reads
 from .session import recovery_text as recovery_text
 from .zeros import HoldZeros as HoldZeros
 from .zeros import masked_gradient as masked_gradient

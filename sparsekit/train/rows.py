@@ -28,6 +28,8 @@ OPEN = 16  # rows that are filled at the same time: records of any length find a
 class Rows:
     """Sequences of equal length. ids, labels: (rows, length) int64; a label of -100 is not predicted.
 
+    Of images ids are the pixels (rows, channels, height, width), float32, and labels mean nothing.
+
     positions: (rows, length), which begin again with every record of a row: by them transformers keeps records from
         attending to one another; None: a row is one text
     """

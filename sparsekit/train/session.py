@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,12 @@ def check_distillation(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options of a recovery that do not go together."""
     if options["cache"] and options["hidden"]:
         raise ValueError("cache keeps the dense model's logits alone; leave it 0 where `hidden` is above 0")
+
+
+def recovery_reads(options: Mapping[str, Any]) -> tuple[Literal["text", "images"], ...]:
+    """What a recovery with these options can be given: losses of logits and rows of a length are of text alone."""
+    of_text = options["distill"] or options["hidden"] or options["cache"] or options["length"] is not None
+    return ("text",) if of_text else ("text", "images")
 
 
 @dataclass(frozen=True)
@@ -65,18 +71,18 @@ def recovery_text(
         ValueError: text, tokenizer and model do not fit each other, or `tokens` are less than one step.
     """
     if sees_images(context.model):
-        return _pictures(context, check_source(source), tokens, steps, length, batch, accumulate, validation)
+        places = patches(context.model.config)
+        wide = batch * accumulate * context.team.size
+        steps = _steps(tokens, wide, places) if steps is None else steps
+        images, held_out = picture_rows(context, check_source(source), validation)
+        batches = Batches(images, count=steps * accumulate, batch=batch, seed=context.seed, team=context.team)
+        return Text(batches, held_out, steps, accumulate, places)
     config: Any = context.model.config.get_text_config()  # type: ignore[union-attr,operator]
     positions = getattr(config, "max_position_embeddings", None)
     check_length(length or 1, positions, "recovery")
     length = length or min(LENGTH, positions or LENGTH)
     wide = batch * accumulate * context.team.size
-    steps = tokens // (wide * length) if steps is None else steps
-    if steps < 1:
-        raise ValueError(
-            f"tokens is {tokens}, less than the {wide * length} of one step ({wide} rows of {length}): give more "
-            "tokens, or a smaller batch or length"
-        )
+    steps = _steps(tokens, wide, length) if steps is None else steps
     settings = check_source(source) or context.calibration
     if not settings:
         raise ValueError("the calibration text came as tokens or texts, and recovery needs more: give it a `source`")
@@ -105,27 +111,14 @@ def recovery_text(
     return Text(batches, held_out, steps, accumulate, length)
 
 
-def _pictures(
-    context: Context,
-    settings: Mapping[str, Any],
-    tokens: int,
-    steps: int | None,
-    length: int | None,
-    batch: int,
-    accumulate: int,
-    validation: float,
-) -> Text:
-    """The images of a recovery."""
-    if length is not None:
-        raise ValueError(f"`length` is of text, and {type(context.model).__name__} sees images: leave it out")
-    places = patches(context.model.config)
-    wide = batch * accumulate * context.team.size
-    steps = tokens // (wide * places) if steps is None else steps
-    if steps < 1:
-        raise ValueError(f"tokens is {tokens}, less than one step of {wide} images of {places} patches: give more")
-    training, held_out = picture_rows(context, settings, validation)
-    batches = Batches(training, count=steps * accumulate, batch=batch, seed=context.seed, team=context.team)
-    return Text(batches, held_out, steps, accumulate, places)
+def _steps(tokens: int, wide: int, length: int) -> int:
+    """Steps that read so many tokens. wide: rows of a step; length: tokens of a row, or patches of an image."""
+    if tokens < wide * length:
+        raise ValueError(
+            f"tokens is {tokens}, less than the {wide * length} of one step ({wide} rows of {length}): give more "
+            "tokens, or a smaller batch or length"
+        )
+    return tokens // (wide * length)
 
 
 class Stored:
@@ -245,12 +238,6 @@ def recovery_parts(
 
     kind = precision(context.device)
     rows = reading.batches.rows
-    pictures = sees_images(context.model)
-    if pictures and (distill or hidden or cache):
-        raise ValueError(
-            f"{type(context.model).__name__} sees images and learns from the dense model's features: leave out "
-            "distill, hidden and cache"
-        )
     teacher: Running | Cached | None = None
     if cache and distill:
         file = context.checkpoints / "dense.safetensors"
@@ -259,7 +246,7 @@ def recovery_parts(
     elif distill or hidden:
         teacher = Running(dense)
     objective: Objective | FeatureObjective
-    if pictures:
+    if sees_images(context.model):
         objective = FeatureObjective(dense)
     else:
         objective = Objective(teacher, distill=distill, hidden=hidden, temperature=temperature)
