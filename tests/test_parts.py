@@ -143,3 +143,11 @@ def test_in_two_processes_too(tiny: Tiny, tmp_path: Path) -> None:
         if ".decoder.layers." in name and one[name].dim() == 2:
             apart = float((one[name] - two[name]).norm() / one[name].norm())
             assert apart < 0.02, (name, apart)
+
+
+@pytest.mark.parametrize("stages", ["wanda, lora", "wanda, finetune", "{wanda-sp: {remove: 20%}}, wanda"])
+def test_what_learns_or_cuts_is_not_for_encoders(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], stages: str
+) -> None:
+    assert main([*_recipe(tmp_path, tiny("masked/modernbert"), stages=f"[{stages}]"), "--dry-run"]) == 2
+    assert "is for causal language models" in " ".join(capsys.readouterr().err.split())

@@ -46,9 +46,10 @@ def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
     what = "sees images" if sees_images(model) else "predicts no next token"
     structures = ", its structures by wanda-sp, flap and block-influence" if sees_images(model) else ""
     for index, stage in enumerate(recipe.stages):
-        known = sees_images(model) or kind(stage) != "criterion"  # a model that is cut is built again by its class
-        if "images" not in effect_of(stage).reads or not known:
-            if known and "images" in effect_of(Stage(stage.name)).reads:  # with other options
+        effect = effect_of(stage)
+        # what goes through one block after another needs no loss of a text, whatever the model predicts
+        if "images" not in effect.reads or not (sees_images(model) or effect.walks):
+            if sees_images(model) and "images" in effect_of(Stage(stage.name)).reads:  # with other options
                 raise ValueError(
                     f"stage {index + 1}, `{stage.name}`, reads text alone with {', '.join(stage.options)}, and {name} "
                     "sees images: leave out what is of text"
