@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from sparsekit.contracts import Figure
 from sparsekit.data import Images, images, spread
 from sparsekit.measure.images import KEYS, OPTIONS, full_entry, image_set_name
-from sparsekit.model import channels_of, features
+from sparsekit.model import channels_of, chosen_tower, features
 
 if TYPE_CHECKING:
     from sparsekit.measure.metrics import Subject
@@ -26,7 +26,7 @@ def features_of(model: Any, processor: Any, found: Images, chosen: Sequence[int]
     """`model.features` of some images, float32 in CPU memory."""
     seen = []
     for start in range(0, len(chosen), batch):
-        pixels = found.pixels(chosen[start : start + batch], processor, channels_of(model.config))
+        pixels = found.pixels(chosen[start : start + batch], processor, channels_of(chosen_tower(model).config))
         seen.append([each.float().cpu() for each in features(model, pixels.to(model.device, model.dtype))])
     whole, places = (torch.cat(parts) for parts in zip(*seen, strict=True))
     return whole, places

@@ -1,5 +1,6 @@
 from .blocks import Block as Block
 from .blocks import Linear as Linear
+from .blocks import all_linears as all_linears
 from .blocks import decides as decides
 from .blocks import is_linear as is_linear
 from .blocks import put_forward as put_forward
@@ -22,6 +23,7 @@ from .folders import locate as locate
 from .layouts import choose_layout as choose_layout
 from .loading import LAYERS as LAYERS
 from .loading import auto_class as auto_class
+from .loading import image_processor as image_processor
 from .loading import load_plain as load_plain
 from .loading import load_tokenizer as load_tokenizer
 from .loading import plain_skeleton as plain_skeleton
@@ -54,6 +56,11 @@ from .storage import weights_in as weights_in
 from .storage import write_model as write_model
 from .tensors import Tensors as Tensors
 from .tensors import tied_names as tied_names
+from .towers import choose_tower as choose_tower
+from .towers import chosen_tower as chosen_tower
+from .towers import same_tower as same_tower
+from .towers import tower_name as tower_name
+from .towers import with_tower as with_tower
 from .vision import channels_of as channels_of
 from .vision import features as features
 from .vision import image_size as image_size

@@ -68,6 +68,14 @@ def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], 
     return undo
 
 
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states that a block's module is called with, and the other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else "hidden_state"  # Llama 4's vision tower
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
+
+
 class _Stop(Exception):
     """Control flow, not an error: what was wanted has been seen; the rest of the forward pass is not needed."""
 
@@ -257,6 +265,11 @@ def experts_of(module: nn.Module) -> dict[str, Experts]:
 def linears_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of every linear inside a module, in order of definition."""
     return [(name, m) for name, m in module.named_modules() if is_linear(m)]
+
+
+def all_linears(model: nn.Module) -> dict[str, Linear]:
+    """Every linear of a model by its name, in blocks and outside."""
+    return {name: Linear(name, module) for name, module in linears_of(model)}
 
 
 def _modules(module: nn.Module) -> list[nn.Module]:

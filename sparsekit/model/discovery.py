@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block, Linear, _modules, decides
+from sparsekit.model.blocks import Block, Linear, _modules, decides, split_call
 from sparsekit.model.expert_forms import split_experts
 from sparsekit.model.tensors import tied_names
+from sparsekit.model.towers import TOWERS, chosen_tower, tower_name
 from sparsekit.model.vision import in_two_parts, sees_images
 
 # by the forward pass of a family that is given less than it asks for
 RAISED = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError)
-# names of what reads no text
-TOWERS = re.compile(r"(^|[._])(vision|visual|image|audio|speech|vit|vqmodel|qformer|resampler|connector)([._]|$)")
 # names of what follows an image encoder and asks for points (SAM)
 PROMPTED = re.compile(r"(^|[.])(mask_decoder|prompt_encoder|memory_attention|memory_encoder)([.]|$)")
 # of linears that are given positions (Swin 2)
@@ -28,10 +27,11 @@ POSITIONS = re.compile(r"(^|[._])position_bias([._]|$)")
 def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
     """One forward pass of tokens (sequences, length), or of pixels, for the sake of what hooks see.
 
-    Where a model has an encoder and a decoder, both read the same text.
+    Where a model has an encoder and a decoder, both read the same text. Of a model with a chosen tower that alone runs.
     """
+    model = chosen_tower(model)
     given = given.to(next((p.device for p in model.parameters() if not p.is_meta), given.device))
-    if not sees_images(model):
+    if not given.is_floating_point():
         known = inspect.signature(model.forward).parameters  # encoders have no cache
         both = {"decoder_input_ids": given} if in_two_parts(model) else {}
         model(input_ids=given, **both, **({"use_cache": use_cache} if "use_cache" in known else {}))
@@ -53,10 +53,12 @@ def find_blocks(model: nn.Module) -> list[Block]:
     def weight(layers: nn.ModuleList) -> int:
         return sum(Linear("", m).weight.numel() for layer in layers for m in _modules(layer))
 
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    tower = tower_name(model)
+    inside = f"{tower}." if tower else ""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.startswith(inside)]
     # a model of text and images is pruned in its text, one that cuts objects out in its image encoder
     others = PROMPTED if sees_images(model) else TOWERS
-    lists = [(name, m) for name, m in lists if not others.search(name)]
+    lists = [(name, m) for name, m in lists if not others.search(name.removeprefix(inside))]
     if in_two_parts(model):
         parts = [[item for item in lists if f".{part}." in f".{item[0]}."] for part in ("encoder", "decoder")]
         chosen = [[max(part, key=lambda item: weight(item[1]))] for part in parts if part]
@@ -160,7 +162,7 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
         runs[block.index] += 1
         block.tuple_length = len(out) if isinstance(out, tuple | list) else 0
         block.passes = tuple(n for n in range(1, block.tuple_length) if isinstance(out[n], Tensor))
-        before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple | list) else out
+        before, after = split_call(args, kwargs)[0], out[0] if isinstance(out, tuple | list) else out
         shapes = [tuple(getattr(each, "shape", ("none",))) for each in (before, after)]
         if shapes[0] != shapes[1]:
             if not sees_images(model) or len(shapes[0]) != len(shapes[1]):

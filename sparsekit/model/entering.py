@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block, _Stop, put_forward
+from sparsekit.model.blocks import Block, _Stop, put_forward, split_call
 from sparsekit.model.carried import Carried
 from sparsekit.model.discovery import run_model
 
@@ -27,7 +27,7 @@ def first_inputs(model: nn.Module, blocks: list[Block], tokens: Tensor, batch: i
 
     def stand_in(block: Block) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            hidden, rest, kwargs = split_call(args, kwargs)
             # a cache that is given all the same would grow with every pass through the block
             kwargs = {key: None if hasattr(value, "get_seq_length") else value for key, value in kwargs.items()}
             rest, kwargs = _unmarked(block, rest, kwargs)
@@ -85,7 +85,7 @@ def _between(model: nn.Module, blocks: list[Block], entered: Block, image: torch
 
     def stand_in(block: Block) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            given = args[0] if args else kwargs["hidden_states"]
+            given = split_call(args, kwargs)[0]
             if block is entered:
                 caught.append(given)
                 raise _Stop
@@ -110,7 +110,7 @@ def passed_over(blocks: list[Block], result: Tensor) -> Iterator[None]:
 
     def stand_in(block: Block) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            given = args[0] if args else kwargs["hidden_states"]
+            given = split_call(args, kwargs)[0]
             return _returned(block, result if block is blocks[-1] else given)
 
         return forward

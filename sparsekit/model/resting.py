@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block
+from sparsekit.model.blocks import Block, experts_of
 from sparsekit.model.expert_forms import joined
 from sparsekit.model.tensors import Tensors, tied_names
 
@@ -92,6 +92,9 @@ def fill_outside(model: Any, blocks: Iterable[Block], tensors: Tensors) -> None:
             own, old = tensor.to(state[name].dtype), state[name]
             _put(model, name, nn.Parameter(own, old.requires_grad) if isinstance(old, nn.Parameter) else own)
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    for experts in experts_of(model).values():  # of a part of the model that is none of the blocks
+        if not any(parameter.is_meta for parameter in experts.fused.parameters()):
+            experts.look()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from sparsekit.model.resting import fill_outside, settle
 from sparsekit.model.structure.shape import Shape
 from sparsekit.model.structure.units import BY_QUERY
 from sparsekit.model.tensors import Tensors, tied_names
+from sparsekit.model.towers import same_tower
 from sparsekit.model.vision import sees_images
 from sparsekit.model.weights import Weights
 from sparsekit.system import disk_errors, make_readable, sync
@@ -194,9 +195,12 @@ def _with_generation(model: Any, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def load_resting(folder: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+def load_resting(
+    folder: str | Path, *, like: Any = None, dtype: str | None = None, trust_remote_code: bool = False
+) -> nn.Module:
     """The same model with its blocks on disk: each is empty until it is filled (see `resting`).
 
+    like: another copy of it, of which a tower may be chosen: the same is of this one, and its blocks rest alone
     A model whose width between blocks was changed is in memory as a whole.
 
     Raises:
@@ -212,6 +216,7 @@ def load_resting(folder: str | Path, *, dtype: str | None = None, trust_remote_c
         model = replace(shape, config=shape.config | ({"dtype": dtype} if dtype is not None else {})).build()
         _with_generation(model, folder)
     split_experts(model)
+    same_tower(model, like)
     stored = Tensors(Checkpoint(folder), model)
     refuse_lost(folder, model, stored.missing)
     blocks = find_blocks(model)

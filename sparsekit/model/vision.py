@@ -4,26 +4,30 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsekit.model.towers import chosen_tower, sees, tower_name
+
 
 def sees_images(model: Any) -> bool:
-    """Whether a model is given pixels, and not tokens."""
+    """Whether a model, or its chosen tower, is given pixels, and not tokens."""
+    if tower_name(model):
+        return sees(chosen_tower(model))
     return getattr(model, "main_input_name", None) == "pixel_values"
 
 
 def predicts_text(model: Any) -> bool:
     """Whether a model says of each token of a text which one comes next: perplexity and prompts have a meaning."""
-    return bool(model.can_generate()) and not in_two_parts(model) and not sees_images(model)
+    return bool(model.can_generate()) and not tower_name(model) and not in_two_parts(model) and not sees_images(model)
 
 
 def in_two_parts(model: Any) -> bool:
     """Whether a model has an encoder, and a decoder that reads what the encoder makes of another text."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return not tower_name(model) and bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def unreadable(model: Any) -> str:
     """Why neither text alone nor images alone go through a model, as a part of a sentence; empty: they do."""
-    given = getattr(model, "main_input_name", "input_ids")
-    if given not in ("input_ids", "pixel_values"):
+    given = "" if tower_name(model) else getattr(model, "main_input_name", "input_ids")
+    if given not in ("", "input_ids", "pixel_values"):
         return f"is given {given}, and neither text nor images"
     return ""
 
@@ -68,7 +72,8 @@ def features(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     Of CLIP and SigLIP the embedding that texts are compared with; else what the encoder's pooling gives, or where it
     has none its first token, or the mean of a map. Of a classifier the head is left out, of SAM all but the encoder.
     """
-    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    base = chosen_tower(model)
+    base = getattr(base, base.base_model_prefix, base) if base.base_model_prefix else base
     if hasattr(base, "get_image_embeddings"):
         places = base.vision_encoder(pixels)[0].flatten(2).transpose(1, 2)
         return places.mean(1), places

@@ -70,6 +70,11 @@ class Recipe(Section):
         description='"50%" removed, or "2:4": keep 2 of 4; or what each target gets, the first that means a linear: '
         '{attention: "50%", mlp: "2:4"}; stages that remove structures need none',
     )
+    prune: Literal["text", "vision", "encoder", "decoder", "all"] | None = Field(
+        default=None,
+        description="the part of a model of several that is pruned; null: what predicts text, both of an encoder and a "
+        "decoder; see docs/models.md",
+    )
     targets: Annotated[list[str], AfterValidator(values.some)] | None = Field(
         default=None,
         description="the linears that are pruned, the others stay: parts of names such as q_proj or mlp.down_proj, "

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsekit.model import find_blocks, skeleton
+from sparsekit.model import all_linears, skeleton
 from sparsekit.results.folder import MASKS
 from sparsekit.system import unpack
 
@@ -26,8 +26,7 @@ class Masks(Mapping[str, Tensor]):
         self.file = folder / MASKS
         if not self.file.is_file():
             raise ValueError(f"{folder} holds no {MASKS}: give the folder of a run that pruned weights")
-        blocks = find_blocks(skeleton(folder / "model"))
-        shapes = {name: linear.shape for block in blocks for name, linear in block.linears.items()}
+        shapes = {name: linear.shape for name, linear in all_linears(skeleton(folder / "model")).items()}
         try:
             with safe_open(self.file, framework="pt") as handle:
                 sizes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118 (no dict)

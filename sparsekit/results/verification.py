@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.maths import NM, Quantization, Unstructured, may_lose, parse
-from sparsekit.model import Linear, Tensors, decides, find_blocks, opened, resized_by, tied_names
+from sparsekit.model import Linear, Tensors, all_linears, decides, find_blocks, opened, resized_by, tied_names
 from sparsekit.model.structure import Cuts, Shape
 from sparsekit.results.settings_proof import prove_settings
 from sparsekit.results.soundness import bad_values, unsound
@@ -82,11 +82,11 @@ def verify(
             f"{path} was resized by `{stage}`, which changes every tensor, so there is nothing to compare with a "
             "source; verify it without one"
         )
-    linears = {linear.name: linear for block in find_blocks(stored.model) for linear in block.linears.values()}
     if patterns is not None:
-        linears = {name: linear for name, linear in linears.items() if name in patterns}
+        linears = {name: linear for name, linear in all_linears(stored.model).items() if name in patterns}
     else:
-        linears = {name: linear for name, linear in linears.items() if not decides(name)}
+        blocks = find_blocks(stored.model)
+        linears = {n: linear for block in blocks for n, linear in block.linears.items() if not decides(n)}
     weights = {f"{name}.weight": name for name in linears}
     cut = Shape.read(folder) is not None
     free = set(changed) if changed is not None else {*trained, *(weights if not cut or patterns else ())}

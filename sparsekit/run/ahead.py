@@ -11,7 +11,7 @@ from sparsekit import registry
 from sparsekit.contracts import goal, share
 from sparsekit.maths import NM, parse
 from sparsekit.measure import makes_masks
-from sparsekit.model import Block, adopt, discover, in_two_parts, predicts_text, sees_images, unreadable
+from sparsekit.model import Block, adopt, discover, in_two_parts, predicts_text, sees_images, tower_name, unreadable
 from sparsekit.model.structure import Removal, Shape, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
 from sparsekit.run.allocation import pattern_of, sample_input
@@ -29,6 +29,8 @@ def check_reading(recipe: Recipe, model: nn.Module) -> None:
         _refuse_text(recipe, model)
     if in_two_parts(model):
         _refuse_dense_streams(recipe, model)
+    if tower_name(model):
+        _refuse_whole(recipe, model)
     if recipe.evaluate.iou and not makes_masks(model):
         raise ValueError(
             f"{type(model).__name__} cuts no objects out, so evaluate.iou has nothing to measure; leave it out"
@@ -66,6 +68,21 @@ def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
                 else "leave it out"
             )
             raise ValueError(f"evaluate.{key} is for causal language models, and {name} {what}: {instead}")
+
+
+def _refuse_whole(recipe: Recipe, model: nn.Module) -> None:
+    """Raise ValueError for what a recipe asks of a whole model, and one tower of it is pruned."""
+    name = f"{tower_name(model)} of {type(model).__name__}"
+    for index, stage in enumerate(recipe.stages):
+        effect = effect_of(stage)
+        if effect.cuts or effect.resizes:
+            raise ValueError(
+                f"stage {index + 1}, `{stage.name}`, changes the model's shape, which its config cannot say of {name} "
+                "alone: prune the tower's weights by solvers or `lamp`"
+            )
+    for key in ("accuracy", "iou", "metrics"):
+        if getattr(recipe.evaluate, key):
+            raise ValueError(f"evaluate.{key} is of whole models, and {name} is pruned: measure evaluate.features")
 
 
 def _refuse_dense_streams(recipe: Recipe, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from sparsekit import registry
 from sparsekit.contracts import Decision, share
 from sparsekit.maths import Pattern, chain
 from sparsekit.measure import perplexity
-from sparsekit.model import Block, Weights
+from sparsekit.model import Block, Weights, same_tower
 from sparsekit.model.structure import Units, find_units, kinds_of
 from sparsekit.recipe import named_solvers
 from sparsekit.run.methods import configured, timed
@@ -137,7 +137,9 @@ class Context:
             raise ValueError(
                 "the dense model is asked for and was not kept; give the model by its folder, or copy=True to prune"
             )
-        return self.load_dense()
+        dense = self.load_dense()
+        same_tower(dense, self.model)
+        return dense
 
     def loss(self, tokens: Tensor | None = None) -> float:
         """The mean loss (nats a token) of the model, as it runs now, on `tokens` or the calibration tokens.

@@ -26,6 +26,7 @@ from sparsekit.model import (
     load_resting,
     load_tokenizer,
     loading_code,
+    tower_name,
 )
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe, effect_of, to_yaml
@@ -90,7 +91,8 @@ def _run(planned: Plan, output: Path, leads: bool, console: Console) -> int:
     with Meter() as meter:
         with meter.stage("prepare"):
             console.print("reading the texts and the source's digests", style="dim")
-            tokenizer = load_tokenizer(planned.folder, trust_remote_code=recipe_.model.trust_remote_code)
+            tokenizer = planned.source.tokenizer() if planned.source.tokenizer else None
+            _kept(planned, tokenizer)  # missing files are told now
             first = _first_token(planned, tokenizer, console)
             tokens = _tokens(planned, tokenizer, first.token)
             ready = ready_for(planned, tokenizer, first.token)
@@ -145,7 +147,7 @@ def _fit(
     with meter.stage("load"):
         console.print(f"opening {planned.model.__class__.__name__}, {len(planned.blocks)} blocks", style="dim")
         dtype = None if recipe_.model.dtype == "auto" else recipe_.model.dtype
-        model = load_resting(planned.folder, dtype=dtype, trust_remote_code=trust)
+        model = load_resting(planned.folder, like=planned.model, dtype=dtype, trust_remote_code=trust)
         check_carried(recipe_, model, planned.blocks, tokens)
     if measured and recipe_.evaluate.dense and process_rank() == 0:
         with meter.stage("evaluate dense"):
@@ -153,8 +155,8 @@ def _fit(
             dense = model
             known = planned.blocks
             if planned.dense != planned.folder:
-                dense = load_resting(planned.dense, dtype=dtype, trust_remote_code=trust)
-                known = plan.blocks_in(planned.dense, trust_remote_code=trust)
+                dense = load_resting(planned.dense, like=planned.model, dtype=dtype, trust_remote_code=trust)
+                known = plan.blocks_in(planned.dense, planned.model, trust_remote_code=trust)
             measure = partial(measure_model, planned, dense, known, tokenizer, settings, ready)
             evaluation["dense"] = measured_once(output / "blocks" / "dense.json", settings, measure)
             del measure, dense, known
@@ -166,7 +168,7 @@ def _fit(
         return 0
     leave_group()
     with meter.stage("save"):
-        shape = result.save(planned, model, tokenizer, outcome, output)
+        shape = result.save(planned, model, _kept(planned, tokenizer), outcome, output)
     found, changed, cuts = result.facts(planned, outcome, shape), result.changed(outcome), outcome.cuts
     known = outcome.blocks
     del model, outcome  # from here on only what is on disk counts
@@ -181,7 +183,7 @@ def _fit(
     if measured:
         with meter.stage("evaluate pruned"):
             console.print("measuring the pruned model, loaded from disk")
-            pruned = load_resting(output / "model", trust_remote_code=trust)
+            pruned = load_resting(output / "model", like=planned.model, trust_remote_code=trust)
             evaluation["pruned"] = measure_model(planned, pruned, known, tokenizer, settings, ready)
     complete = {
         "model": {"name": recipe_.model.path, "class": planned.model.__class__.__name__, "dtype": str(dtype or "auto")},
@@ -247,6 +249,13 @@ def _first_token(planned: Plan, tokenizer: Any, console: Console) -> FirstToken:
         said = "before every window" if found.token is not None else "as published"
         console.print(f"first token: {said}; {found.why}", highlight=False)
     return found
+
+
+def _kept(planned: Plan, reader: Any) -> Any:
+    """What is written beside the weights: what reads for the pruned part; of a tower, for the whole model."""
+    if not tower_name(planned.model):
+        return reader
+    return load_tokenizer(planned.folder, trust_remote_code=planned.recipe.model.trust_remote_code)
 
 
 def _tokens(planned: Plan, tokenizer: Any, first: int | None) -> Tensor:

@@ -17,7 +17,19 @@ from sparsekit.measure import (
     mask_pictures,
     samples,
 )
-from sparsekit.model import Block, adopt, filled, find_blocks, locate, on_device, rests
+from sparsekit.model import (
+    Block,
+    adopt,
+    choose_tower,
+    filled,
+    find_blocks,
+    image_processor,
+    locate,
+    on_device,
+    rests,
+    same_tower,
+    sees_images,
+)
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe
 from sparsekit.run.plan import Plan
@@ -34,7 +46,12 @@ def evaluate_path(model: Named, settings: dict[str, Any], dense: Named | None = 
 
     def opened(named: Named) -> tuple[Any, Any]:
         trust = isinstance(named, dict) and bool(named.get("trust_remote_code"))
-        return load_model(locate(named), trust_remote_code=trust)
+        folder = locate(named)
+        loaded, reader = load_model(folder, trust_remote_code=trust)
+        if settings.get("features") and not sees_images(loaded):
+            choose_tower(loaded, "vision")
+            reader = image_processor(folder)
+        return loaded, reader
 
     with session():
         loaded, tokenizer = opened(model)
@@ -95,4 +112,5 @@ def ready_for(planned: Plan, tokenizer: Any, first: int | None) -> Ready:
 
 def _dense(planned: Plan) -> Any:
     model, _ = load_model(planned.dense, trust_remote_code=planned.recipe.model.trust_remote_code)
+    same_tower(model, planned.model)
     return model.to(planned.device)

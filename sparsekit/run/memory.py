@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsekit.data import Corpus, calibration_tokens, sample
 from sparsekit.measure import FirstToken, beginning, first_token
-from sparsekit.model import as_linears, sees_images
+from sparsekit.model import as_linears, with_tower
 from sparsekit.model.structure import Shape
 from sparsekit.recipe import load_recipe
 from sparsekit.run import result
@@ -75,7 +75,7 @@ def prune(
         dense = copying.deepcopy(model) if copy else None
         model = copying.deepcopy(model) if copy else model
         model.to("cpu").eval()
-        with as_linears(model):
+        with as_linears(model), with_tower(model, recipe.prune):
             source = from_memory(model, tokenizer, (lambda: copying.deepcopy(dense)) if dense is not None else None)
             planned = make_plan(recipe, (_without_weights(model), source))
             if tokens is not None:
@@ -126,7 +126,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
 def _section(calibration: Calibration, model: Any, tokenizer: Any) -> tuple[dict[str, Any], Tensor | Corpus | None]:
     """The section `calibration` of a recipe, and the tokens or the text where they need no source."""
     if isinstance(calibration, Tensor):
-        if calibration.dim() == 4 and sees_images(model):
+        if calibration.dim() == 4:  # whether the model sees images is asked later
             return {"samples": len(calibration)}, calibration
         fits = calibration.dim() == 2 and calibration.shape[1] > 1 and len(calibration)
         if not fits or calibration.is_floating_point():

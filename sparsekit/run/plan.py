@@ -17,12 +17,15 @@ from sparsekit.model import (
     Block,
     Tensors,
     adopt,
+    choose_tower,
+    chosen_tower,
     discover,
     locate,
     opened,
     patches,
     predicts_text,
     read_json,
+    same_tower,
     sees_images,
     skeleton,
     vision_config,
@@ -74,7 +77,7 @@ class Plan:
     @property
     def length(self) -> int:
         """Tokens of a calibration sequence, or patches of an image."""
-        return patches(self.model.config) if self.images else self.recipe.calibration.length
+        return patches(self.config) if self.images else self.recipe.calibration.length
 
     @property
     def predicts(self) -> bool:
@@ -89,7 +92,7 @@ class Plan:
     @property
     def config(self) -> Any:
         """The language model's configuration, or the image encoder's."""
-        whole: Any = self.model.config
+        whole: Any = chosen_tower(self.model).config
         return vision_config(whole) if self.images else whole.get_text_config()
 
     @property
@@ -174,7 +177,9 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
         _account(stored)
         model = stored.model
         model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
-        source = from_folder(folder, dense, trust_remote_code=recipe.model.trust_remote_code)
+        choose_tower(model, recipe.prune)
+        trust = recipe.model.trust_remote_code
+        source = from_folder(folder, dense, images=sees_images(model), trust_remote_code=trust)
     check_reading(recipe, model)
     blocks = found_blocks(recipe, model)
     check_cuts(recipe, model, blocks, _dtype(recipe, model.config))
@@ -189,9 +194,10 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
     return planned
 
 
-def blocks_in(folder: Path, *, trust_remote_code: bool = False) -> list[Block]:
-    """The blocks of the model in a folder, all linears among them; no weight is read."""
+def blocks_in(folder: Path, like: nn.Module, *, trust_remote_code: bool = False) -> list[Block]:
+    """The blocks of the model in a folder, all linears among them, in the tower chosen of `like`; no weight is read."""
     model = skeleton(folder, trust_remote_code=trust_remote_code)
+    same_tower(model, like)
     model.to(torch.bfloat16)
     return discover(model, sample_input(model))
 

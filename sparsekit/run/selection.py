@@ -26,11 +26,13 @@ def found_blocks(recipe: Recipe, model: nn.Module) -> list[Block]:
         _known(blocks, what, names)
     for block in blocks:
         for name in list(block.linears):
-            if why := _left(block, name, recipe.targets, recipe.ignore, keys):
+            if recipe.prune in ("encoder", "decoder") and block.part != (recipe.prune == "decoder"):
+                block.skipped[name] = f"not in the {recipe.prune}"
+            elif why := _left(block, name, recipe.targets, recipe.ignore, keys):
                 block.skipped[name] = why
         block.keep_only(block.linears.keys() - block.skipped.keys())
     if not any(block.linears for block in blocks):
-        raise ValueError("targets, ignore and pattern leave no linear to prune; give others")
+        raise ValueError("prune, targets, ignore and pattern leave no linear to prune; give others")
     return blocks
 
 

@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sparsekit.model import Checkpoint, load, load_tokenizer
+from sparsekit.model import Checkpoint, image_processor, load, load_tokenizer
 from sparsekit.walk import digests
 
 
@@ -28,13 +29,16 @@ class Source:
     dense: Callable[[], nn.Module] | None = None
 
 
-def from_folder(folder: Path, dense: Path, *, trust_remote_code: bool = False) -> Source:
-    """The checkpoint that a run begins with. dense: of the model that was never pruned, which may be the same."""
+def from_folder(folder: Path, dense: Path, *, images: bool = False, trust_remote_code: bool = False) -> Source:
+    """The checkpoint that a run begins with.
 
+    dense: of the model that was never pruned, which may be the same. images: whether what is pruned sees images
+    """
+    text = partial(load_tokenizer, folder, trust_remote_code=trust_remote_code)
     return Source(
         str(folder),
         digest=lambda: Checkpoint(folder).digest(),
-        tokenizer=lambda: load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        tokenizer=partial(image_processor, folder) if images else text,
         dense=lambda: load(dense, trust_remote_code=trust_remote_code)[0],
     )
 

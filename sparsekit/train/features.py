@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsekit.contracts import Context
 from sparsekit.data import calibration_images
-from sparsekit.model import channels_of, features
+from sparsekit.model import channels_of, chosen_tower, features
 from sparsekit.train.rows import Rows
 
 
@@ -24,8 +24,8 @@ def picture_rows(context: Context, settings: Mapping[str, Any], validation: floa
     pixels = context.tokens
     if settings:
         given = {"samples": len(pixels), "seed": context.seed} | dict(settings)
-        config = context.model.config
-        pixels = calibration_images(given, context.tokenizer(), channels_of(config))
+        channels = channels_of(chosen_tower(context.model).config)
+        pixels = calibration_images(given, context.tokenizer(), channels)
     held_out = max(1, round(validation * len(pixels)))
     if len(pixels) <= held_out:
         raise ValueError(f"{len(pixels)} images cannot be learned from with {held_out} held out: give more `samples`")

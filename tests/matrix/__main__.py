@@ -55,6 +55,7 @@ def cell(name: str, source: Path, recipe: str, home: Path) -> dict[str, Any]:
     if name.partition("/")[0] in towers.SEEN:
         path = str(towers.pictures(home / "pictures"))
         settings["calibration"] = {"source": "images", "path": path, "samples": 4}
+        settings |= {"prune": "vision"} if name.startswith("towers/") else {}
     file.write_text(json.dumps(settings))
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -76,7 +77,9 @@ def cell(name: str, source: Path, recipe: str, home: Path) -> dict[str, Any]:
     if status != 0:
         return {"cell": "WRONG", "why": " ".join(said[-2:])[:300]}
     try:
-        return (tower_checked if "/" in name else checked)(source, output / "model", recipe)
+        if "/" in name:
+            return tower_checked(settings.get("prune"), output / "model")
+        return checked(source, output / "model", recipe)
     except Exception as error:
         return {"cell": "WRONG", "why": f"reloaded: {type(error).__name__}: {error}"[:300]}
 
@@ -120,12 +123,13 @@ def checked(source: Path, folder: Path, recipe: str) -> dict[str, Any]:
     return found
 
 
-def tower_checked(source: Path, folder: Path, recipe: str) -> dict[str, Any]:
+def tower_checked(tower: str | None, folder: Path) -> dict[str, Any]:
     """The same of a model that is opened by the class that its config names; nothing is generated."""
-    from sparsekit.model import auto_class, decides, find_blocks, split_experts
+    from sparsekit.model import auto_class, choose_tower, decides, find_blocks, split_experts
 
     model = auto_class(folder).from_pretrained(folder).eval()
     split_experts(model)
+    choose_tower(model, tower)
     zeros = total = 0
     for block in find_blocks(model):
         for name, linear in block.linears.items():

@@ -29,6 +29,7 @@ MORE: tuple[tuple[str, Any], ...] = (
 MROPE = r"(qwen2_vl|qwen2_5_vl|glm4v|glm46v|glm_ocr|paddleocr_vl|qwen2_5_omni)"  # families of such positions
 TASKS = {
     "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "towers": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",  # the same by their vision towers, and CLIP's and SigLIP's
     "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "images": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "segments": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
@@ -37,7 +38,7 @@ TASKS = {
     "two": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 }
-SEEN = ("images", "segments", "masks", "backbones")  # tasks that are given images
+SEEN = ("images", "segments", "masks", "backbones", "towers")  # tasks that are given images
 BARE = {
     "beit": "BeitModel",
     "clip": "CLIPModel",
@@ -69,7 +70,8 @@ def names(task: str) -> list[str]:
     """Model types with a class for this task."""
     from transformers.models.auto import modeling_auto
 
-    return sorted(getattr(modeling_auto, TASKS[task]) if TASKS[task] else BARE)
+    found = getattr(modeling_auto, TASKS[task]) if TASKS[task] else BARE
+    return sorted({*found, "clip", "siglip"} if task == "towers" else found)
 
 
 def sizes(kind: Any) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def save(task: str, name: str, folder: Path) -> type:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
-    found = getattr(modeling_auto, TASKS[task])[name] if TASKS[task] else BARE[name]
+    found = (getattr(modeling_auto, TASKS[task]) if TASKS[task] else BARE).get(name) or BARE[name]
     cls = getattr(transformers, found if isinstance(found, str) else found[0])
     kind = CONFIG_MAPPING[name]
     made = kind(**GIVEN.get(name) or sizes(kind))
