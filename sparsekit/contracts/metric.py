@@ -5,7 +5,7 @@ A metric is a function `(preparation, *, options...) -> measure`, found through 
 before a weight is loaded; what it gives back measures a model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -38,6 +38,7 @@ class Preparation(Protocol):
 
     tokenizer: the model's, or its image processor; config: of transformers
     length, batch, limit: of the recipe's `evaluate`: tokens of a window, sequences at a time, documents (None: all)
+    dense: opens the model that was never pruned, to be called when a model is measured; None: it is nowhere to be had
     """
 
     tokenizer: Any
@@ -45,6 +46,7 @@ class Preparation(Protocol):
     length: int
     batch: int
     limit: int | None
+    dense: Callable[[], Any] | None
 
     def windows(self, source: str | Mapping[str, Any], length: int | None = None, count: int | None = None) -> "Tensor":
         """Test text as token windows (n, length): a source's name, a local file, or {source, its options...}.
@@ -55,10 +57,14 @@ class Preparation(Protocol):
 
 
 class Subject(Protocol):
-    """A model that is measured. model, tokenizer: for metrics that generate; others need log-probabilities alone."""
+    """A model that is measured. model, tokenizer: for metrics that generate; others need log-probabilities alone.
+
+    batch: sequences, or images, at a time
+    """
 
     model: Any
     tokenizer: Any
+    batch: int
 
     def log_probabilities(self, tokens: "Tensor") -> "Iterator[Tensor]":
         """Window by window of (n, length) the log-probability (length - 1,) of each token but the first, float32."""

@@ -20,7 +20,7 @@ from sparsekit.measure.masks import Overlap, makes_masks, mask_set_name
 from sparsekit.measure.metrics import Measures, Preparation, Subject, measured, prepare
 from sparsekit.measure.predictions import Walked, surprises
 from sparsekit.measure.tasks import check_named, check_task, tasks
-from sparsekit.model import filled, sees_images
+from sparsekit.model import filled, predicts_text, sees_images
 
 PERPLEXITY = ("name", "length", "windows")  # keys of a perplexity entry that belong to no source
 
@@ -94,7 +94,7 @@ def evaluate(
     first = None
     if ready is None:
         texts = settings.get("perplexity") or [""]
-        bos = settings.get("bos") or "auto"
+        bos = (settings.get("bos") or "auto") if predicts_text(model) else "published"
         first = first_token(bos, tokenizer, lambda: model, lambda: texts[0] and beginning(texts[0], "test"))
         ready = get_ready(settings, tokenizer, model.config, first.token, dense)
     found = ready.texts
@@ -156,11 +156,11 @@ def get_ready(
     """Read all that `evaluate` needs beside the model. Raises ValueError for what cannot be had or used.
 
     first: the token that stands before every window; None: windows are cut as published
-    dense: opens the dense model, which features are compared with; None where none are asked for
+    dense: opens the dense model, which features and embeddings are compared with; None: it is nowhere to be had
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     common = {key: settings[key] for key in ("length", "batch", "limit") if settings.get(key)}
-    preparation = Preparation(tokenizer, config, **common, first=first)
+    preparation = Preparation(tokenizer, config, **common, first=first, dense=dense)
     texts = perplexity_windows(settings, tokenizer, positions, first)
     measures = prepare(settings.get("metrics") or [], preparation)
     for entry in settings.get("features") or []:

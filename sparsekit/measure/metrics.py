@@ -25,6 +25,7 @@ class Preparation:
     batch: int = 1
     limit: int | None = None
     first: int | None = None
+    dense: Callable[[], Any] | None = None
 
     def windows(self, source: str | Mapping[str, Any], length: int | None = None, count: int | None = None) -> Tensor:
         """Test text as token windows (n, length)."""
@@ -69,12 +70,20 @@ def prepare(entries: Sequence[Any], preparation: Preparation) -> Measures:
 
 
 def prepare_metric(
-    metric: Callable[..., Any], tokenizer: Any, config: Any, *, length: int = 2048, **options: Any
+    metric: Callable[..., Any],
+    tokenizer: Any,
+    config: Any,
+    *,
+    length: int = 2048,
+    dense: Callable[[], Any] | None = None,
+    **options: Any,
 ) -> Callable[["Subject"], dict[str, Figure]]:
     """One metric with its data, outside of a recipe. Raises ValueError for options that cannot be used."""
     for problem in registry.option_problems(metric, options).values():
         raise ValueError(problem)
-    found: Callable[[Subject], dict[str, Figure]] = metric(Preparation(tokenizer, config, length), **options)
+    found: Callable[[Subject], dict[str, Figure]] = metric(
+        Preparation(tokenizer, config, length, dense=dense), **options
+    )
     return found
 
 

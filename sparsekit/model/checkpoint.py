@@ -75,10 +75,13 @@ class Checkpoint:
 
     @property
     def unread(self) -> list[str]:
-        """Files of weights in the folder and below it, by their paths in it, that transformers does not read."""
+        """Files of weights in the folder and below it, by their paths in it, that neither transformers reads nor
+        sentence-transformers behind it."""
         found = (file for file in self.folder.rglob("*") if file.suffix.lower() in WEIGHTS and file.is_file())
-        read = set(self.files)
-        return sorted(str(file.relative_to(self.folder)) for file in found if file not in read)
+        read, behind = set(self.files), {self.folder / name for name in modules_behind(self.folder)}
+        return sorted(
+            str(file.relative_to(self.folder)) for file in found if file not in read and behind.isdisjoint(file.parents)
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
@@ -113,6 +116,17 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 over all weight files: two checkpoints with the same digest hold the same bits."""
         return _digest(self.files)
+
+
+def modules_behind(folder: Path) -> list[str]:
+    """The folders of the modules that sentence-transformers puts behind a model, by its modules.json."""
+    try:
+        told = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        names = [each["path"] for each in told if each["path"]]
+        home = folder.resolve()
+        return [name for name in names if (folder / name).is_dir() and home in (folder / name).resolve().parents]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def read_json(file: Path, absent: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsekit.model import layouts
-from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.checkpoint import Checkpoint, modules_behind
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.expert_forms import as_linears, join_experts, split_experts
 from sparsekit.model.folders import locate
@@ -38,6 +38,9 @@ from sparsekit.system import disk_errors, make_readable, sync
 GENERATION = "generation_config.json"
 # how a model of text and images reads its images: as it was
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
+# of sentence-transformers: the modules behind the model, whose folders it names, and how they are used
+SENTENCES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 def save_model(
@@ -143,12 +146,12 @@ def write_model(
             shutil.copyfile(source / GENERATION, aside / GENERATION)  # even if it is not valid
         elif source is None and (aside / GENERATION).is_file():
             model.generation_config.save_pretrained(aside)
-        for name in PROCESSORS if source is not None else ():
-            if (source / name).is_file() and not (aside / name).exists():  # type: ignore[operator]
-                shutil.copyfile(source / name, aside / name)  # type: ignore[operator]
+        if source is not None:
+            _copy_beside(source, aside)
         more(aside)
-        for file in aside.iterdir():
-            make_readable(file)
+        for file in aside.rglob("*"):
+            if file.is_file():
+                make_readable(file)
             sync(file)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -156,6 +159,18 @@ def write_model(
     finally:
         if written is None:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    """Copy what says how a model reads images, and what sentence-transformers puts behind a model, as they are."""
+    for name in PROCESSORS:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    for name in modules_behind(source):
+        shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+    for name in SENTENCES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:

@@ -80,7 +80,7 @@ def _refuse_whole(recipe: Recipe, model: nn.Module) -> None:
                 f"stage {index + 1}, `{stage.name}`, changes the model's shape, which its config cannot say of {name} "
                 "alone: prune the tower's weights by solvers or `lamp`"
             )
-    for key in ("accuracy", "iou", "metrics"):
+    for key in ("accuracy", "iou"):
         if getattr(recipe.evaluate, key):
             raise ValueError(f"evaluate.{key} is of whole models, and {name} is pruned: measure evaluate.features")
 
