@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from sparsekit.contracts import Context, Decision, scores
 from sparsekit.model import Linear
 from sparsekit.model.structure import Units, choose
+from sparsekit.train import Said, summed, text_loss
 
 Taylor = Literal["param_first", "param_second", "param_mix"]
 Blocks = Annotated[int, Ge(0)]
@@ -126,8 +126,8 @@ def _gradients(
 @torch.enable_grad()
 def _backward(model: Any, tokens: Tensor) -> None:
     """Gradients of the loss of `tokens` (sequences, length), summed over sequences, each the mean over its tokens."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()  # (sequences, length - 1, vocabulary)
-    loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) * len(tokens)
+    loss = summed(Said(model, tokens), lambda logits, places: text_loss(logits, tokens[:, places + 1]))
+    loss = loss / (tokens.shape[1] - 1)
     if not loss.isfinite():
         raise ValueError("the model's loss is NaN or Inf, so it has no gradients; run it in float32 or bfloat16")
     loss.backward()

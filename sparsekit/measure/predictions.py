@@ -1,6 +1,5 @@
 """What a model says of each token of a text: its whole forward pass, or block after block where blocks rest on disk."""
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sparsekit.model import Block, filled, first_inputs, passed_over, put_forward, rests
+from sparsekit.model import Block, body, filled, first_inputs, passed_over, put_forward, rests
 from sparsekit.system import ActivationStore
 
 LOGITS = 2**24  # numbers of a vocabulary's logits that are held at once
@@ -78,8 +77,8 @@ def _of_chunk(model: Any, chunk: Tensor) -> Iterator[Tensor]:
 
 def _logits(model: Any, chunk: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Places (n,) in the text and the logits there (batch, n, vocabulary), piece after piece."""
-    places, base = torch.arange(chunk.shape[1], device=chunk.device), getattr(model, "base_model", model)
-    in_parts = base is not model and "logits_to_keep" in inspect.signature(model.forward).parameters
+    places, base = torch.arange(chunk.shape[1], device=chunk.device), body(model)
+    in_parts = base is not model
     size = max(16, LOGITS // (len(chunk) * model.config.get_text_config().vocab_size)) if in_parts else len(places)
     if size >= len(places):
         yield places, model(input_ids=chunk, use_cache=False).logits

@@ -12,6 +12,7 @@ from .discovery import discover as discover
 from .discovery import find_blocks as find_blocks
 from .discovery import parts_of as parts_of
 from .discovery import run_model as run_model
+from .entering import body as body
 from .entering import first_inputs as first_inputs
 from .entering import passed_over as passed_over
 from .expert_forms import as_linears as as_linears

@@ -1,5 +1,6 @@
 """What enters a model's blocks: in front of the first, and between two of them; and the model without them."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -119,6 +120,14 @@ def passed_over(blocks: list[Block], result: Tensor) -> Iterator[None]:
         for block in blocks:
             stack.callback(put_forward(block.module, stand_in(block)))
         yield
+
+
+def body(model: Any) -> Any:
+    """What gives a language model's head its hidden states; the model itself where its head cannot be run apart."""
+    base = getattr(model, "base_model", model)
+    if base is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return model
+    return getattr(base, "decoder", base)  # OPT passes its base by
 
 
 def _returned(block: Block, hidden: Tensor, others: Mapping[int, Tensor] = MappingProxyType({})) -> Any:

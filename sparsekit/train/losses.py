@@ -1,21 +1,21 @@
 """What recovery minimises: the loss of the text, and of what the dense model says of the same text."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from sparsekit.train.head import Said, summed
 from sparsekit.train.records import IGNORED
-from sparsekit.train.rows import Rows, forward
+from sparsekit.train.rows import Rows
 from sparsekit.train.teacher import Cached, Running, distance, divergence, divergence_of_top
 
 
-def text_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """The summed cross-entropy of the labels that count, in float32, and how many they are.
+def text_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross-entropy of the targets that count, in float32.
 
-    logits: (sequences, length, vocabulary); labels: (sequences, length), each predicted from the tokens before it
+    logits: (sequences, places, vocabulary); targets: (sequences, places), the token that follows each place
     """
-    targets = labels[:, 1:].flatten()
-    total = cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
-    return total, int((targets != IGNORED).sum())
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 class Objective:
@@ -45,25 +45,39 @@ class Objective:
         Returns:
             two sums over the tokens that are predicted, and how many these are
         """
-        out = forward(model, ids, positions, output_hidden_states=self.hidden > 0)
-        text, count = text_loss(out.logits, labels)
-        said = float(text.detach())
-        if self.teacher is None:
-            return text, said, count
-        loss = (1 - self.distill) * text
-        if isinstance(self.teacher, Cached):
-            kl = divergence_of_top(out.logits, *self.teacher.read(rows), labels, self.temperature)
-            return loss + self.distill * kl, said, count
-        dense = self.teacher.look(ids, positions, self.hidden > 0)
-        if self.distill:
-            loss = loss + self.distill * divergence(out.logits, dense.logits, labels, self.temperature)
-        if self.hidden:
-            loss = loss + self.hidden * distance(out.hidden_states[1:], dense.hidden_states[1:], labels)
-        return loss, said, count
+        own = Said(model, ids, positions, hidden=self.hidden > 0)
+        dense = self.teacher.look(ids, positions, self.hidden > 0) if isinstance(self.teacher, Running) else None
+        known = self.teacher.read(rows) if isinstance(self.teacher, Cached) else None
+        seen = ids.new_zeros((), dtype=torch.float32)
+
+        def loss(logits: Tensor, places: Tensor) -> Tensor:
+            targets = labels[:, places + 1]
+            text = text_loss(logits, targets)
+            seen.add_(text.detach())
+            if self.teacher is None:
+                return text
+            text = (1 - self.distill) * text
+            if known is not None:
+                logs, indices = (part[:, places] for part in known)
+                return text + self.distill * divergence_of_top(logits, logs, indices, targets, self.temperature)
+            if dense is not None and self.distill:
+                with torch.no_grad():
+                    other = dense.logits(places)
+                return text + self.distill * divergence(logits, other, targets, self.temperature)
+            return text
+
+        total = summed(own, loss)
+        if self.hidden and dense is not None:
+            total = total + self.hidden * distance(own.hidden_states[1:], dense.hidden_states[1:], labels)
+        return total, float(seen), int((labels[:, 1:] != IGNORED).sum())
 
     def validation(self, model: nn.Module, rows: Rows) -> tuple[Tensor, int]:
         """The cross-entropy of rows, a sum, and how many tokens it is over: what the best state is chosen by."""
-        return text_loss(forward(model, rows.ids, rows.positions).logits, rows.labels)
+        total = summed(
+            Said(model, rows.ids, rows.positions),
+            lambda logits, places: text_loss(logits, rows.labels[:, places + 1]),
+        )
+        return total, int((rows.labels[:, 1:] != IGNORED).sum())
 
     def forget(self) -> None:
         """Give the dense model's memory back."""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from sparsekit.system import commit, committed, write_tensors
+from sparsekit.train.head import Said
 from sparsekit.train.records import IGNORED
-from sparsekit.train.rows import Rows, forward
+from sparsekit.train.rows import Rows
 
 
 class Running:
@@ -24,11 +25,11 @@ class Running:
         self.model: nn.Module | None = None
 
     @torch.no_grad()
-    def look(self, ids: Tensor, positions: Tensor | None = None, hidden: bool = False) -> Any:
-        """Its outputs for tokens and positions (sequences, length), as transformers gives them."""
+    def look(self, ids: Tensor, positions: Tensor | None = None, hidden: bool = False) -> Said:
+        """What it makes of tokens and positions (sequences, length)."""
         if self.model is None:
             self.model = self.load().to(ids.device).eval()
-        return forward(self.model, ids, positions, output_hidden_states=hidden)
+        return Said(self.model, ids, positions, hidden=hidden)
 
     def forget(self) -> None:
         """Give its memory back."""
@@ -70,13 +71,19 @@ class Cached(Callback):
         with trainer.precision_plugin.val_step_context():
             for start in range(0, len(self.rows), self.batch):
                 part = self.rows[start : start + self.batch].to(module.device)
-                logits = self.running.look(part.ids, part.positions).logits.float() / self.temperature
-                best = log_softmax(logits, -1).topk(min(self.top, logits.shape[-1]))
-                logs.append(best.values.to("cpu", torch.float16))
-                indices.append(best.indices.to("cpu", torch.int32))
+                said = self.running.look(part.ids, part.positions)
+                pieces = [self._best(said, places) for places in said.places(last=True)]
+                logs.append(torch.cat([log for log, _ in pieces], 1))
+                indices.append(torch.cat([index for _, index in pieces], 1))
         self.running.forget()
-        said = {"logs": torch.cat(logs), "indices": torch.cat(indices)}
-        commit(self.file, lambda aside: write_tensors(aside, said))
+        tensors = {"logs": torch.cat(logs), "indices": torch.cat(indices)}
+        commit(self.file, lambda aside: write_tensors(aside, tensors))
+
+    @torch.no_grad()
+    def _best(self, said: Said, places: Tensor) -> tuple[Tensor, Tensor]:
+        logits = said.logits(places).float() / self.temperature
+        best = log_softmax(logits, -1).topk(min(self.top, logits.shape[-1]))
+        return best.values.to("cpu", torch.float16), best.indices.to("cpu", torch.int32)
 
     def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities and vocabulary indices of some rows, each (rows, length, top), on their device."""
@@ -86,14 +93,15 @@ class Cached(Callback):
         return logs.to(rows.device).float(), indices.to(rows.device).long()
 
 
-def divergence(logits: Tensor, dense: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def divergence(logits: Tensor, dense: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """temperature^2 KL(dense || model) of the distributions softened by `temperature`, a sum over what is predicted.
 
-    logits, dense: (sequences, length, vocabulary). Hinton, Vinyals & Dean 2015, arXiv:1503.02531. One sequence at a
+    logits, dense: (sequences, places, vocabulary); targets: (sequences, places), of which those that count say which
+    places do. Hinton, Vinyals & Dean 2015, arXiv:1503.02531. One sequence at a
     time, so that only one sequence's dense distributions are held beside the logits.
     """
     total = logits.new_zeros((), dtype=torch.float32)
-    for own, other, said in zip(logits[:, :-1], dense[:, :-1], labels[:, 1:], strict=True):
+    for own, other, said in zip(logits, dense, targets, strict=True):
         keep = said != IGNORED
         log_q = log_softmax(own[keep].float() / temperature, -1)
         log_p = log_softmax(other[keep].float() / temperature, -1)
@@ -101,14 +109,13 @@ def divergence(logits: Tensor, dense: Tensor, labels: Tensor, temperature: float
     return total * temperature**2
 
 
-def divergence_of_top(logits: Tensor, logs: Tensor, indices: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def divergence_of_top(logits: Tensor, logs: Tensor, indices: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """The same from the dense model's largest log-probabilities at that temperature; all others count as one outcome.
 
-    logs, indices: (sequences, length, top). It is at most the whole divergence, by what is lost inside the rest.
+    logs, indices: (sequences, places, top). It is at most the whole divergence, by what is lost inside the rest.
     """
     total = logits.new_zeros((), dtype=torch.float32)
-    parts = (logits[:, :-1], logs[:, :-1], indices[:, :-1], labels[:, 1:])
-    for own, log_p, index, said in zip(*parts, strict=True):
+    for own, log_p, index, said in zip(logits, logs, indices, targets, strict=True):
         keep = said != IGNORED
         log_q = log_softmax(own[keep].float() / temperature, -1).gather(-1, index[keep])
         log_q, log_p = (torch.cat((log, _rest(log)), -1) for log in (log_q, log_p[keep]))
