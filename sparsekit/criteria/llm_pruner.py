@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from sparsekit.contracts import Context, Decision, scores
-from sparsekit.model import Linear
+from sparsekit.model import Linear, features
 from sparsekit.model.structure import Units, choose
 from sparsekit.train import Said, summed, text_loss
 
@@ -18,7 +19,16 @@ Taylor = Literal["param_first", "param_second", "param_mix"]
 Blocks = Annotated[int, Ge(0)]
 
 
-@scores("heads", "channels", "attention", "mlp", removes=("heads", "channels"), shape="uniform", gradients=True)
+@scores(
+    "heads",
+    "channels",
+    "attention",
+    "mlp",
+    removes=("heads", "channels"),
+    shape="uniform",
+    gradients=True,
+    reads=("text", "images"),
+)
 def llm_pruner(
     context: Context,
     units: Units,
@@ -34,6 +44,8 @@ def llm_pruner(
     With g the gradient of the mean loss and a the mean over sequences of the squared gradient of each, a weight scores
     |w g| (param_first), w^2 a (param_second) or |w g - w^2 a / 2| (param_mix). A unit has the sum over all that goes
     with it: the rows of q, k, v and the columns of o of a KV group, the rows of gate and up and the column of down.
+    Of vision models the loss is that of the class which the model itself finds likeliest, or, where it names none, the
+    energy of its features.
 
     shape: uniform, as published, ranks the units of a block against one another; free those of all blocks
     skip_first, skip_last: blocks that stay whole, so that the others give up more; 4 and 2 of 32 as published, but then
@@ -125,12 +137,27 @@ def _gradients(
 
 @torch.enable_grad()
 def _backward(model: Any, tokens: Tensor) -> None:
-    """Gradients of the loss of `tokens` (sequences, length), summed over sequences, each the mean over its tokens."""
+    """Gradients of the loss of `tokens` (sequences, length), summed over sequences, each the mean over its tokens.
+
+    Of images (images, channels, height, width): see `_loss_of_images`.
+    """
+    if tokens.is_floating_point():
+        _loss_of_images(model, tokens.to(next(model.parameters()).dtype)).backward()
+        return
     loss = summed(Said(model, tokens), lambda logits, places: text_loss(logits, tokens[:, places + 1]))
     loss = loss / (tokens.shape[1] - 1)
     if not loss.isfinite():
         raise ValueError("the model's loss is NaN or Inf, so it has no gradients; run it in float32 or bfloat16")
     loss.backward()
+
+
+def _loss_of_images(model: Any, pixels: Tensor) -> Tensor:
+    """The cross-entropy of the class that the model itself finds likeliest, summed over images; of a model that names
+    no classes half the energy of its features, the mean over places."""
+    logits = getattr(model(pixel_values=pixels), "logits", None) if hasattr(model, "num_labels") else None
+    if logits is not None and logits.dim() == 2:
+        return cross_entropy(logits.float(), logits.argmax(1), reduction="sum")
+    return features(model, pixels)[1].float().square().sum(-1).flatten(1).mean(1).sum() / 2
 
 
 def _kept(

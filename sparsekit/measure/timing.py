@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.measure import evaluation as evaluate
-from sparsekit.model import Checkpoint
+from sparsekit.model import Checkpoint, channels_of, image_size, run_model, sees_images
 from sparsekit.model import load as load_model
 from sparsekit.system import Meter
 
@@ -82,7 +82,9 @@ def facts_of(spec: Mapping[str, Any], place: Path) -> dict[str, Any]:
 
 
 def _memory(model: Any, tokenizer: Any, place: Path, **sizes: int) -> dict[str, int]:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = None
+    if not sees_images(model):
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < sizes["prompt"] + sizes["new"]:
         raise ValueError(
             f"{place} has {positions} positions, and {sizes['prompt']} tokens of prompt and {sizes['new']} new ones "
@@ -99,9 +101,15 @@ def _memory(model: Any, tokenizer: Any, place: Path, **sizes: int) -> dict[str, 
 def latency(model: Any, batch: int, prompt: int, new: int) -> dict[str, float]:
     """{"prefill": seconds of a forward pass over the prompt, "decode": seconds a token of `new` greedy ones after it}.
 
-    Both as `generate` makes them: with a KV cache, and logits of the last token alone where the model can do so.
+    Both as `generate` makes them: with a KV cache, and logits of the last token alone where the model can do so. Of a
+    vision model {"images": seconds an image of a forward pass of so many}; of SAM its image encoder's.
     """
     device = next(model.parameters()).device
+    if sees_images(model):
+        pixels = torch.zeros(batch, channels_of(model.config), *image_size(model.config))
+        start = _now(device)
+        run_model(model, pixels.to(device))
+        return {"images": (_now(device) - start) / batch}
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randint(vocabulary, (batch, prompt), generator=generator).to(device)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sparsekit.measure import check_evaluation
-from sparsekit.model import auto_class, locate
+from sparsekit.model import auto_class, locate, sees_images, skeleton
 from sparsekit.results.backends import check_backend, server
 from sparsekit.results.exporters.llamacpp import PACKAGE
 from sparsekit.results.figures import figures_of, label, shown
@@ -53,9 +53,10 @@ def bench(
             in memory; memory_bytes, the peak of the process while it generates at the largest batch, and on
             accelerators that count it device_bytes, the peak there; by batch size, as text, the medians of
             prefill_seconds (one forward pass over the prompt as generation makes it, logits of the last token alone)
-            and decode_seconds (one token with the KV cache); and what `evaluation` gives
-        faster: {"prefill", "decode"} by batch size: how many times the first is as fast as the second, the median over
-            the turns of the quotient within a turn
+            and decode_seconds (one token with the KV cache), of a vision model images_seconds (a forward pass of the
+            batch, over its size); and what `evaluation` gives
+        faster: {"prefill", "decode"}, or {"images"}, by batch size: how many times the first is as fast as the second,
+            the median over the turns of the quotient within a turn
         spread: the quartiles beside that median
 
     Raises:
@@ -67,9 +68,19 @@ def bench(
     specs = [{"path": model} if isinstance(model, str) else dict(model) for model in models]
     names = [str(spec["path"]) for spec in specs]
     folders = [locate(spec) for spec in specs]
-    for place in folders:
-        if auto_class(place).__name__ != "AutoModelForCausalLM":
-            raise ValueError(f"{place} sees images; bench measures how language models read and write text")
+    seen = {place: _sees(place) for place in folders}
+    for place, images in seen.items():
+        if images is None:
+            raise ValueError(
+                f"{place} neither writes text nor sees images alone; bench measures models that do one of the two"
+            )
+        if images and backend != "transformers":
+            raise ValueError(f"{place} sees images, and {backend} is for language models here: leave the backend out")
+    if len(set(seen.values())) > 1:
+        raise ValueError(
+            f"{folders[0]} and {folders[1]} are not given the same, one sees images: compare like with like"
+        )
+    keys = ("images",) if seen[folders[0]] else ("prefill", "decode")
     device = device or str((backend == "transformers" and torch.accelerator.current_accelerator()) or "cpu")
     check_backend(backend, folders, list(batches), device, precision)
     if evaluation and backend != "transformers":
@@ -96,7 +107,7 @@ def bench(
                 found[index] |= ask(index, {"op": "evaluate", "settings": wanted})
                 wanted |= {"bos": bos["used"]} if (bos := found[index].get("bos")) else {}
     for index, values in enumerate(found):
-        for key in ("prefill", "decode"):
+        for key in keys:
             values[f"{key}_seconds"] = {
                 batch: median(turn[index][key] for turn in turns) for batch, turns in times.items()
             }
@@ -111,11 +122,18 @@ def bench(
     if len(models) == 2:
         ratios = {
             key: {batch: [dense[key] / own[key] for own, dense in turns] for batch, turns in times.items()}
-            for key in ("prefill", "decode")
+            for key in keys
         }
         for name, summary in (("faster", median), ("spread", _middle)):
             result[name] = {key: {batch: summary(each) for batch, each in ratios[key].items()} for key in ratios}
     return result
+
+
+def _sees(folder: Path) -> bool | None:
+    """Whether a model is given images; None: it is given something that bench has none of."""
+    if auto_class(folder).__name__ == "AutoModelForCausalLM":
+        return False
+    return True if sees_images(skeleton(folder)) else None
 
 
 def _middle(values: Sequence[float]) -> list[float]:
@@ -189,12 +207,18 @@ def bench_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
         line("of them not zero", "nonzero", "{:,}".format, "{:.3f}"),
         line("weights on disk", "file_bytes", human_size, "{:.3f}"),
         *([line("weights in memory", "weights_bytes", human_size, "{:.3f}")] if "weights_bytes" in there else []),
-        line("peak memory of the process, generating", "memory_bytes", human_size, "{:.3f}"),
+        line(
+            "peak memory of the process, " + ("seeing" if "images_seconds" in models[0] else "generating"),
+            "memory_bytes",
+            human_size,
+            "{:.3f}",
+        ),
         *([line("peak memory on the device", "device_bytes", human_size, "{:.3f}")] if "device_bytes" in there else []),
         ("dtype", *(model["dtype"] for model in models), *([""] if two else [])),
     ]
-    for key, what in (("prefill", "prefill of {prompt} tokens"), ("decode", "decode, a token")):
-        for batch in map(str, result["settings"]["batches"]):
+    kinds = (("prefill", "prefill of {prompt} tokens"), ("decode", "decode, a token"), ("images", "an image"))
+    for key, what in kinds:
+        for batch in map(str, result["settings"]["batches"]) if f"{key}_seconds" in models[0] else ():
             times = [f"{model[f'{key}_seconds'][batch] * 1000:.1f} ms" for model in models]
             relation = [_ratio(result["faster"][key][batch], *result["spread"][key][batch])] if two else []
             lines.append((f"{what.format(**result['settings'])}, batch {batch}", *times, *relation))

@@ -17,7 +17,8 @@ from sparsekit.system import human_size
 LOWER = ("size", "packed", "seconds", "memory")  # of the columns that are no quality, these are better when low
 AROUND = ("prepare", "load", "save", "verify")  # stages that are no part of what pruning costs
 TEXTS = ("run", "model", "result", "stages", "masks of")  # columns that are no figures
-KIND = {"sparsity": "share", "removed": "share", "prefill": "times", "decode": "times"}
+TIMED = ("prefill", "decode", "images")  # what bench measures
+KIND = {"sparsity": "share", "removed": "share", **dict.fromkeys(TIMED, "times")}
 KIND |= {"size": "bytes", "packed": "bytes", "seconds": "seconds", "memory": "bytes"}
 
 
@@ -30,8 +31,8 @@ def leaderboard(paths: Sequence[str], *, by: str | None = None) -> dict[str, Any
     Returns {"by", "columns", "context": {text: {length, windows}}, "dense": [row], "runs": [row], "notes": [sentence],
     "distances": what `distance.distances` gives};
     a row is {"run", "model", "asked", "stages", "verified", "values": {column: number}, "stderr": {column: number}}.
-    Sizes are bytes of model/ and model-packed/; prefill and decode how many times faster than dense, at the smallest
-    batch of `sparsekit bench`; seconds and memory (bytes) what the stages of pruning and recovery took.
+    Sizes are bytes of model/ and model-packed/; prefill, decode and images how many times faster than dense, at the
+    smallest batch of `sparsekit bench`; seconds and memory (bytes) what the stages of pruning and recovery took.
 
     Raises:
         ValueError: a run is not finished, was not measured, or not like the others; or no column is called `by`.
@@ -64,8 +65,8 @@ def _row(run: Run) -> dict[str, Any]:
         values["removed"] = removed_share(found["structure"])
     for column, inside in (("size", "model"), ("packed", "model-packed")):
         if (Path(run.path) / inside).is_dir():
-            values[column] = sum(file.stat().st_size for file in (Path(run.path) / inside).iterdir())
-    for column in ("prefill", "decode"):
+            values[column] = sum(file.stat().st_size for file in (Path(run.path) / inside).rglob("*"))
+    for column in TIMED:
         if ratios := found.get("speed", {}).get("faster", {}).get(column):
             values[column] = ratios[min(ratios, key=int)]
     cost = [stage for stage in found["stages"] if not around(stage["name"])]

@@ -46,7 +46,8 @@ def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
     """Raise ValueError for what a recipe asks of a model that predicts no text, and only models have that do."""
     name = type(model).__name__
     what = "sees images" if sees_images(model) else "predicts no next token"
-    structures = ", its structures by wanda-sp, flap and block-influence" if sees_images(model) else ""
+    able = [each for each in registry.names("criteria") if "images" in effect_of(Stage(each)).reads]
+    structures = f", its structures by {', '.join([*able, 'policy_gradient'])}" if sees_images(model) else ""
     for index, stage in enumerate(recipe.stages):
         effect = effect_of(stage)
         # what goes through one block after another needs no loss of a text, whatever the model predicts

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from sparsekit import registry
 from sparsekit.contracts import Amount, Context, Count, Effect, Fit, Fraction, Kinds, Positive, declares, share
+from sparsekit.model import chosen_tower, patches, sees_images
 from sparsekit.model.structure import Units, check_shape, choose, kinds_of, masking
 from sparsekit.train import Checkpoints, PolicyGradient
 from sparsekit.walk import Remove
@@ -20,7 +21,7 @@ RANDOM = ("random", "random-progressive")
 EXPERTS = ("reap", "expert-frequency", "expert-activation")
 
 
-@declares(Effect(cuts=True, moves=True, start="dense", processes="many"))
+@declares(Effect(cuts=True, moves=True, start="dense", processes="many", reads=("text", "images")))
 def policy_gradient(
     context: Context,
     *,
@@ -54,7 +55,8 @@ def policy_gradient(
 
     Every unit is kept with a probability s of its own. In a step some masks are drawn, the model's loss under each is
     measured on the same text, and s moves along the score-function estimate of the expected loss's gradient, then back
-    into the budget. At the end the units with the highest s stay. The defaults are for small budgets, some thousand
+    into the budget. At the end the units with the highest s stay. Of vision models the loss is how far the features of
+    all places are from the whole model's, so no labels are needed. The defaults are for small budgets, some thousand
     forward passes; the paper's are in recipes/papers/policy_gradient_llama2.yaml.
 
     remove: share of the blocks' parameters, such as "30%"
@@ -64,8 +66,8 @@ def policy_gradient(
     budgets: separate for heads and channels, as in the paper, or joint, weighed by parameters
     initial: the scores that s starts from, of any installed criterion that scores these units; null: wanda-sp for heads
         and channels; for experts the one of reap, expert-frequency and expert-activation whose choice has the least
-        loss on held-out text; else layer-perplexity. random, or random-progressive, which begins by removing 5 % and
-        goes on
+        loss on held-out text; else layer-perplexity, or of vision models block-influence. random, or
+        random-progressive, which begins by removing 5 % and goes on
     tokens: of calibration text for these scores and for least squares, at most
     projection: of scores to probabilities: sigmoid-norm (Eq. A10), sigmoid-rank, the same from ranks, for scores with
         outliers, or score-const (A11); null: sigmoid-norm for heads and channels, else sigmoid-rank
@@ -94,9 +96,11 @@ def policy_gradient(
     Source: Bypass Back-propagation: Optimization-based Structural Pruning for LLMs via Policy Gradient, Algorithm 1.
     """
     kinds = kinds_of(units)
-    start, form = initial or _initial(kinds), _shape(shape, kinds)
-    text, testing = _texts(context.tokens, length, held_out)
-    few = context.with_tokens(text[: max(1, tokens // text.shape[1])])
+    images = sees_images(context.model)
+    start, form = initial or _initial(kinds, images), _shape(shape, kinds)
+    text, testing = _texts(context.tokens, None if images else length, held_out)
+    each = patches(chosen_tower(context.model).config) if images else text.shape[1]
+    few = context.with_tokens(text[: max(1, tokens // each)])
     cutting = few.cutting(
         remove,
         kinds,
@@ -115,8 +119,8 @@ def policy_gradient(
         context.model,
         context.blocks,
         cutting.units,
-        _cut(text, length),
-        _cut(testing, length),
+        text if images else _cut(text, length),
+        testing if images else _cut(testing, length),
         score=score,
         remove=share(remove),
         steps=steps,
@@ -172,9 +176,11 @@ def _fine(kinds: list[str]) -> bool:
     return set(kinds) <= {"heads", "channels"}
 
 
-def _initial(kinds: list[str]) -> str:
+def _initial(kinds: list[str], images: bool = False) -> str:
     if kinds == ["experts"]:
         return "reap"
+    if images and not _fine(kinds):
+        return "block-influence" if kinds == ["layers"] else "random"
     return "wanda-sp" if _fine(kinds) else "layer-perplexity"
 
 
@@ -194,9 +200,12 @@ def _shape(asked: str | None, kinds: list[str]) -> str:
     return asked or ("uniform" if kinds == ["experts"] else "free")
 
 
-def _texts(tokens: Tensor, length: int, held_out: float) -> tuple[Tensor, Tensor]:
-    """The sequences of the calibration text that are learned from, by start and end too, and those held out of all."""
-    if tokens.shape[1] < length:
+def _texts(tokens: Tensor, length: int | None, held_out: float) -> tuple[Tensor, Tensor]:
+    """The sequences of the calibration text that are learned from, by start and end too, and those held out of all.
+
+    length: of the pieces that they are cut into; None: they are images
+    """
+    if length is not None and tokens.shape[1] < length:
         raise ValueError(
             f"length is {length}, but the calibration has sequences of {tokens.shape[1]} tokens; give at most that"
         )

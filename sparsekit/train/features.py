@@ -35,6 +35,12 @@ def picture_rows(context: Context, settings: Mapping[str, Any], validation: floa
     return training, chosen
 
 
+def feature_distance(own: Tensor, dense: Tensor) -> Tensor:
+    """Squared differences of features (..., width) over the dense ones' energy, float32: one number a place."""
+    own, dense = own.float(), dense.float()
+    return (own - dense).square().sum(-1) / dense.square().sum(-1).clamp_min(1e-12)
+
+
 class FeatureObjective:
     """How far the features of all places are from the dense model's: squared differences over the dense energy.
 
@@ -50,10 +56,10 @@ class FeatureObjective:
         """The loss of a batch of images, a sum over their places; the same as a number; how many places there are."""
         if self.dense is None:
             self.dense = self.load().to(pixels.device).eval()
-        own = features(model, pixels)[1].float()
+        own = features(model, pixels)[1]
         with torch.no_grad():
-            other = features(self.dense, pixels)[1].float()
-        apart = (own - other).square().sum(-1) / other.square().sum(-1).clamp_min(1e-12)
+            other = features(self.dense, pixels)[1]
+        apart = feature_distance(own, other)
         return apart.sum(), float(apart.detach().sum()), apart.numel()
 
     def validation(self, model: nn.Module, rows: Rows) -> tuple[Tensor, int]:

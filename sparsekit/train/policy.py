@@ -10,11 +10,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from sparsekit.measure import losses
-from sparsekit.model import Block
+from sparsekit.model import Block, features
 from sparsekit.model.structure import Units, choose, masking
 from sparsekit.system import Team
 from sparsekit.train import bernoulli
 from sparsekit.train.bernoulli import Budget, Groups
+from sparsekit.train.features import feature_distance
 from sparsekit.train.schedule import cosine
 
 SCALINGS = {"natural": 1.0, "sqrt": 0.5, "none": 0.0}  # power of s (1 - s) that multiplies the gradient
@@ -29,8 +30,8 @@ class PolicyGradient(LightningModule):
     """Learns which units to keep. `scores` (units,) are there once the last step is done.
 
     model, blocks, units: what is pruned; the model's weights are not touched and not part of the checkpoint
-    text, testing: token sequences (sequences, length) to learn from, and to choose between start, way and end (may be
-        empty: the end is taken)
+    text, testing: token sequences (sequences, length), or images (images, channels, height, width), to learn from, and
+        to choose between start, way and end (may be empty: the end is taken)
     score: gives the scores (units,) that the probabilities start from; None: at random
     options: as in the stage `policy_gradient`
     """
@@ -122,8 +123,9 @@ class PolicyGradient(LightningModule):
         ahead = self.steps - self.global_step
         left = ahead * passes * self.forward_seconds
         self.say(
-            f"policy gradient: {ahead} steps of {passes} forward passes over {self.batch} x "
-            f"{self.text.shape[1]} tokens for {len(self.probabilities):,} probabilities, about {left / 60:.0f} min"
+            f"policy gradient: {ahead} steps of {passes} forward passes over {self.batch} "
+            f"{'images' if self.text.dim() == 4 else f'x {self.text.shape[1]} tokens'} for "
+            f"{len(self.probabilities):,} probabilities, about {left / 60:.0f} min"
         )
         self.began, self.first = time.perf_counter(), self.global_step
 
@@ -190,21 +192,33 @@ class PolicyGradient(LightningModule):
 
     @torch.no_grad()
     def _losses(self, tokens: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """Mean cross-entropy (nats) of the next token under each of some masks (units,), float64.
+        """The mean loss under each of some masks (units,), float64.
+
+        That is the cross-entropy (nats) of the next token, of images the distance of features to the whole model's.
 
         Pairs of a mask and a sequence are dealt out to the processes in turn, so that each has equally many.
         """
-        model, blocks = self.outside
+        _, blocks = self.outside
         sums = torch.zeros(len(masks), dtype=torch.float64)
         for number, kept in enumerate(masks):
             first = (self.team.rank - number * len(tokens)) % self.team.size
             mine = tokens[first :: self.team.size]
             if len(mine):
+                measure = self._measure(mine)  # of images, by what the whole model makes of them
                 with masking(blocks, self.units) as mask:
                     mask(kept)
-                    sums[number] = float(losses(model, mine, batch=len(mine)).sum())
+                    sums[number] = measure()
         self.team.sum([sums])
         return sums / len(tokens)
+
+    def _measure(self, mine: Tensor) -> Callable[[], float]:
+        """A function that gives the summed loss of the model, as it runs when it is called."""
+        model, _ = self.outside
+        if not mine.is_floating_point():
+            return lambda: float(losses(model, mine, batch=len(mine)).sum())
+        pixels = mine.to(self.device, next(model.parameters()).dtype)
+        whole = features(model, pixels)[1]
+        return lambda: float(feature_distance(features(model, pixels)[1], whole).flatten(1).mean(1).sum())
 
     def _loss(self, tokens: Tensor, kept: Tensor) -> float:
         return float(self._losses(tokens, [kept]))

@@ -54,9 +54,11 @@ def headline(report: Report) -> str:
     if parameters := report.get("structure", {}).get("parameters"):
         less = 1 - parameters["pruned"] / parameters["dense"]
         cards.append(("parameters removed", f"{less:.1%}", f"{parameters['pruned']:,} of {parameters['dense']:,} left"))
-    if decode := report.get("speed", {}).get("faster", {}).get("decode"):
-        batch = min(decode, key=int)
-        cards.append(("decoding", f"{decode[batch]:.2f} x", f"the dense model's speed, batch {batch}"))
+    faster = report.get("speed", {}).get("faster", {})
+    for key, title in (("decode", "decoding"), ("images", "seeing images")):
+        if times := faster.get(key):
+            batch = min(times, key=int)
+            cards.append((title, f"{times[batch]:.2f} x", f"the dense model's speed, batch {batch}"))
     if stages := report.get("stages"):
         seconds = sum(stage["seconds"] for stage in stages)
         peak = human_size(max(stage["peak_memory_bytes"] for stage in stages))
