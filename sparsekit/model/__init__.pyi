@@ -63,6 +63,7 @@ from .towers import same_tower as same_tower
 from .towers import tower_name as tower_name
 from .towers import with_tower as with_tower
 from .vision import channels_of as channels_of
+from .vision import described as described
 from .vision import features as features
 from .vision import image_size as image_size
 from .vision import in_two_parts as in_two_parts

@@ -14,9 +14,9 @@ from sparsekit.model import modeling, rebuild
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.structure.experts import count_experts
 from sparsekit.model.structure.shape import Layer, Shape
-from sparsekit.model.vision import sees_images
+from sparsekit.model.vision import described, sees_images
 
-MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # what configs call it
+MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "mlp_dim")  # what configs call it
 BIASES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}  # fields of configs that give linears biases
 
 
@@ -64,7 +64,7 @@ def widths(model: Any, layer: Layer, queries: bool = False) -> dict[str, int]:
 
     queries: whether heads are query heads that all share one key
     """
-    config = model.config.get_text_config()
+    config = described(model)
     found: dict[str, int] = {}
     if layer.heads is not None:
         name = config.attribute_map.get("num_attention_heads", "num_attention_heads")
@@ -103,10 +103,11 @@ def _plain(model: Any, shape: Shape) -> Iterator[dict[str, Any]]:
         first[count_experts(model, find_blocks(model)).field] = next(iter(experts))
     if any("heads" in name for name in first) or "n_head" in first:
         first |= head_dim(model)
-    text = shape.config.get("text_config", shape.config)
-    flags = {flag: True for flag, part in BIASES.items() if flag in text and any(part in n for n in shape.biases)}
-    changed = text | first | flags
-    yield shape.config | {"text_config": changed} if "text_config" in shape.config else changed
+    inner = "vision_config" if sees_images(model) else "text_config"
+    own = shape.config.get(inner, shape.config)
+    flags = {flag: True for flag, part in BIASES.items() if flag in own and any(part in n for n in shape.biases)}
+    changed = own | first | flags
+    yield shape.config | {inner: changed} if inner in shape.config else changed
     if shape.config["model_type"] == "llama":
         rest = {key: value for key, value in changed.items() if key not in (*BIASES, "pretraining_tp")}
         yield rest | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}

@@ -42,6 +42,12 @@ def vision_config(config: Any) -> Any:
     return getattr(config, "vision_config", config)
 
 
+def described(model: Any) -> Any:
+    """The part of a model's configuration that describes its blocks: the language model's, or the image encoder's."""
+    whole = chosen_tower(model).config
+    return vision_config(whole) if sees_images(model) else whole.get_text_config()
+
+
 def height_and_width(size: Any) -> tuple[int, int]:
     """Height and width, of a number or a pair in a configuration."""
     height, width = size if isinstance(size, list | tuple) else (size, size)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.model import GENERATION, LAYERS, Checkpoint, decoded, load_tokenizer, read_json
-from sparsekit.model.structure import Shape
+from sparsekit.model.structure import NUMBERED, Shape
 
 UNSAID = {"transformers_version", "_name_or_path", "torch_dtype", "_attn_implementation", "_commit_hash"}
+PARTS = ("text_config", "vision_config")  # of a config, that may describe the layers
 TOKENIZER = (  # attributes of a tokenizer that decide what a model reads
     *("chat_template", "special_tokens_map", "model_max_length", "padding_side", "truncation_side"),
     *("add_bos_token", "add_eos_token", "clean_up_tokenization_spaces", "added_tokens_decoder"),
@@ -44,22 +45,33 @@ def _config(folder: Path, source: Path, cast: bool, cut: bool, trust: bool) -> I
         free |= {"architectures", *LAYERS}
         kept = [layer.index for layer in made.layers]
         before = [layer.index for layer in begun.layers] if begun is not None else None
-        told = next((other[key] for key in LAYERS if isinstance(other.get(key), int)), 0)
-        told = told or len(other.get("layers_block_type") or ())
-        count = len(before) if before is not None else told
-        known = set(before) if before is not None else set(range(count)) if count else set(kept)
-        if unknown := set(kept) - known:
-            yield f"structure.json keeps layer {min(unknown)}, which {source} has not"
-            return
-        where = [before.index(index) for index in kept] if before is not None else kept
-        for key, value in other.items():
-            if isinstance(value, list) and len(value) == count and len(one.get(key) or []) == len(kept):
-                other[key] = [value[index] for index in where]
+        both = [part for part in PARTS if isinstance(one.get(part), dict) and isinstance(other.get(part), dict)]
+        described = [part for part in both if one[part] != other[part]]  # that of the layers that were cut
+        for mine, theirs in [(one, other), *((one[part], other[part]) for part in described)]:
+            told = next((theirs[key] for key in LAYERS if isinstance(theirs.get(key), int)), 0)
+            told = told or len(theirs.get("layers_block_type") or ())
+            count = len(before) if before is not None else told
+            known = set(before) if before is not None else set(range(count)) if count else set(kept)
+            if unknown := set(kept) - known:
+                yield f"structure.json keeps layer {min(unknown)}, which {source} has not"
+                return
+            _leave(mine, theirs, [before.index(index) for index in kept] if before is not None else kept, count)
+        for part in described:
+            one[part], other[part] = ({k: v for k, v in each[part].items() if k not in LAYERS} for each in (one, other))
     if other.get("architectures") in (None, []):
         free |= {"architectures"}
     if other.get("dtype") is None and one.get("dtype") is not None:
         other["dtype"] = _stored_dtype(source)
     yield from _different("config.json", one, other, free, source)
+
+
+def _leave(one: dict[str, Any], other: dict[str, Any], left: list[int], count: int) -> None:
+    """Make a config's entries for each of `count` layers, in `other`, those of the layers that are left."""
+    for key, value in other.items():
+        if isinstance(value, list) and len(value) == count and len(one.get(key) or []) == len(left):
+            other[key] = [value[index] for index in left]
+        elif key in NUMBERED and isinstance(value, list):
+            other[key] = [left.index(index) for index in value if index in left]
 
 
 def _read(folder: Path, trust: bool) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _fix_layers(model: nn.Module, blocks: list[Block]) -> None:
     """
     kinds: dict[Any, list[Block]] = {}
     for block in blocks:
-        shapes = tuple((name.removeprefix(block.name), linear.shape) for name, linear in block.linears.items())
+        shapes = tuple((name, parameter.shape) for name, parameter in block.module.named_parameters())
         kinds.setdefault(shapes, []).append(block)
     if len(kinds) == 1:
         return

@@ -18,7 +18,7 @@ from sparsekit.model import (
     Tensors,
     adopt,
     choose_tower,
-    chosen_tower,
+    described,
     discover,
     locate,
     opened,
@@ -28,7 +28,6 @@ from sparsekit.model import (
     same_tower,
     sees_images,
     skeleton,
-    vision_config,
 )
 from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
 from sparsekit.run.ahead import check_cuts, check_reading
@@ -92,8 +91,7 @@ class Plan:
     @property
     def config(self) -> Any:
         """The language model's configuration, or the image encoder's."""
-        whole: Any = chosen_tower(self.model).config
-        return vision_config(whole) if self.images else whole.get_text_config()
+        return described(self.model)
 
     @property
     def positions(self) -> int | None:

@@ -1,5 +1,6 @@
 from .choice import check_shape as check_shape
 from .choice import choose as choose
+from .cutting import NUMBERED as NUMBERED
 from .masks import masking as masking
 from .origins import Cuts as Cuts
 from .origins import Origin as Origin

@@ -10,7 +10,8 @@ from sparsekit.model.blocks import Block, Linear
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.structure.experts import remove_experts
 from sparsekit.model.structure.nothing import Nothing
-from sparsekit.model.structure.units import BY_QUERY, Part, Units, by_query
+from sparsekit.model.structure.units import BY_QUERY, COUNTS, Part, Units, by_query, head_size
+from sparsekit.model.vision import described
 
 PER_LAYER = {  # fields of configs with an entry for each layer
     "layer_types",
@@ -24,7 +25,8 @@ PER_LAYER = {  # fields of configs with an entry for each layer
     "indexer_types",
     "attention_layers",
 }
-COUNTS = ("num_heads", "num_attention_heads")  # what attention modules call the number of their query heads
+
+NUMBERED = {"global_attn_indexes"}  # fields with the numbers of some layers: those of SAM that see the whole image
 
 
 @torch.no_grad()
@@ -61,12 +63,13 @@ def _narrow(block: Block, part: Part, kept: Tensor) -> None:
         _remove(block, part, home, attention)
         return
     columns = part.columns[kept].flatten()
+    size = head_size(block.module.get_submodule(home), output.shape[1]) if attention else None
     for name, rows in part.inputs.items():
         # in ascending order, so that q, k and v of a fused linear stay one after another
         _keep(block.linears[name], rows=rows[kept].flatten().sort().values)
     _keep(output, columns=columns)
-    if attention:
-        _count_heads(block.module.get_submodule(home), len(columns), one_key=by_query(part))
+    if size is not None:
+        _count_heads(block.module.get_submodule(home), len(columns) // size, one_key=by_query(part))
 
 
 def _remove(block: Block, part: Part, home: str, attention: bool) -> None:
@@ -104,10 +107,8 @@ def _keep(linear: Linear, rows: Tensor | None = None, columns: Tensor | None = N
         module.out_features, module.in_features = out, width
 
 
-def _count_heads(attention: Any, width: int, one_key: bool) -> None:
+def _count_heads(attention: Any, heads: int, one_key: bool) -> None:
     """Tell an attention how many heads it has now. How many queries share a key changes only where all share one."""
-    size = getattr(attention, "head_dim", None) or attention.head_size
-    heads = width // int(size)
     for name in COUNTS:
         if hasattr(attention, name):
             setattr(attention, name, heads)
@@ -116,7 +117,7 @@ def _count_heads(attention: Any, width: int, one_key: bool) -> None:
     if hasattr(attention, "num_key_value_heads"):
         attention.num_key_value_heads = heads // getattr(attention, "num_key_value_groups", 1)
     if hasattr(attention, "split_size"):  # GPT-2
-        attention.split_size = width
+        attention.split_size = heads * attention.head_dim
 
 
 def _drop_layers(model: nn.Module, blocks: Sequence[Block], gone: set[int]) -> None:
@@ -126,12 +127,14 @@ def _drop_layers(model: nn.Module, blocks: Sequence[Block], gone: set[int]) -> N
     layers = getattr(home, name)
     left = [index for index in range(len(layers)) if index not in gone]
     setattr(home, name, nn.ModuleList(layers[index] for index in left))
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config = described(model)
     config.num_hidden_layers = len(left)
     for key, value in vars(config).items():
         listed = key in PER_LAYER or key.endswith("_per_layer")  # others, such as several ends of text, may be as long
         if listed and isinstance(value, list) and len(value) == len(layers):
             setattr(config, key, [value[index] for index in left])
+        elif key in NUMBERED and isinstance(value, list):
+            setattr(config, key, [left.index(index) for index in value if index in left])
 
 
 def _renumber(model: nn.Module) -> None:

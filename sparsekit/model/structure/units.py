@@ -12,12 +12,14 @@ from sparsekit.model.blocks import Block, Linear, linears_of
 from sparsekit.model.structure.experts import ExpertCount, count_experts
 from sparsekit.model.structure.nothing import Nothing
 
+COUNTS = ("num_heads", "num_attention_heads")  # what attention modules call the number of their query heads
 KINDS = ("heads", "channels", "attention", "mlp", "layers", "experts")
 TOGETHER = ({"heads", "channels"}, {"attention", "mlp"}, {"layers"}, {"experts"})  # kinds that may be removed together
 # what linears do, by the last part of their names: those that make a part's units, and the one that reads them
 ATTENTIONS = (
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "dense")),
     (("c_attn",), ("c_proj",)),  # GPT-2: q, k and v one after another
+    (("qkv",), ("proj",)),  # SAM: the same
     (("query_key_value",), ("dense",)),  # GPT-NeoX: head by head
 )
 MLPS = (
@@ -26,6 +28,7 @@ MLPS = (
     (("gate_up_proj",), ("down_proj",)),  # Phi-3, GLM: gate and up one after another
     (("fc1",), ("fc2",)),
     (("fc_in",), ("fc_out",)),  # GPT-J, CodeGen
+    (("lin1",), ("lin2",)),  # SAM
     (("c_fc",), ("c_proj",)),
     (("dense_h_to_4h",), ("dense_4h_to_h",)),
 )
@@ -198,11 +201,20 @@ def by_query(part: Part) -> bool:
     return [rows.shape[1] == part.columns.shape[1] for rows in part.inputs.values()] == [True]
 
 
+def head_size(attention: Any, width: int) -> int | None:
+    """The columns of one head; width: of all. None where an attention says neither that nor how many heads it has."""
+    said = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    if isinstance(said, int):
+        return said
+    heads = next((getattr(attention, name) for name in COUNTS if hasattr(attention, name)), None)
+    return width // heads if isinstance(heads, int) and heads > 0 and width % heads == 0 else None
+
+
 def _heads(model: nn.Module, block: Block, kind: str) -> Part:
     inputs, output, home = _roles(block, ATTENTIONS, "attention")
     module = block.module.get_submodule(home)
-    size = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-    if not isinstance(size, int):
+    size = head_size(module, output.shape[1])
+    if size is None:
         raise ValueError(f"{block.name}.{home} does not say how large its heads are (head_dim), so none can be removed")
     queries = output.shape[1] // size
     if len(inputs) == 3:
@@ -215,7 +227,7 @@ def _heads(model: nn.Module, block: Block, kind: str) -> Part:
     else:
         groups, each = queries, size
         [fused] = inputs
-        if fused.name.endswith("c_attn"):
+        if fused.name.endswith(("c_attn", ".qkv")):
             rows = {fused.name: torch.cat([_ranges(groups, size) + third * groups * size for third in range(3)], 1)}
         else:
             rows = {fused.name: _ranges(groups, 3 * size)}
