@@ -1,6 +1,7 @@
 """What the command line takes. Nothing heavy is imported."""
 
 import argparse
+from typing import Any
 
 from sparsekit import __version__
 
@@ -38,7 +39,14 @@ def command_line() -> argparse.ArgumentParser:
     add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
     _add_texts(add)
     add.add_argument("--task", nargs="+", action="extend", default=[], metavar="TASK", help="a task of lm-eval")
-    add.add_argument("--metric", nargs="+", action="extend", default=[], metavar="NAME", help="an installed metric")
+    add.add_argument(
+        "--metric",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="a metric, or '{name: {option: value}}'",
+    )
     add.add_argument(
         "--accuracy",
         nargs="+",
@@ -54,18 +62,28 @@ def command_line() -> argparse.ArgumentParser:
         "--iou", nargs="+", action="extend", default=[], metavar="SET", help="images with masks, for models such as SAM"
     )
     add.add_argument("--against", metavar="PATH", help="measure this model too; for a run's result, its source is")
+    add.add_argument(
+        "--device", metavar="DEVICE", help="such as cpu or cuda (default: the accelerator, if there is one)"
+    )
+    add.add_argument(
+        "--batch", type=_positive, default=1, metavar="N", help="sequences, or images, at a time (default 1)"
+    )
+    add.add_argument("--limit", type=_positive, metavar="N", help="documents of each task, or images (default: all)")
+    add.add_argument("--json", metavar="FILE", help="write the figures here too")
 
     add = commands.add_parser("verify", help="prove from disk that a checkpoint is sparse and sound")
     add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
     add.add_argument("--pattern", metavar="PATTERN", help='such as "2:4" or "50%%"')
     add.add_argument("--against", metavar="SOURCE", help="the model it was made from: all else must be unchanged")
     add.add_argument("--key", metavar="PUBLIC", help="the run must be signed by the owner of this key (a PEM file)")
+    add.add_argument("--json", metavar="FILE", help="write what was found here too")
 
     add = commands.add_parser("compare", help="finished runs in one table, best first")
     add.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, measured like the others")
     add.add_argument("--by", metavar="COLUMN", help="sort by this column (default: the first perplexity)")
     add.add_argument("--json", metavar="FILE", help="write the figures here too")
     add.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    add.add_argument("--html", metavar="FILE", help="write a page: figures, quality against price, maps, samples")
 
     add = commands.add_parser("bench", help="parameters, size, memory and speed of a model, beside its source")
     add.add_argument("path", metavar="PATH", help="folder of a model or of a run, or a hub name")
@@ -109,6 +127,13 @@ def command_line() -> argparse.ArgumentParser:
     add.add_argument("--json", action="store_true", help="print it as JSON")
 
     commands.add_parser("schema", help="print the JSON Schema of recipes, for your editor")
+
+    add = commands.add_parser("completion", help="print what completes these commands in your shell (needs shtab)")
+    add.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="bash, zsh or tcsh")
+    for each in (parser, *commands.choices.values()):  # before the command, or behind it
+        kept: dict[str, Any] = {} if each is parser else {"default": argparse.SUPPRESS}
+        each.add_argument("--quiet", action="store_true", help="say nothing but mistakes and failures", **kept)
+        each.add_argument("--verbose", action="store_true", help="show what the libraries below say, too", **kept)
     return parser
 
 

@@ -1,15 +1,14 @@
 """The command line. Heavy libraries are imported by the command that needs them, and by no other."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import Any
 
 from sparsekit.arguments import command_line
-
-if TYPE_CHECKING:
-    from entrypoints import EntryPoint
-    from rich.console import Console
+from sparsekit.listing import methods
 
 MISTAKE, FAILED, INTERRUPTED = 2, 1, 130  # exit status: the user's, the result's or the machine's, Ctrl-C
 
@@ -29,8 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.command is None:
         parser.print_help(sys.stderr)
         return MISTAKE
+    if given.verbose:
+        import logging
+
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     try:
-        return COMMANDS[given.command](given)
+        with _silence() if given.quiet else nullcontext():
+            return COMMANDS[given.command](given)
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         print(f"sparsekit: {error}", file=sys.stderr)
         return MISTAKE
@@ -41,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = ": finished blocks are kept, run again with --resume to go on" if given.command == "fit" else ""
         print(f"sparsekit: stopped{advice}", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """While this lasts, what is printed is not seen; mistakes and failures still are."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def fit(given: argparse.Namespace) -> int:
@@ -73,17 +84,23 @@ def evaluate(given: argparse.Namespace) -> int:
             "nothing to measure: give --perplexity (a source or a file), --task, --accuracy, --features, --iou or "
             "--metric"
         )
+    from pathlib import Path
+
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from sparsekit.measure import check_evaluation
+    from sparsekit.recipe import option_of
     from sparsekit.results import figures_of, label, shown, source_of
     from sparsekit.run import evaluate_path
+    from sparsekit.system import write_json
 
     texts = [{"source": each, "windows": given.windows} for each in given.perplexity]
     settings = {"perplexity": texts, "tasks": given.task, "accuracy": given.accuracy, "length": given.length}
-    settings |= {"features": given.features, "iou": given.iou, "metrics": given.metric}
+    settings |= {"features": given.features, "iou": given.iou}
+    settings |= {"metrics": [option_of(f"metric={each}")[1] for each in given.metric]}
+    settings |= {"batch": given.batch, "limit": given.limit}
     check_evaluation(settings)
     dense = given.against or source_of(given.path)
     if given.features and dense is None:
@@ -92,13 +109,15 @@ def evaluate(given: argparse.Namespace) -> int:
     paths = list(models)
     found = {}
     for path, model in reversed(models.items()):  # the dense one, where there is one, decides how windows begin
-        found[path] = evaluate_path(model, settings, dense)
+        found[path] = evaluate_path(model, settings, dense, device=given.device)
         settings["bos"] = found[path]["bos"]["used"]
     figures = {path: figures_of(measured) for path, measured in found.items()}
     table = Table("", *map(escape, paths))
     for name, first in figures[given.path].items():
         table.add_row(escape(label(name, first)), *(shown(figures[path][name]) for path in paths))
     Console().print(table)
+    if given.json:
+        write_json(Path(given.json), {"settings": settings, "models": found})
     if dense is None:
         print("--against DENSE measures the model it was made from beside it: a perplexity alone says little")
     return 0
@@ -111,7 +130,7 @@ def verify(given: argparse.Namespace) -> int:
     from sparsekit.model import locate
     from sparsekit.results import run_of, signature_failures, verify_run
     from sparsekit.results import verify as check
-    from sparsekit.system import session
+    from sparsekit.system import session, write_json
 
     source = locate(given.against) if given.against else None
     run = run_of(Path(given.path).expanduser())
@@ -122,6 +141,10 @@ def verify(given: argparse.Namespace) -> int:
             found = check(locate(given.path), pattern=given.pattern, against=source)
     if given.key:
         found.failures += signature_failures(run or Path(given.path), Path(given.key))
+    if given.json:
+        told = {"verified": not found.failures and not found.unproved, "failures": found.failures}
+        told |= {"unproved": found.unproved, "zeros": found.total, "linears": found.per_linear}
+        write_json(Path(given.json), told)
     for failure in found.failures:
         print(f"FAILED  {failure}")
     for sentence in found.unproved:
@@ -144,11 +167,14 @@ def compare(given: argparse.Namespace) -> int:
     from rich.console import Console
 
     from sparsekit.results import board_markdown, leaderboard, show_board
+    from sparsekit.results.page import write_comparison
     from sparsekit.system import write_json
 
     board = leaderboard(given.runs, by=given.by)
     if given.json:
         write_json(Path(given.json), board)
+    if given.html:
+        write_comparison(board, Path(given.html))
     if given.markdown:
         print(board_markdown(board))
     else:
@@ -245,63 +271,6 @@ def report(given: argparse.Namespace) -> int:
     return 0
 
 
-def methods(given: argparse.Namespace) -> int:
-    """`sparsekit methods`: everything installed, read from source text so that nothing is imported."""
-    from rich.console import Console
-
-    from sparsekit import registry
-
-    console = Console(highlight=False, soft_wrap=True)
-    found = [(group, entry) for group in registry.GROUPS for entry in registry.entries(group)]
-    if given.name is not None:
-        chosen = [pair for pair in found if registry.normal(pair[1].name) == registry.normal(given.name)]
-        if not chosen:
-            valid = [entry.name for _, entry in found]
-            raise registry.UnknownName(f"unknown method `{given.name}`, {registry.suggest(given.name, valid)}")
-        for group, entry in chosen:
-            _show_method(console, group, entry)
-        return 0
-    width = max((len(entry.name) for _, entry in found), default=0)
-    for group in registry.GROUPS:
-        console.print(f"{group}", style="bold")
-        for entry in registry.entries(group):
-            read = registry.describe(entry)
-            line = f"  {entry.name:<{width}}  {read.summary}"
-            if not given.long:
-                console.print(line, markup=False, soft_wrap=False, no_wrap=True, overflow="ellipsis")
-                continue
-            console.print(line, markup=False)
-            known = ", ".join(option.name for option in read.options)
-            chain = CHAIN[read.start] if group == "solvers" else ""
-            notes = [chain, f"options: {known}" if known else "", registry.package(entry), read.source]
-            console.print(f"  {'':<{width}}  {' | '.join(filter(None, notes))}", style="dim", markup=False)
-        if not registry.entries(group):
-            console.print("  none installed")
-    if not given.long:
-        console.print(
-            "\n`sparsekit methods NAME` explains one; --long lists options, packages and sources", style="dim"
-        )
-    return 0
-
-
-CHAIN = {"none": "begins a chain", "optional": "begins or continues a chain", "required": "continues a chain"}
-
-
-def _show_method(console: "Console", group: str, entry: "EntryPoint") -> None:
-    from sparsekit import registry
-
-    read = registry.describe(entry)
-    chain = f", {CHAIN[read.start]}" if group == "solvers" else ""
-    console.print(f"{entry.name}", style="bold", end="")
-    console.print(f"  ({group[:-1]}{chain}; {registry.package(entry)})\n\n{read.doc}\n", markup=False)
-    console.print("options:" if read.options else "options: none", style="bold")
-    for option in read.options:
-        kind = f": {option.type}" if option.type else ""
-        default = "  (required)" if option.default is None else f" = {option.default}"
-        console.print(f"  {option.name}{kind}{default}", markup=False)
-    console.print(f"\n{read.file}:{read.line}", style="dim", markup=False)
-
-
 def doctor(given: argparse.Namespace) -> int:
     """`sparsekit doctor`: what this machine can do."""
     import json
@@ -323,6 +292,16 @@ def schema(given: argparse.Namespace) -> int:
     return 0
 
 
+def completion(given: argparse.Namespace) -> int:
+    """`sparsekit completion`: what completes commands and their arguments in a shell."""
+    try:
+        import shtab
+    except ImportError:
+        raise ValueError("completion is written by shtab, which is not installed: pip install shtab") from None
+    print(shtab.complete(command_line(), given.shell))
+    return 0
+
+
 COMMANDS = {
     "init": init,
     "fit": fit,
@@ -336,4 +315,5 @@ COMMANDS = {
     "methods": methods,
     "doctor": doctor,
     "schema": schema,
+    "completion": completion,
 }

@@ -22,11 +22,11 @@ FLOORS = [  # of rooms, the lowest first: imports point down
     "run",
     "stages criteria",
     "testing",
-    "cli arguments __main__ __init__",
+    "cli arguments listing __main__ __init__",
 ]
 METHODS = {"solvers", "allocators", "stages", "criteria"}  # one paper a file: entry points name the files themselves
 HEAVY = {"lightning", "transformers", "datasets", "lm_eval", "torchmetrics", "peft"}
-WITHOUT_TORCH = ["__init__", "registry", "cli", "__main__", "data.corpora", "data.naming", "data.sampling"]
+WITHOUT_TORCH = ["__init__", "registry", "cli", "listing", "__main__", "data.corpora", "data.naming", "data.sampling"]
 WITHOUT_TORCH += ["recipe.load", "recipe.schema", "recipe.values", "recipe.yaml_tree"]
 
 

@@ -215,3 +215,43 @@ def test_doctor_says_what_there_is(capsys, monkeypatch):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "optional packages" in said and "xllamacpp" in said and "accelerator" in said
+
+
+def test_eval_on_a_device_in_json(models, tmp_path, capsys):
+    """Figures go to a file too; a device that is not there, and a metric that does not read, are one sentence."""
+    file = tmp_path / "figures.json"
+    told = ["eval", str(models / "tiny-llama"), "--perplexity", "python-docs", "--windows", "2", "--length", "32"]
+    metric = "{embeddings: {texts: 3, length: 16}}"
+    more = ["--device", "cpu", "--batch", "2", "--json", str(file), "--metric", metric]
+    assert main([*told, *more, "--against", str(models / "tiny-llama")]) == 0
+    found = json.loads(file.read_text())
+    assert found["settings"]["batch"] == 2 and found["settings"]["metrics"] == [
+        {"embeddings": {"texts": 3, "length": 16}}
+    ]
+    [measured] = found["models"].values()
+    assert 1 < measured["perplexity"]["python-docs"] < 1000
+    assert main([*told, "--device", "abacus"]) == 2
+    assert "device is abacus, and this machine has" in capsys.readouterr().err
+
+
+def test_quiet_and_verbose(models, tmp_path, capsys):
+    """Before the command or behind it; mistakes are still said."""
+    folder = str(models / "tiny-llama")
+    assert main(["--quiet", "verify", folder]) == main(["verify", folder, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    file = tmp_path / "found.json"
+    assert main(["verify", folder, "--json", str(file)]) == 0 and capsys.readouterr().out
+    assert json.loads(file.read_text())["verified"] is True
+    assert main(["--quiet", "verify", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_completion(capsys):
+    """What a shell reads, where shtab is installed; else how to have it."""
+    try:
+        import shtab  # noqa: F401
+    except ImportError:
+        assert main(["completion", "bash"]) == 2 and "pip install shtab" in capsys.readouterr().err
+        return
+    assert main(["completion", "bash"]) == 0
+    assert "--dry-run" in capsys.readouterr().out

@@ -237,5 +237,8 @@ def test_command(three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     assert json.loads(file.read_text())["by"] == "ptb"
     assert cli.main(["compare", *three, "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| run | result | stages |")
+    page = tmp_path / "board.html"
+    assert cli.main(["--quiet", "compare", *three, "--html", str(page)]) == 0
+    assert capsys.readouterr().out == "" and "Runs compared" in page.read_text()
     assert cli.main(["compare", three[0], str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith(f"sparsekit: {tmp_path / 'nowhere'} is no run")

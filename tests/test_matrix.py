@@ -9,7 +9,7 @@ import torch
 from sparsekit.model import discover
 from sparsekit.model.structure import choose, find_units, masking
 from sparsekit.model.structure.cutting import cut
-from tests.matrix import families, towers
+from tests.matrix import families, save, towers
 from tests.matrix.__main__ import RECIPES, cell
 
 FEW = {
@@ -64,6 +64,15 @@ def test_a_few_towers(name, tmp_path):
     towers.save(task, kind, tmp_path / "source")
     found = cell(name, tmp_path / "source", "sparsegpt", tmp_path)
     assert found["cell"] == "works" and found["share"] > 0.97, found
+
+
+@pytest.mark.parametrize("name", ["image-text/llava", "image-text/qwen3_vl", "lfm2"])
+@pytest.mark.parametrize("recipe", ["wanda-sp", "layers"])
+def test_structures_of_the_text_part(name, recipe, tmp_path):
+    """Of models of text and images, too; LFM2's linears have names of their own."""
+    save(name, tmp_path / "source")
+    found = cell(name, tmp_path / "source", recipe, tmp_path)
+    assert found["cell"] in ("works", "own"), found
 
 
 @pytest.mark.long

@@ -15,7 +15,8 @@ import pytest
 
 from sparsekit import cli
 from sparsekit.results.page import write_page
-from sparsekit.results.page.charts import Bar, bars, columns, lines, thin, ticks
+from sparsekit.results.page.charts import Bar, bars, columns, lines, scatter, thin, ticks
+from sparsekit.results.page.compared import comparison
 from sparsekit.results.page.heat import by_block, heat, percent
 from sparsekit.results.page.html import page
 from sparsekit.results.page.kept import lost, structure
@@ -360,6 +361,46 @@ def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     html = (run / "report.html").read_text(encoding="utf-8")
     assert html == page(example(), METRICS, str(run)) and "logged: error" in html
     assert {path.name for path in run.iterdir()} == {"run.json", "report.json", "metrics.csv", "report.html"}
+
+
+def board(runs: int = 3) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `leaderboard` gives of a few runs, and their reports."""
+    rows = [
+        {
+            "run": f"runs/{NASTY if index == 1 else index}",
+            "model": "some/model",
+            "asked": "50%",
+            "stages": "wanda",
+            "verified": True,
+            "values": {"wiki": 20.0 + 5 * index, "size": 10**8 * (9 - index), "seconds": 60.0},
+            "stderr": {"wiki": 1.0},
+        }
+        for index in range(runs)
+    ]
+    told = {"by": "wiki", "lower": True, "columns": ["wiki", "size", "seconds"], "dense": [], "runs": rows, "notes": []}
+    told |= {"context": {"wiki": {"windows": 6, "length": 512}}, "distances": []}
+    return told, {row["run"]: example() for row in rows}
+
+
+def test_runs_side_by_side() -> None:
+    """The page is sound, has each run in the table, in the chart, in the maps and in the samples, and runs no code."""
+    html = comparison(*board())
+    Balance(html)
+    assert "<script" not in html.lower() and "runs/0" not in html.partition("</header>")[0].partition("<h1>")[2][:40]
+    assert html.count('class="dot') == 3 and html.count("error of the output, %") >= 3
+    assert "wiki and size of model/" in html and "seconds of pruning" not in html  # all took equally long
+    assert len(re.findall(r'<div class="who">', html)) >= 4
+
+
+def test_the_line_joins_what_nothing_betters() -> None:
+    """Fewer of both is better: (1, 9), (3, 4) and (9, 1) stay, (4, 5) and (9, 2) are bettered."""
+    points = {"a": (1.0, 9.0), "b": (3.0, 4.0), "c": (9.0, 1.0), "d": (4.0, 5.0), "e": (9.0, 2.0)}
+    html = scatter("t", points, x="x", y="y", less=(True, True))
+    assert html.count('"dot"') == 3 and html.count('"dot soft"') == 2
+    [path] = re.findall(r'<polyline points="([^"]*)"', html)
+    assert len(path.split()) == 3
+    more = scatter("t", points, x="x", y="y", less=(False, False))  # more of both: (1, 9) (4, 5) (9, 2)
+    assert [name for name in "abcde" if re.search(rf'class="dot" [^>]*title="{name}:', more)] == ["a", "d", "e"]
 
 
 # A real browser

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsekit.model.checkpoint import Checkpoint
 from sparsekit.model.modeling import PREFIX
-from sparsekit.model.rebuild import unfilled
+from sparsekit.model.rebuild import class_of, unfilled
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 
@@ -71,30 +71,13 @@ def auto_class(folder: Path) -> Any:
     A causal language model is opened by AutoModelForCausalLM, a vision model that classifies or makes masks (SAM) by
     the class for these; where nothing is named, the family's own task decides in this order.
     """
-    import transformers
-    from transformers.models.auto import modeling_auto as known
-
-    tasks = (
-        (known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
-        (known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, transformers.AutoModelForImageClassification),
-        (known.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES, transformers.AutoModelForMaskGeneration),
-    )
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         kind, named = config.get("model_type"), config.get("architectures")
         kind = kind.removeprefix(f"{PREFIX}_") if isinstance(kind, str) else kind
     except (OSError, ValueError, AttributeError):
         kind = named = None  # for transformers to complain about
-    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    for classes, auto in tasks:
-        own = classes.get(kind) if isinstance(kind, str) else None
-        if own is not None and (name is None or name == own or name in (own if isinstance(own, tuple | list) else ())):
-            return auto
-    found = getattr(transformers, name, None) if name is not None else None
-    ours = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    if ours and getattr(getattr(found, "config_class", None), "model_type", None) == kind:
-        return found
-    return next((auto for classes, auto in tasks if kind in classes), transformers.AutoModelForCausalLM)
+    return class_of(kind, named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

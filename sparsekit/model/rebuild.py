@@ -39,13 +39,31 @@ def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
 
 
 def _opener(config: Any) -> Callable[[Any], nn.Module]:
-    """What builds a model of a config: the family's causal language model, or the class that sees images."""
-    import transformers
+    """What builds a model of a config: the class that its architectures name, or the family's own."""
+    opens = class_of(config.model_type, (config.architectures or [None])[0])
+    build: Callable[[Any], nn.Module] = getattr(opens, "from_config", None) or opens._from_config
+    return build
 
-    named: Any = getattr(transformers, str((config.architectures or [""])[0]), None)
-    if getattr(named, "main_input_name", None) == "pixel_values":
-        return named._from_config
-    return transformers.AutoModelForCausalLM.from_config
+
+def class_of(kind: Any, name: str | None) -> Any:
+    """The class of transformers that opens a checkpoint, by its config: `model_type`, and the first architecture."""
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+
+    tasks = (
+        (known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
+        (known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, transformers.AutoModelForImageClassification),
+        (known.MODEL_FOR_MASK_GENERATION_MAPPING_NAMES, transformers.AutoModelForMaskGeneration),
+    )
+    for classes, auto in tasks:
+        own = classes.get(kind) if isinstance(kind, str) else None
+        if own is not None and (name is None or name == own or name in (own if isinstance(own, tuple | list) else ())):
+            return auto
+    found = getattr(transformers, name, None) if name is not None else None
+    ours = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if ours and getattr(getattr(found, "config_class", None), "model_type", None) == kind:
+        return found
+    return next((auto for classes, auto in tasks if kind in classes), transformers.AutoModelForCausalLM)
 
 
 def decoded(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 # names of what reads no text
-TOWERS = re.compile(r"(^|[._])(vision|visual|image|audio|speech|vit|vqmodel|qformer|resampler|connector)([._]|$)")
+TOWERS = re.compile(r"(^|[._])(vision|visual|image|video|audio|speech|vit|vqmodel|qformer|resampler|connector)([._]|$)")
 SEES = re.compile(r"(^|[._])(vision|visual|image|vit)([._]|$)")  # and of these, what sees images
 _CHOSEN = "_sparsekit_tower"  # the attribute of a model that holds the name of its chosen tower
 
@@ -18,11 +18,12 @@ def towers(model: Any) -> dict[str, str]:
     from transformers import PreTrainedModel
 
     found: dict[str, list[tuple[str, Any]]] = {"vision": [], "text": []}
+    compares = hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
     for name, module in model.named_modules():
         if not name or not isinstance(module, PreTrainedModel):
             continue
         kind = "vision" if _given(module) == ["pixel_values"] else "text"
-        if kind == "text" and (model.can_generate() or TOWERS.search(name) or "input_ids" not in _takes(module)):
+        if kind == "text" and (not compares or TOWERS.search(name) or "input_ids" not in _takes(module)):
             continue
         if not any(name.startswith(f"{other}.") for other, _ in found[kind]):
             found[kind].append((name, module))

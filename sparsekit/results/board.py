@@ -28,8 +28,8 @@ def leaderboard(paths: Sequence[str], *, by: str | None = None) -> dict[str, Any
     by: the column to sort by (a text, "TASK METRIC", sparsity, removed, size, packed, prefill, decode, seconds,
     memory), the first perplexity, or else the first task, unless told. Runs that lack the figure come last.
 
-    Returns {"by", "columns", "context": {text: {length, windows}}, "dense": [row], "runs": [row], "notes": [sentence],
-    "distances": what `distance.distances` gives};
+    Returns {"by", "lower" (whether less is better in it), "columns", "context": {text: {length, windows}},
+    "dense": [row], "runs": [row], "notes": [sentence], "distances": what `distance.distances` gives};
     a row is {"run", "model", "asked", "stages", "verified", "values": {column: number}, "stderr": {column: number}}.
     Sizes are bytes of model/ and model-packed/; prefill, decode and images how many times faster than dense, at the
     smallest batch of `sparsekit bench`; seconds and memory (bytes) what the stages of pruning and recovery took.
@@ -52,8 +52,8 @@ def leaderboard(paths: Sequence[str], *, by: str | None = None) -> dict[str, Any
     context = {name: each.settings for name, each in quality.items() if "windows" in each.settings}
     by_path = {run.path: run for run in runs}
     apart = distance.distances([by_path[row["run"]] for row in rows])
-    keys = ("by", "columns", "context", "dense", "runs", "notes", "distances")
-    return dict(zip(keys, (by, columns, context, dense, rows, list(_notes(runs)), apart), strict=True))
+    keys = ("by", "lower", "columns", "context", "dense", "runs", "notes", "distances")
+    return dict(zip(keys, (by, sign > 0, columns, context, dense, rows, list(_notes(runs)), apart), strict=True))
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def _config(folder: Path, source: Path, cast: bool, cut: bool, trust: bool) -> I
                 return
             _leave(mine, theirs, [before.index(index) for index in kept] if before is not None else kept, count)
         for part in described:
-            one[part], other[part] = ({k: v for k, v in each[part].items() if k not in LAYERS} for each in (one, other))
+            counts = {*LAYERS, "layers"}  # Kosmos 2.5
+            one[part], other[part] = ({k: v for k, v in each[part].items() if k not in counts} for each in (one, other))
     if other.get("architectures") in (None, []):
         free |= {"architectures"}
     if other.get("dtype") is None and one.get("dtype") is not None:

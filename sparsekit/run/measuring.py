@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsekit.measure import (
@@ -38,11 +39,18 @@ from sparsekit.system import session
 Named = str | dict[str, Any]
 
 
-def evaluate_path(model: Named, settings: dict[str, Any], dense: Named | None = None) -> dict[str, Any]:
+def evaluate_path(
+    model: Named, settings: dict[str, Any], dense: Named | None = None, *, device: str | None = None
+) -> dict[str, Any]:
     """Measure any model that a recipe's `model` could name: what `evaluate.evaluate` gives.
 
-    dense: the model that features are compared with
+    dense: the model that features and embeddings are compared with
+    device: where to run; None: on the accelerator where there is one
+
+    Raises:
+        ValueError: there is no such model or device, or settings and model do not fit each other.
     """
+    place = _device(device)
 
     def opened(named: Named) -> tuple[Any, Any]:
         trust = isinstance(named, dict) and bool(named.get("trust_remote_code"))
@@ -51,11 +59,25 @@ def evaluate_path(model: Named, settings: dict[str, Any], dense: Named | None = 
         if settings.get("features") and not sees_images(loaded):
             choose_tower(loaded, "vision")
             reader = image_processor(folder)
-        return loaded, reader
+        return loaded.to(place), reader
 
     with session():
         loaded, tokenizer = opened(model)
         return evaluate(loaded, tokenizer, settings, dense=None if dense is None else lambda: opened(dense)[0])
+
+
+def _device(asked: str | None) -> torch.device:
+    there = torch.accelerator.current_accelerator()
+    if asked is None:
+        return there or torch.device("cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {"cpu", there.type if there else "cpu"}:
+        found = f"the cpu and {there.type}" if there else "the cpu alone"
+        raise ValueError(f"device is {asked}, and this machine has {found}")
+    return device
 
 
 def measure_model(

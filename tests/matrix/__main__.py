@@ -125,9 +125,13 @@ def checked(source: Path, folder: Path, recipe: str) -> dict[str, Any]:
 
 def tower_checked(tower: str | None, folder: Path) -> dict[str, Any]:
     """The same of a model that is opened by the class that its config names; nothing is generated."""
+    import sparsekit
     from sparsekit.model import auto_class, choose_tower, decides, find_blocks, split_experts
 
-    model = auto_class(folder).from_pretrained(folder).eval()
+    try:
+        model = auto_class(folder).from_pretrained(folder).eval()
+    except Exception:  # no config of transformers can say what it is
+        model = sparsekit.load(folder)[0]
     split_experts(model)
     choose_tower(model, tower)
     zeros = total = 0

@@ -29,6 +29,7 @@ MLPS = (
     (("fc1",), ("fc2",)),
     (("fc_in",), ("fc_out",)),  # GPT-J, CodeGen
     (("lin1",), ("lin2",)),  # SAM
+    (("w1", "w3"), ("w2",)),  # LFM2
     (("c_fc",), ("c_proj",)),
     (("dense_h_to_4h",), ("dense_4h_to_h",)),
 )

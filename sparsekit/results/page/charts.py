@@ -137,6 +137,70 @@ def columns(title: str, shares: Sequence[float | None], told: Sequence[str], *, 
     )
 
 
+def scatter(
+    title: str,
+    points: Mapping[str, tuple[float, float]],
+    *,
+    x: str,
+    y: str,
+    less: tuple[bool, bool],
+    show: Callable[[float], str] | None = None,
+) -> str:
+    """Named points, and a line through those that no other betters in both; y is logarithmic where values differ much.
+
+    points: {name: (x, y)}; less: whether less is better in x, and in y; show: x as text
+    """
+    show = show or number
+    xs, ys = [p[0] for p in points.values()], [p[1] for p in points.values()]
+    log = min(ys) > 0 and max(ys) / min(ys) > 8
+    scale = math.log10 if log else float
+    (left, right), (low, high) = (_range(xs), _range([scale(value) for value in ys]))
+    at = {n: ((a - left) / (right - left), (scale(b) - low) / (high - low)) for n, (a, b) in points.items()}
+    best = sorted((name for name in points if _unbettered(name, points, less)), key=lambda name: points[name])
+    path = " ".join(f"{600 * at[name][0]:.1f},{200 * (1 - at[name][1]):.1f}" for name in best)
+    dots = ""
+    placed: list[tuple[float, float]] = []
+    for name, (across, up) in sorted(at.items(), key=lambda item: -item[1][1]):
+        a, b = points[name]
+        near = sum(abs(across - other[0]) < 0.25 and other[1] - up < 0.07 for other in placed)  # names would overlap
+        placed.append((across, up))
+        tip = escape(f"{name}: {y} {number(b)}, {x} {show(a)}")
+        side = "left" if across > 0.6 else "right"
+        dots += (
+            f'<span class="dot{"" if name in best else " soft"}" style="left:{across:.2%};bottom:{up:.2%}" '
+            f'title="{tip}"><span class="{side}" style="top:{13 * near - 4}px">{escape(name)}</span></span>'
+        )
+    label = f"{title}: " + "; ".join(f"{name} {number(b)} at {show(a)}" for name, (a, b) in points.items())
+    svg = _svg(label, f'<polyline points="{path}"/>' if len(best) > 1 else "")
+    ends = [
+        f'<span style="bottom:{100 * (scale(v) - low) / (high - low):.1f}%">{number(v)}</span>'
+        for v in sorted({min(ys), max(ys)})
+    ]
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<div class="chart"><div class="y">{"".join(ends)}</div><div class="plot">{svg}{dots}</div>'
+        f'<div class="x"><span>{show(min(xs))}</span><span>{escape(x)}</span><span>{show(max(xs))}</span></div></div>'
+        "</figure>"
+    )
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Where an axis begins and ends, a little beyond the values."""
+    low, high = min(values), max(values)
+    room = 0.12 * (high - low) or abs(high) * 0.1 or 1.0
+    return low - room, high + room
+
+
+def _unbettered(name: str, points: Mapping[str, tuple[float, float]], less: tuple[bool, bool]) -> bool:
+    signs = [1 if low else -1 for low in less]
+    own = [sign * value for sign, value in zip(signs, points[name], strict=True)]
+    for other, point in points.items():
+        their = [sign * value for sign, value in zip(signs, point, strict=True)]
+        if other != name and their != own and all(a <= b for a, b in zip(their, own, strict=True)):
+            return False
+    return True
+
+
 def _svg(label: str, inside: str) -> str:
     return (
         f'<svg viewBox="0 0 600 200" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">{inside}</svg>'

@@ -35,18 +35,25 @@ def page(report: Mapping[str, Any], metrics: str | None = None, folder: str | No
         "Load it": f"<pre>{escape(loading_code(Path(folder) / 'model'))}</pre>",
         "Recipe": parts.recipe(report),
     }
+    title = parts.title(report)
+    under = escape(parts.stages_of(report)) + _proof(report)
+    return document(title, under, parts.headline(report), sections)
+
+
+def document(title: str, under: str, headline: str, sections: Mapping[str, str]) -> str:
+    """A page of sections, as one HTML text; those without HTML are left out. under, headline: below the title"""
     shown = {name: (f"s{number}", html) for number, (name, html) in enumerate(sections.items()) if html}
     links = "".join(f'<a href="#{key}">{escape(name)}</a>' for name, (key, _) in shown.items())
     body = "".join(
         f'<section id="{key}" aria-labelledby="{key}h"><h2 id="{key}h">{escape(name)}</h2>{html}</section>'
         for name, (key, html) in shown.items()
     )
-    title = escape(parts.title(report))
+    title = escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{title}</title><style>{CSS}</style></head><body><main><header><h1>{title}</h1>"
-        f'<p class="soft">{escape(parts.stages_of(report))}{_proof(report)}</p>{parts.headline(report)}'
+        f'<p class="soft">{under}</p>{headline}'
         f'<nav aria-label="sections">{links}</nav></header>{body}</main></body></html>\n'
     )
 

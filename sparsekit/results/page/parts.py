@@ -107,7 +107,7 @@ def _measured(found: Mapping[str, Any]) -> str:
     remark += f"({settings['precision']}) " if settings.get("precision") else ""
     remark += f"on {settings['device']}" + (f", {cores} threads" if cores else "")
     remark += f". {SPREAD}" if len(head) == 4 else "."
-    return f'<p class="soft small">Measured {escape(remark)}</p>{_table(head, bench_rows(found))}'
+    return f'<p class="soft small">Measured {escape(remark)}</p>{table_of(head, bench_rows(found))}'
 
 
 def linears(report: Report) -> str:
@@ -189,7 +189,7 @@ def samples(report: Report) -> str:
         for who in ("asked", "dense", "pruned"):
             if (made := sample.get(who)) is not None:
                 drawn = drawn or made.startswith(PICTURE)
-                shown += f'<div><div class="who">{who}</div>{_said(made, who)}</div>'
+                shown += f'<div><div class="who">{who}</div>{said_by(made, who)}</div>'
         layout = "shown" if "asked" in sample else "wide"
         prompt = escape(sample.get("prompt", ""))
         parts.append(f'<div class="sample"><p class="prompt">{prompt}</p><div class="{layout}">{shown}</div></div>')
@@ -201,7 +201,8 @@ def samples(report: Report) -> str:
 PICTURE = "data:image/png;base64,"
 
 
-def _said(made: str, who: str) -> str:
+def said_by(made: str, who: str) -> str:
+    """What a model said, or a picture of what it cut out."""
     if made.startswith(PICTURE):
         return f'<img src="{escape(made)}" alt="masks, {who}">'
     return f'<p class="said">{escape(made.lstrip(" ").strip(chr(10)))}</p>'
@@ -257,7 +258,8 @@ def _evaluation(report: Report) -> tuple[dict[str, Figure], dict[str, Figure]]:
     return figures_of(evaluation.get("dense")), figures_of(evaluation.get("pruned"))
 
 
-def _table(head: list[str], rows: list[tuple[str, ...]]) -> str:
+def table_of(head: list[str], rows: list[tuple[str, ...]]) -> str:
+    """A table of texts; the first of each row is its name."""
     first = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{escape(what)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'

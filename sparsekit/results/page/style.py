@@ -107,6 +107,12 @@ caption { text-align: left; font-weight: 600; font-size: .95rem; padding-bottom:
 .chart .hit { fill: transparent; } .chart .hit:hover { fill: var(--line); fill-opacity: .55; }
 .chart .kept { fill: var(--pruned); } .chart .removed { fill: var(--lost); }
 .chart .mean { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 2 4; }
+.plot { position: relative; } .plot svg { border-left: 1px solid var(--line); border-bottom: 1px solid var(--line); }
+.dot { position: absolute; width: 11px; height: 11px; margin: 0 0 -5px -5px; border-radius: 50%; }
+.dot { background: var(--pruned); }
+.dot.soft { background: var(--dense); }
+.dot span { position: absolute; white-space: nowrap; color: var(--ink); }
+.dot .right { left: 15px; } .dot .left { right: 15px; }
 .chart.low svg { height: 130px; }
 .chart .at { position: relative; height: 1.4em; }
 .chart .at span { position: absolute; transform: translateX(-50%); }
