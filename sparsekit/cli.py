@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from sparsekit.arguments import command_line
-from sparsekit.listing import methods
 
 MISTAKE, FAILED, INTERRUPTED = 2, 1, 130  # exit status: the user's, the result's or the machine's, Ctrl-C
 
@@ -269,6 +268,13 @@ def report(given: argparse.Namespace) -> int:
 
     print(write_page(Path(given.run)))
     return 0
+
+
+def methods(given: argparse.Namespace) -> int:
+    """`sparsekit methods`: everything installed, or one of it in full."""
+    from sparsekit.listing import show_methods
+
+    return show_methods(given.name, long=given.long)
 
 
 def doctor(given: argparse.Namespace) -> int:

@@ -1,6 +1,5 @@
 """`sparsekit methods`: what is installed, and what one of it does."""
 
-import argparse
 from typing import TYPE_CHECKING
 
 from sparsekit import registry
@@ -10,17 +9,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def methods(given: argparse.Namespace) -> int:
-    """`sparsekit methods`: everything installed, read from source text so that nothing is imported."""
+def show_methods(name: str | None = None, *, long: bool = False) -> int:
+    """Print everything installed, or one method in full; read from source text, so that nothing is imported.
+
+    Raises:
+        ValueError: nothing of this name is installed.
+    """
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
     found = [(group, entry) for group in registry.GROUPS for entry in registry.entries(group)]
-    if given.name is not None:
-        chosen = [pair for pair in found if registry.normal(pair[1].name) == registry.normal(given.name)]
+    if name is not None:
+        chosen = [pair for pair in found if registry.normal(pair[1].name) == registry.normal(name)]
         if not chosen:
             valid = [entry.name for _, entry in found]
-            raise registry.UnknownName(f"unknown method `{given.name}`, {registry.suggest(given.name, valid)}")
+            raise registry.UnknownName(f"unknown method `{name}`, {registry.suggest(name, valid)}")
         for group, entry in chosen:
             _show_method(console, group, entry)
         return 0
@@ -30,7 +33,7 @@ def methods(given: argparse.Namespace) -> int:
         for entry in registry.entries(group):
             read = registry.describe(entry)
             line = f"  {entry.name:<{width}}  {read.summary}"
-            if not given.long:
+            if not long:
                 console.print(line, markup=False, soft_wrap=False, no_wrap=True, overflow="ellipsis")
                 continue
             console.print(line, markup=False)
@@ -40,7 +43,7 @@ def methods(given: argparse.Namespace) -> int:
             console.print(f"  {'':<{width}}  {' | '.join(filter(None, notes))}", style="dim", markup=False)
         if not registry.entries(group):
             console.print("  none installed")
-    if not given.long:
+    if not long:
         console.print(
             "\n`sparsekit methods NAME` explains one; --long lists options, packages and sources", style="dim"
         )
