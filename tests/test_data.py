@@ -156,7 +156,7 @@ def records(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
 def test_records(kind, records, tmp_path):
     path = records
     if kind == "parquet":
@@ -164,6 +164,11 @@ def test_records(kind, records, tmp_path):
 
         path = tmp_path / "docs.parquet"
         datasets.load_dataset("json", data_files=str(records), split="train").to_parquet(path)
+    if kind == "csv":
+        import datasets
+
+        path = tmp_path / "docs.csv"
+        datasets.load_dataset("json", data_files=str(records), split="train").to_csv(path)
     source = getattr(corpora, kind)
     corpus = source("calibration", path=str(path))
     assert (corpus.sampling, corpus.separator, corpus.limit) == ("documents", " ", None)
@@ -252,7 +257,7 @@ def test_length_is_the_settings_own_whatever_the_model_could_take():
 
 
 @pytest.mark.parametrize(
-    ("end", "source"), [("txt", "text"), ("raw", "text"), ("json", "jsonl"), ("parquet", "parquet")]
+    ("end", "source"), [("txt", "text"), ("raw", "text"), ("json", "jsonl"), ("parquet", "parquet"), ("csv", "csv")]
 )
 def test_a_path_is_read_by_its_end(end, source, tmp_path):
     path = tmp_path / f"a.{end}"
@@ -332,3 +337,37 @@ def test_settings_are_checked_without_heavy_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.fixture
+def any_set(tmp_path):
+    """A data set as `datasets` finds it on the hub or in a folder: two parts, texts and chats."""
+    for part, count in {"train": 6, "validation": 3}.items():
+        chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
+        rows = [{"text": f"{part} {index}", "chat": chat, "n": index} for index in range(count)]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_any_data_set(any_set, streaming):
+    """The part that fits the split, the column that is named, the first rows; chat messages are written out."""
+    found = corpora.hub("calibration", id=any_set, rows=4, streaming=streaming)
+    assert list(found.documents) == [f"train {index}" for index in range(4)]
+    assert list(corpora.hub("test", id=any_set, streaming=streaming).documents) == [f"validation {n}" for n in range(3)]
+    [first, *_] = corpora.hub("test", id=any_set, field="chat", streaming=streaming).documents
+    assert first == "user: hi\nassistant: there"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"field": "txt"}, "has no column `txt`, did you mean `text`"),
+        ({"field": "n"}, "neither texts nor chat messages"),
+        ({"part": "training"}, "has no part `training`, did you mean `train`"),
+        ({"id": "nobody/nothing-at-all"}, "cannot be had"),
+    ],
+)
+def test_mistakes_with_any_data_set(any_set, options, said):
+    with pytest.raises(ValueError, match=said):
+        corpora.hub("calibration", **{"id": any_set, **options})

@@ -178,7 +178,7 @@ def test_sam_is_pruned_in_its_image_encoder(tmp_path, digits):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["stages=[{policy_gradient: {remove: 30%}}]", "pattern=null"], "is for causal language models, and ViTFor"),
+        (["stages=[{layer-perplexity: {remove: 30%}}]", "pattern=null"], "is for causal language models, and ViTFor"),
         (["evaluate={perplexity: [python-docs]}"], "evaluate.perplexity is for causal language models"),
         (["calibration={source: python-docs, samples: 4}"], "source `python-docs` gives text"),
         (["calibration.samples=100000"], "1348 images, fewer than `samples`, 100000"),
@@ -214,7 +214,7 @@ def test_other_commands_on_a_vision_model(tmp_path, digits, capsys):
     for command, said in (
         (["eval", folder, "--perplexity", "python-docs"], "perplexity and tasks are of text"),
         (["eval", str(TINY.parent / "tiny-llama"), "--accuracy", str(digits)], "tells no classes"),
-        (["bench", folder], "bench measures how language models"),
+        (["bench", folder, "--backend", "llama.cpp", "--batch", "1"], "is for language models here"),
     ):
         assert main(command) == 2 and said in " ".join(capsys.readouterr().err.split())
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    pass
+from sparsekit import registry
+from sparsekit.contracts import Count
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,79 @@ def parquet(split: str, *, path: str, field: str = "text", separator: str = " ",
     return Corpus(_rows("parquet", file, field), separator, "windows" if pack else "documents", name=file.name)
 
 
+def csv(split: str, *, path: str, field: str = "text", separator: str = " ", pack: bool = False) -> Corpus:
+    """A local CSV file with a line of names; options as those of `jsonl`."""
+    file = _file(path)
+    return Corpus(
+        _rows("csv", file, field, keep_default_na=False), separator, "windows" if pack else "documents", name=file.name
+    )
+
+
+PARTS = {"calibration": ("train",), "test": ("test", "validation")}  # of data sets, the first that is there
+
+
+def hub(
+    split: str,
+    *,
+    id: str,
+    config: str | None = None,
+    part: str | None = None,
+    field: str = "text",
+    rows: Count | None = None,
+    streaming: bool = False,
+    separator: str = " ",
+    pack: bool = False,
+) -> Corpus:
+    """Any data set on the Hugging Face hub, or a local folder that `datasets` reads.
+
+    id, config: its name, and that of its configuration. part: its split; null: train for calibration, test or else
+        validation for testing, or the only one. field: the column of texts; one of chat messages is written out as
+        "role: content", a line each. rows: only the first so many. streaming: read `rows` (or 10,000) without fetching
+        all. separator: joins the documents for testing, and for packing. pack: as in `jsonl`.
+    """
+    import datasets
+
+    try:
+        with no_bars():
+            found = datasets.load_dataset(id, config, streaming=streaming)
+    except Exception as error:  # data sets and the hub are other people's and raise anything
+        reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        raise ValueError(f"the data set `{id}` cannot be had ({reason}): give a local file instead") from error
+    name = part_of(id, list(found), part, split)
+    table = found[name]
+    count = rows or (10_000 if streaming else None)
+    if streaming:
+        table = datasets.Dataset.from_list(list(table.take(count)), features=table.features)
+    elif count is not None:
+        table = table.select(range(min(count, len(table))))
+    return Corpus(_texts(table, field, id), separator, "windows" if pack else "documents", name=id)
+
+
+def part_of(source: str, parts: list[str], part: str | None, split: str) -> str:
+    """Which part of a data set is meant: the one that is named, or the first that is there of those for `split`.
+
+    Raises ValueError where it cannot be told.
+    """
+    if part is not None and part not in parts:
+        raise ValueError(f"{source} has no part `{part}`, {registry.suggest(part, parts)}")
+    known = [each for each in (part, *PARTS[split]) if each in parts]
+    if not known and len(parts) > 1:
+        raise ValueError(f"{source} has the parts {', '.join(parts)}; say which by `part`")
+    return str((known or parts)[0])
+
+
+def _texts(table: Any, field: str, source: str) -> Sequence[str]:
+    """A column of texts, or of chat messages, written out."""
+    if field not in table.column_names:
+        raise ValueError(f"`{source}` has no column `{field}`, {registry.suggest(field, list(table.column_names))}")
+    first = table[0][field] if len(table) else None
+    if isinstance(first, str):
+        return table[field]  # type: ignore[no-any-return]
+    if isinstance(first, list) and first and isinstance(first[0], dict) and {"role", "content"} <= first[0].keys():
+        return ["\n".join(f"{each['role']}: {each['content']}" for each in row) for row in table[field]]
+    raise ValueError(f"`{source}` has neither texts nor chat messages in the column `{field}`: name another one")
+
+
 def _file(path: str) -> Path:
     file = Path(path)
     if not file.is_file():
@@ -154,9 +227,9 @@ def no_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _rows(kind: str, path: Path, field: str) -> Sequence[str]:
+def _rows(kind: str, path: Path, field: str, **options: Any) -> Sequence[str]:
     """One text column of a local file, read as it is asked for."""
-    rows = load_rows(kind, path)
+    rows = load_rows(kind, path, **options)
     texts = [key for key, value in rows.features.items() if getattr(value, "dtype", "") in ("string", "large_string")]
     if field not in texts:
         valid = ", ".join(f"`{each}`" for each in texts) or "none"

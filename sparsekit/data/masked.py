@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekit.data.pictures import parts_of_set, pick_part, pillow
+from sparsekit.data.corpora import part_of
+from sparsekit.data.pictures import parts_of_set, pillow
 
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 Mask = NDArray[np.bool_]
@@ -172,7 +173,8 @@ def _coco(file: Path, images: str | None) -> MaskedImages:
 
 
 def _columns(path: str, part: str | None, image: str, masks: str) -> MaskedImages:
-    rows = pick_part(path, parts_of_set(path), part, "test")
+    parts = parts_of_set(path)
+    rows = parts[part_of(path, list(parts), part, "test")]
     for column in (image, masks):
         if column not in rows.features:
             raise ValueError(

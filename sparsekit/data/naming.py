@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsekit import registry
 from sparsekit.data.corpora import Corpus, _file
 
-if TYPE_CHECKING:
-    pass
-
-FORMATS = {".txt": "text", ".raw": "text", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+FORMATS = {".txt": "text", ".raw": "text", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 CALIBRATION = ("samples", "length", "seed")  # the settings that belong to `sample`, not to a source
 
 

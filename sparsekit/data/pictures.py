@@ -9,11 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsekit import registry
-from sparsekit.data.corpora import no_bars
+from sparsekit.data.corpora import no_bars, part_of
 from sparsekit.data.naming import resolve
-
-PARTS = {"calibration": ("train",), "test": ("test", "validation")}  # of a data set, the first that is there
 
 
 @dataclass(frozen=True)
@@ -79,24 +76,12 @@ def images(split: str, *, path: str, part: str | None = None, image: str = "imag
     part: of the data set; null: train for calibration, test or else validation for testing, or the only one
     image, label: names of the columns
     """
-    rows = pick_part(path, parts_of_set(path), part, split)
+    parts = parts_of_set(path)
+    rows = parts[part_of(path, list(parts), part, split)]
     if type(rows.features.get(image)).__name__ != "Image":
         valid = [name for name, kind in rows.features.items() if type(kind).__name__ == "Image"]
         raise ValueError(f"{path} has no images called `{image}`: set `image` to one of {', '.join(valid) or 'none'}")
     return Images(rows, image, label, Path(path).name)
-
-
-def pick_part(path: str, parts: Mapping[str, Any], part: str | None, split: str) -> Any:
-    """The rows of one part of a data set: the one that is named, or the first that is there of those for `split`.
-
-    Raises ValueError where it cannot be told which one is meant.
-    """
-    if part is not None and part not in parts:
-        raise ValueError(f"{path} has no part `{part}`, {registry.suggest(part, list(parts))}")
-    known = [each for each in (part, *PARTS[split]) if each is not None and each in parts] or list(parts)
-    if part is None and known[0] not in PARTS[split] and len(parts) > 1:
-        raise ValueError(f"{path} has the parts {', '.join(parts)}; say which by `part`")
-    return parts[known[0]]
 
 
 def pillow() -> Any:
