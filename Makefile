@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all test-chaos test-clients test-device test-gpu lint setup
+.PHONY: demo docs test test-all test-chaos test-clients test-device test-gpu lint setup
 
 demo: setup
 	$(BIN)/sparsekit fit --recipe recipes/demo.yaml --resume
@@ -14,7 +14,7 @@ demo: setup
 test: setup lint
 	$(PYTEST)
 
-test-all: setup lint test-device test-clients
+test-all: setup lint docs test-device test-clients
 	$(PYTEST) -m "long or not long"
 
 # where tensors are, and what a card would be asked to do, on a device that is CPU memory; needs a C++ compiler
@@ -31,6 +31,11 @@ test-clients: setup
 # the same on the accelerator that torch finds
 test-gpu: setup
 	$(BIN)/pytest -m gpu tests/device
+
+# the pages as a site, in site/; a link that leads nowhere is an error
+docs: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --quiet
 
 # kills, full disks, damages and senseless recipes; CHAOS="--recipes 5000 --kills 2000" for more
 test-chaos: setup

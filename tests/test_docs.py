@@ -1,7 +1,10 @@
 """Pages: what a method says of itself stands there as it says it now, and every link leads somewhere."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,17 @@ def _anchors(text):
     """As GitHub makes them of headings."""
     heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.long
+def test_the_site_builds_with_every_link(tmp_path):
+    """`make docs`, where mkdocs is installed: a link that leads nowhere is an error."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: make docs")
+    pytest.importorskip("mkdocs_jupyter")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    assert "Prune a model of transformers" in (tmp_path / "api.html").read_text()

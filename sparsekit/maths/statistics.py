@@ -10,7 +10,7 @@ from sparsekit.maths.norms import SAMPLE, Norms, refuse_infinite
 from sparsekit.maths.sums import total
 
 PANEL = 2**19  # elements of a panel of rows
-Ridge = Literal["mean", "column"]
+Ridge = Literal["mean", "column", "root"]
 
 
 class Stats(Norms):
@@ -104,12 +104,19 @@ class Stats(Norms):
 
         damping: in units of the Gram's diagonal; None: 1.5 / tokens an input, from 0.05 to 0.3, as the fewer there are,
             the more of what they show is chance. By measurement (docs/methods/refit.md).
+            For "root": 2 / tokens an input, from 0.01 to 1.
         by: "mean", of the diagonal's mean, alike for all inputs; "column", of each input's own energy, for inputs of
-            which a few are so large that they make the mean
+            which a few are so large that they make the mean; "root", of the geometric mean of an input's energy and all
+            inputs' geometric mean, between the two
         """
+        each = self.width / max(1, self.count)
         if damping is None:
-            damping = min(0.3, max(0.05, 1.5 * self.width / max(1, self.count)))
+            damping = min(1.0, max(0.01, 2 * each)) if by == "root" else min(0.3, max(0.05, 1.5 * each))
         diagonal = self.gram.diagonal()
+        if by == "root":
+            seen = diagonal[diagonal > 0]
+            typical = seen.log().mean().exp() if len(seen) else diagonal.new_ones(())
+            return damping * (diagonal * typical).sqrt()
         return damping * (diagonal if by == "column" else diagonal.mean().expand_as(diagonal))
 
     @torch.no_grad()
