@@ -30,7 +30,7 @@ test-clients: setup
 
 # the same on the accelerator that torch finds
 test-gpu: setup
-	$(BIN)/pytest -m gpu tests/device
+	$(BIN)/pytest -m gpu tests/device tests/test_semi_structured.py
 
 # the pages as a site, in site/; a link that leads nowhere is an error
 docs: setup

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import entrypoints
 
-from sparsekit.contracts import WORDS, misfit, removing
+from sparsekit.contracts import WORDS, misfit, removing, said_elsewhere
 
 GROUPS = ("solvers", "allocators", "stages", "criteria", "sources", "metrics", "exporters")
 BOUNDS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}
@@ -79,7 +79,11 @@ def normal(name: str) -> str:
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
-    """The nearest of the valid names, if one is near, and the list of them, as the end of a sentence."""
+    """The end of a sentence: what the name is, where it is another library's; else the nearest of the valid names, if
+    one is near, and the list of them."""
+    valid = list(valid)
+    if known := said_elsewhere(normal(name).lower(), set(map(normal, valid))):
+        return known
     spelling = {normal(each).lower(): each for each in valid}
     near = difflib.get_close_matches(normal(name).lower(), spelling, n=1)
     listed = f"valid: {', '.join(sorted(spelling.values())) or 'none'}"

@@ -1,5 +1,6 @@
 """Recipes: every shipped one, every kind of mistake with its place, and what comes back out."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -419,3 +420,30 @@ def test_every_key_is_documented() -> None:
 )
 def test_what_a_trainer_may_not_be_given(given: str, said: str, write: Write) -> None:
     assert any(said in each for each in problems(write(GOOD + f"trainer: {given}\n"))), problems(Path("x.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sparsity": 0.5}, 'here write `pattern: "50%"`'),
+        ({"stages": [{"lora": {"lora_alpha": 16}}]}, "which is peft's word: here write `alpha: 16`"),
+        ({"calibration": {"source": "python-docs", "nsamples": 8}}, "here write `samples: 128`"),
+        ({"stages": [{"finetune": {"max_steps": 9}}]}, "trainers: here write `steps: 100`"),
+        ({"output_dir": "x"}, "here write `output: runs/mine`"),
+    ],
+)
+def test_words_of_other_libraries(given, said):
+    """Who comes from peft, trl, llm-compressor or the papers' code is told the line to write."""
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check = load_recipe({"model": "x", "pattern": "50%", "stages": ["wanda"], **given})
+        raise RecipeError(check_options(check))
+
+
+def test_a_plugin_that_is_not_installed():
+    """Its package is named, and how to have it."""
+    from sparsekit.contracts import said_elsewhere
+
+    assert said_elsewhere("ria", []).startswith("which is in the package sparsekit-ria: pip install")
+    assert said_elsewhere("patern", ["pattern"]) == "" and said_elsewhere("r", ["pattern"]) == ""
+    for package in (Path(__file__).parents[1] / "plugins").iterdir():
+        assert package.name in said_elsewhere(package.name.removeprefix("sparsekit-"), [])

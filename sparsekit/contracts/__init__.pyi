@@ -4,6 +4,7 @@ from .criterion import Kinds as Kinds
 from .criterion import Scoring as Scoring
 from .criterion import removing as removing
 from .criterion import scores as scores
+from .elsewhere import said_elsewhere as said_elsewhere
 from .exporter import Exporter as Exporter
 from .exporter import Finished as Finished
 from .metric import Figure as Figure

@@ -27,6 +27,7 @@ from sparsekit.model.loading import (
 )
 from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.resting import fill_outside, settle
+from sparsekit.model.semi_structured import make_semi_structured
 from sparsekit.model.structure.shape import Shape
 from sparsekit.model.structure.units import BY_QUERY
 from sparsekit.model.tensors import Tensors, tied_names
@@ -173,17 +174,39 @@ def _copy_beside(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def load(folder: str | Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+def load(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    sparse: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
     """The causal language model of a checkpoint, in eval mode, and its tokenizer.
 
     Any checkpoint that transformers loads, and all that sparsekit has cut; of these no code in the folder is run.
 
     folder: a folder, the folder of a run, or a hub name
     dtype: such as "bfloat16"; None keeps the checkpoint's
+    device: where the model is put; None: in CPU memory, or with `sparse` on CUDA
+    sparse: put torch's semi-structured tensors in place of weights that are 2:4, which sparse tensor cores multiply;
+        for inference, on CUDA in half precision
 
     Raises:
-        ValueError: there is no such checkpoint, or a tensor is missing, damaged or of another shape.
+        ValueError: there is no such checkpoint, a tensor is missing, damaged or of another shape; or `sparse` is asked
+            of a model or a machine that cannot do it.
     """
+    if sparse and device is None and not torch.cuda.is_available():
+        raise ValueError("sparse=True is for CUDA, whose tensor cores multiply 2:4, and torch finds none here")
+    model, reader = _loaded(folder, dtype, trust_remote_code)
+    if device is not None or sparse:
+        model.to(device or "cuda")
+    if sparse:
+        make_semi_structured(model)
+    return model, reader
+
+
+def _loaded(folder: str | Path, dtype: str | None, trust_remote_code: bool) -> tuple[nn.Module, Any]:
     folder = locate(str(folder))
     if resized_by(folder):
         resized = build_resized(folder)
