@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from sparsekit.model import layouts
-from sparsekit.model.checkpoint import Checkpoint, modules_behind
+from sparsekit.model.beside import copy_beside
+from sparsekit.model.checkpoint import Checkpoint
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.expert_forms import as_linears, join_experts, split_experts
 from sparsekit.model.folders import locate
@@ -37,11 +38,6 @@ from sparsekit.model.weights import Weights
 from sparsekit.system import disk_errors, make_readable, sync
 
 GENERATION = "generation_config.json"
-# how a model of text and images reads its images: as it was
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-
-# of sentence-transformers: the modules behind the model, whose folders it names, and how they are used
-SENTENCES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 def save_model(
@@ -148,7 +144,7 @@ def write_model(
         elif source is None and (aside / GENERATION).is_file():
             model.generation_config.save_pretrained(aside)
         if source is not None:
-            _copy_beside(source, aside)
+            copy_beside(source, aside)
         more(aside)
         for file in aside.rglob("*"):
             if file.is_file():
@@ -160,18 +156,6 @@ def write_model(
     finally:
         if written is None:
             shutil.rmtree(aside, ignore_errors=True)
-
-
-def _copy_beside(source: Path, folder: Path) -> None:
-    """Copy what says how a model reads images, and what sentence-transformers puts behind a model, as they are."""
-    for name in PROCESSORS:
-        if (source / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source / name, folder / name)
-    for name in modules_behind(source):
-        shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
-    for name in SENTENCES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def load(
