@@ -1,6 +1,7 @@
 """What the command line takes. Nothing heavy is imported."""
 
 import argparse
+import re
 from typing import Any
 
 from sparsekit import __version__
@@ -78,6 +79,19 @@ def command_line() -> argparse.ArgumentParser:
     add.add_argument("--key", metavar="PUBLIC", help="the run must be signed by the owner of this key (a PEM file)")
     add.add_argument("--json", metavar="FILE", help="write what was found here too")
 
+    add = commands.add_parser("search", help="find the methods that are best on a model within some minutes")
+    add.add_argument("--model", required=True, metavar="MODEL", help="a folder or a hub name")
+    add.add_argument("--pattern", required=True, metavar="PATTERN", help='such as "2:4" or "50%%"')
+    add.add_argument("--budget", required=True, type=_seconds, metavar="TIME", help="such as 20min, 2h or 90s")
+    add.add_argument("--calibration", required=True, metavar="SOURCE", help="a source or a file")
+    add.add_argument(
+        "--text", required=True, metavar="SOURCE", help="decides between methods: none that figures are reported on"
+    )
+    add.add_argument("--samples", type=_positive, default=64, metavar="N", help="in the last round (default 64)")
+    add.add_argument("--length", type=_positive, default=512, metavar="N", help="tokens of each (default 512)")
+    add.add_argument("--windows", type=_positive, default=16, metavar="N", help="of the text (default 16)")
+    add.add_argument("--output", required=True, metavar="FOLDER", help="of the recipe, the page and the last runs")
+
     add = commands.add_parser("compare", help="finished runs in one table, best first")
     add.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, measured like the others")
     add.add_argument("--by", metavar="COLUMN", help="sort by this column (default: the first perplexity)")
@@ -143,6 +157,13 @@ def _add_texts(add: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--length", type=_positive, default=2048, metavar="N", help="tokens of a window (default 2048)")
     add.add_argument("--windows", type=_positive, metavar="N", help="only the first N windows of each text")
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h)", text.strip())
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: give one such as 20min, 2h or 90s")
+    return float(found[1]) * {"s": 1, "min": 60, "m": 60, "h": 3600}[found[2]]
 
 
 def _positive(text: str) -> int:

@@ -181,6 +181,25 @@ def compare(given: argparse.Namespace) -> int:
     return 0
 
 
+def search(given: argparse.Namespace) -> int:
+    """`sparsekit search`: the best methods within a budget of time, and a recipe of them."""
+    from sparsekit.run import search
+
+    ranked = search(
+        given.model,
+        given.pattern,
+        text={"source": given.text, "windows": given.windows},
+        calibration={"source": given.calibration, "samples": given.samples, "length": given.length},
+        length=given.length,
+        budget=given.budget,
+        output=given.output,
+        say=lambda line: print(line, flush=True),
+    )
+    print(f"\nbest: {ranked[0].name}. It was chosen on {given.text}: report its figures on another text.")
+    print(f"\n  sparsekit fit --recipe {given.output}/recipe.yaml\n  open {given.output}/search.html")
+    return 0
+
+
 def bench(given: argparse.Namespace) -> int:
     """`sparsekit bench`: size, memory and speed of a model, beside the one it was made from."""
     from pathlib import Path
@@ -313,6 +332,7 @@ COMMANDS = {
     "fit": fit,
     "eval": evaluate,
     "verify": verify,
+    "search": search,
     "compare": compare,
     "bench": bench,
     "export": export,

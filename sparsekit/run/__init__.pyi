@@ -15,4 +15,5 @@ from .plan import Plan as Plan
 from .plan import make_plan as make_plan
 from .pruned import Pruned as Pruned
 from .pruned import Result as Result
+from .searching import search as search
 from .sequence import run_stages as run_stages
