@@ -55,6 +55,16 @@ def test_what_does_not_fit_into_the_time_is_left_out(models, tmp_path):
         search(str(models / "tiny-llama"), "2:4", output=tmp_path / "found", **given)
 
 
+def test_a_method_that_the_model_refuses_is_out(models, tmp_path):
+    """The others go on; where none can be tried, the reason is what is said."""
+    tried = {"wanda": {"stages": ["wanda"]}, "reap": {"stages": [{"reap": {"remove": "20%"}}]}}
+    given = {"text": TEXT, "calibration": CALIBRATION, "budget": 600, "length": 64, "say": lambda line: None}
+    found = search(str(models / "tiny-llama"), "2:4", output=tmp_path / "one", tried=tried, **given)
+    assert found[0].name == "wanda" and "expert" in found[1].why
+    with pytest.raises(ValueError, match="no method could be tried: "):
+        search(str(models / "tiny-llama"), "7:9", output=tmp_path / "two", tried={"wanda": tried["wanda"]}, **given)
+
+
 def test_candidates_are_recipes():
     """Each can be read; allocation by outliers is for shares alone."""
     for pattern in ("2:4", "60%"):

@@ -174,3 +174,16 @@ def test_inputs_and_their_graph_are_left_alone():
     stats = Stats.of(x, x * 2)
     assert not stats.gram.requires_grad and not stats.drift_gram.requires_grad
     assert torch.equal(x, before)
+
+
+def test_a_ridge_between_the_mean_and_each_input():
+    """By formula: d times the root of an input's energy and the geometric mean; inputs that never were have none."""
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 6, generator=random) * torch.tensor([0.0, 0.1, 1.0, 1.0, 5.0, 30.0])
+    stats = Stats.of(inputs)
+    energy = inputs.square().sum(0)
+    typical = energy[1:].log().mean().exp()
+    torch.testing.assert_close(stats.ridge(by="root"), 2 * 6 / 40 * (energy * typical).sqrt())
+    assert float(Stats.of(inputs[:3]).ridge(by="root").max()) == float((Stats.of(inputs[:3]).ridge(1.0, "root")).max())
+    few, many = (stats.ridge(by=by)[1:] / energy[1:] for by in ("root", "mean"))
+    assert float(few.max() / few.min()) < float(many.max() / many.min())

@@ -153,3 +153,17 @@ def test_eval_of_a_tower(places: dict[str, Path], tmp_path: Path, capsys: pytest
     ]
     assert main(told) == 0
     assert "cosine" in capsys.readouterr().out
+
+
+def test_eval_of_features_without_a_tower(models, places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that reads text alone has none."""
+    told = [
+        "eval",
+        str(models / "tiny-llama"),
+        "--features",
+        str(places["pictures"]),
+        "--against",
+        str(places["llava"]),
+    ]
+    assert main(told) == 2
+    assert "has no tower that sees images" in capsys.readouterr().err

@@ -30,6 +30,7 @@ from sparsekit.model import (
     rests,
     same_tower,
     sees_images,
+    towers,
 )
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe
@@ -57,6 +58,8 @@ def evaluate_path(
         folder = locate(named)
         loaded, reader = load_model(folder, trust_remote_code=trust)
         if settings.get("features") and not sees_images(loaded):
+            if "vision" not in towers(loaded):
+                raise ValueError(f"{type(loaded).__name__} has no tower that sees images, so features measure nothing")
             choose_tower(loaded, "vision")
             reader = image_processor(folder)
         return loaded.to(place), reader

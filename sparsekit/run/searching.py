@@ -78,7 +78,7 @@ def search(
     Successive halving: Jamieson and Talwalkar 2016, arXiv 1502.07943.
 
     Raises:
-        ValueError: recipe, model or text cannot be used, the folder exists, or no probe ended in time.
+        ValueError: recipe, model or text cannot be used, or the folder exists.
     """
     folder, began = Path(output), time.monotonic()
     if folder.exists():
@@ -106,7 +106,12 @@ def search(
                 continue
             place = folder / PROBES / f"{number + 1} {probe.name.replace(',', ' +')}"
             started = time.monotonic()
-            result = fit(recipe_of(probe, count, place), quiet=True)
+            try:
+                result = fit(recipe_of(probe, count, place), quiet=True)
+            except ValueError as error:  # this method cannot be had of this model
+                probe.why = str(error)
+                say(f"  {probe.name}: {probe.why}")
+                continue
             if not result.verified:
                 raise ValueError(f"{probe.name} is not as asked: {result.verify()[0]}")
             [value] = result.report["evaluation"]["pruned"]["perplexity"].values()
@@ -127,7 +132,7 @@ def search(
             break
     ranked = sorted(probes, key=lambda each: (-len(each.losses), each.loss))
     if not ranked[0].losses:
-        raise ValueError(f"no method ended within {budget:.0f} s: give more, or fewer samples")
+        raise ValueError(f"no method could be tried: {ranked[0].why}")
     _write(ranked, folder, recipe_of(ranked[0], samples, folder / "run"), calibration)
     return ranked
 
