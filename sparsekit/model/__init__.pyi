@@ -62,7 +62,7 @@ from .towers import choose_tower as choose_tower
 from .towers import chosen_tower as chosen_tower
 from .towers import same_tower as same_tower
 from .towers import tower_name as tower_name
-from .towers import towers as towers
+from .towers import towers_of as towers_of
 from .towers import with_tower as with_tower
 from .vision import channels_of as channels_of
 from .vision import described as described

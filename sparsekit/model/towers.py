@@ -12,7 +12,7 @@ SEES = re.compile(r"(^|[._])(vision|visual|image|vit)([._]|$)")  # and of these,
 _CHOSEN = "_sparsekit_tower"  # the attribute of a model that holds the name of its chosen tower
 
 
-def towers(model: Any) -> dict[str, str]:
+def towers_of(model: Any) -> dict[str, str]:
     """The towers of a model that can be run by themselves: `vision` -> its name, of one that is given images alone;
     `text` -> its name, of a model that compares texts with images (CLIP), whose whole needs both."""
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ def choose_tower(model: Any, part: str | None) -> None:
     Raises:
         ValueError: the model has no such part.
     """
-    name, known = type(model).__name__, towers(model)
+    name, known = type(model).__name__, towers_of(model)
     two = bool(getattr(model.config, "is_encoder_decoder", False))
     compares = "text" in known and "vision" in known
     parts = [

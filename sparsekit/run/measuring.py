@@ -30,7 +30,7 @@ from sparsekit.model import (
     rests,
     same_tower,
     sees_images,
-    towers,
+    towers_of,
 )
 from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe
@@ -58,7 +58,7 @@ def evaluate_path(
         folder = locate(named)
         loaded, reader = load_model(folder, trust_remote_code=trust)
         if settings.get("features") and not sees_images(loaded):
-            if "vision" not in towers(loaded):
+            if "vision" not in towers_of(loaded):
                 raise ValueError(f"{type(loaded).__name__} has no tower that sees images, so features measure nothing")
             choose_tower(loaded, "vision")
             reader = image_processor(folder)

@@ -44,7 +44,7 @@ def candidates(pattern: str) -> dict[str, dict[str, Any]]:
         "sparsegpt": {"stages": ["sparsegpt"]},
         "wanda, refit": {"stages": ["wanda", "refit"]},
         "alps": {"stages": ["alps"]},
-        "alps, ridge by input": {"stages": [{"alps": {"ridge": "root"}}]},
+        "alps, ridge by input": {"stages": [{"alps": {"ridge": "column"}}]},
         "sparsegpt, refit": {"stages": ["sparsegpt", "refit"]},
     }
     if not isinstance(parse(pattern), NM):
