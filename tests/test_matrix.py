@@ -66,8 +66,16 @@ def test_a_few_towers(name, tmp_path):
     assert found["cell"] == "works" and found["share"] > 0.97, found
 
 
-@pytest.mark.parametrize("name", ["image-text/llava", "image-text/qwen3_vl", "lfm2"])
-@pytest.mark.parametrize("recipe", ["wanda-sp", "layers"])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("image-text/llava", "wanda-sp"),
+        ("image-text/qwen3_vl", "layers"),
+        ("lfm2", "wanda-sp"),
+        pytest.param("image-text/llava", "layers", marks=pytest.mark.long),
+        pytest.param("image-text/qwen3_vl", "wanda-sp", marks=pytest.mark.long),
+    ],
+)
 def test_structures_of_the_text_part(name, recipe, tmp_path):
     """Of models of text and images, too; LFM2's linears have names of their own."""
     save(name, tmp_path / "source")

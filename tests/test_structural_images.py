@@ -48,7 +48,7 @@ def masked(shape: Shape) -> torch.nn.Module:
     "stage",
     [
         "{wanda-sp: {remove: 30%}}",
-        "{flap: {remove: 30%, bias: false}}",
+        pytest.param("{flap: {remove: 30%, bias: false}}", marks=pytest.mark.long),
         "{block-influence: {remove: 25%}}",
         "{llm-pruner: {remove: 30%}}",
         "{policy_gradient: {remove: 30%, steps: 4, compensate: false}}",

@@ -67,8 +67,8 @@ def test_units_of_a_fused_qkv():
     "stage",
     [
         {"wanda-sp": {"remove": "30%"}},
-        {"flap": {"remove": "30%", "bias": False}},
-        {"llm-pruner": {"remove": "20%"}},
+        pytest.param({"flap": {"remove": "30%", "bias": False}}, marks=pytest.mark.long),
+        pytest.param({"llm-pruner": {"remove": "20%"}}, marks=pytest.mark.long),
         {"policy_gradient": {"remove": "25%", "steps": 3, "compensate": False}},
     ],
 )
@@ -94,6 +94,7 @@ def test_equal_channels_are_opened_by_plain_transformers(drawn, tmp_path):
     assert width < 288 and model.vision_encoder.layers[5].mlp.lin1.weight.shape == (width, 72)
 
 
+@pytest.mark.long
 def test_a_cut_model_is_pruned_and_recovered(drawn, tmp_path):
     """Structures, then weights, then the features of the dense model as what is learned."""
     stages = [{"wanda-sp": {"remove": "20%"}}, "sparsegpt", {"finetune": {"steps": 2, "batch": 2}}]

@@ -43,7 +43,10 @@ def recipe(places: dict[str, Path], name: str, output: Path, **more: object) -> 
     }
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3", "idefics3", "mistral3", "clip", "siglip"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("gemma3", "mistral3", "siglip")]
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "clip", *LONG])
 def test_a_vision_tower(places: dict[str, Path], name: str, tmp_path: Path) -> None:
     """It is pruned whole, all else is the source's bit for bit, and plain transformers loads the result."""
     result = sparsekit.fit(recipe(places, name, tmp_path / "run", prune="vision"), quiet=True)
@@ -59,7 +62,7 @@ def test_a_vision_tower(places: dict[str, Path], name: str, tmp_path: Path) -> N
     assert main(["verify", str(tmp_path / "run")]) == 0
 
 
-@pytest.mark.parametrize("stage", ["lamp", "lora"])
+@pytest.mark.parametrize("stage", [pytest.param("lamp", marks=pytest.mark.long), "lora"])
 def test_what_trains_a_vision_tower(places: dict[str, Path], stage: str, tmp_path: Path) -> None:
     """Blocks are trained, and the tower by the dense tower's features."""
     options = {"lamp": {"epochs": 1}, "lora": {"steps": 2, "batch": 1}}[stage]

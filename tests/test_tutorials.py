@@ -9,7 +9,12 @@ ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("file", TUTORIALS, ids=lambda file: file.stem)
+def _marked(file: Path):
+    """The one without a model always, the others with `make test-all`."""
+    return pytest.param(file, id=file.stem, marks=() if file.stem == "write_a_method" else pytest.mark.long)
+
+
+@pytest.mark.parametrize("file", map(_marked, TUTORIALS))
 def test_a_tutorial_runs(file, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MODEL", str(ROOT / "tests" / "models" / "tiny-llama"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
