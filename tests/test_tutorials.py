@@ -14,7 +14,7 @@ def _marked(file: Path):
     return pytest.param(file, id=file.stem, marks=() if file.stem == "write_a_method" else pytest.mark.long)
 
 
-@pytest.mark.parametrize("file", map(_marked, TUTORIALS))
+@pytest.mark.parametrize("file", [_marked(file) for file in TUTORIALS])
 def test_a_tutorial_runs(file, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MODEL", str(ROOT / "tests" / "models" / "tiny-llama"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
