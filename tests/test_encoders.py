@@ -148,3 +148,22 @@ def test_a_model_that_does_not_fit() -> None:
     model = bert(0, "BertModel")
     with pytest.raises(ValueError, match="predicts no tokens"):
         masked_loss(Preparation(Words(), model.config), windows=2, length=16)(Subject(model, Words()))
+
+
+def test_a_pooling_that_is_not_known(tmp_path: Path) -> None:
+    """It is not taken for the mean."""
+    from sparsekit.measure.embeddings import _pooling
+
+    (tmp_path / "1_Pooling").mkdir()
+    file = tmp_path / "1_Pooling" / "config.json"
+    for told, how in (
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
+    ):
+        file.write_text(json.dumps(told))
+        assert _pooling(tmp_path, bert(0)) == how
+    several = {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}  # one behind the other
+    for told in ({"pooling_mode": "weightedmean"}, several):
+        file.write_text(json.dumps(told))
+        with pytest.raises(ValueError, match="pools in a way that is not known here"):
+            _pooling(tmp_path, bert(0))

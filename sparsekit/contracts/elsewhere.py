@@ -61,7 +61,7 @@ def said_elsewhere(name: str, valid: Collection[str]) -> str:
     name: with underscores. valid: what could be said in its place
     """
     if name in PACKAGES:
-        package = PACKAGES[name]
-        return f"which is in the package {package}: pip install {package} (or ./plugins/{package} of a clone)"
+        package = PACKAGES[name]  # on no index: a name there would be a stranger's
+        return f"which is in the package {package}: pip install ./plugins/{package} in a clone of sparsekit"
     whose, here, line = WORDS.get(name, ("", "", ""))
     return f"which is {whose}: here write `{line}`" if here in valid else ""

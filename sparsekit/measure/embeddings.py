@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sparsekit.contracts import Count, Figure, Measure, Preparation
-from sparsekit.data import corpus
+from sparsekit.data import corpus, spread
 from sparsekit.model import chosen_tower, in_two_parts, predicts_text, read_json, sees_images
 
 if TYPE_CHECKING:
     from sparsekit.contracts import Subject
 
 WORDS = 10  # that a text has at least
+# what sentence-transformers calls ways of pooling, in configs of today and of before version 5
+MODES = {"mean": "mean", "cls": "first", "lasttoken": "last"}
+MODES |= {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}
 
 
 def embeddings(
@@ -69,15 +72,19 @@ def sentences(source: str, count: int) -> list[str]:
     long = [text for text in paragraphs if len(text.split()) >= WORDS]
     if not long:
         raise ValueError(f"{source} has no text of at least {WORDS} words: give another source of text")
-    count = min(count, len(long))
-    return [long[index * len(long) // count] for index in range(count)]
+    return [long[index] for index in spread(long, count)]
 
 
 def _pooling(folder: Path, model: Any) -> str:
     if (folder / "1_Pooling" / "config.json").is_file():
         told = read_json(folder / "1_Pooling" / "config.json")
-        named = {"pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last"}
-        return next((how for key, how in named.items() if told.get(key)), "mean")
+        asked = [key for key in told if key.startswith("pooling_mode_") and told[key] is True]
+        modes = [told["pooling_mode"]] if "pooling_mode" in told else asked
+        if len(modes) != 1 or modes[0] not in MODES:
+            raise ValueError(
+                f"{folder}/1_Pooling pools in a way that is not known here: give pooling: mean, first or last"
+            )
+        return MODES[modes[0]]
     return "last" if predicts_text(model) else "mean"
 
 

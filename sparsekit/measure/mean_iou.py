@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from sparsekit.contracts import Count, Figure, Measure, Preparation
+from sparsekit.data import spread
 
 if TYPE_CHECKING:
     from sparsekit.contracts import Subject
@@ -28,8 +29,8 @@ def mean_iou(preparation: Preparation, *, path: str, limit: Count | None = None)
     Source: Everingham et al. 2015, The Pascal Visual Object Classes Challenge: A Retrospective, section 4.2.
     """
     pairs = _pairs(Path(path))
-    count = min(limit or preparation.limit or len(pairs), len(pairs))
-    pairs = [pairs[index * len(pairs) // count] for index in range(count)]
+    pairs = [pairs[index] for index in spread(pairs, limit or preparation.limit)]
+    count = len(pairs)
 
     def measure(subject: Subject) -> dict[str, Figure]:
         model, processor = subject.model, subject.tokenizer

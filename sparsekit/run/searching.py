@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsekit.maths import NM, parse
 from sparsekit.recipe import load_recipe, resolved, to_yaml
-from sparsekit.results import leaderboard, read_report
+from sparsekit.results import leaderboard
 from sparsekit.results.page import write_comparison
 from sparsekit.run.door import fit
 from sparsekit.system import write_json
@@ -158,5 +158,5 @@ def _write(ranked: Sequence[Probe], folder: Path, recipe: dict[str, Any], calibr
     write_json(folder / FOUND, {"methods": told, "best": ranked[0].name})
     rounds = len(ranked[0].losses)
     runs = [each.folder for each in ranked if len(each.losses) == rounds]
-    first = [str(path.parent) for path in sorted((folder / PROBES).glob("1 */report.json")) if read_report(path.parent)]
+    first = [str(path.parent) for path in sorted((folder / PROBES).glob("1 */report.json"))]
     write_comparison(leaderboard(runs if len(runs) > 1 else first), folder / PAGE)
