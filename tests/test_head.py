@@ -7,8 +7,9 @@ import torch
 from families import build
 from torch.nn.functional import cross_entropy
 
-from sparsekit.train import head
-from sparsekit.train.head import Said, summed
+import sparsekit.model.head as head
+from sparsekit.model import Said
+from sparsekit.train.head import summed
 from sparsekit.train.losses import Objective
 from sparsekit.train.records import IGNORED
 from sparsekit.train.teacher import Running

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparsekit.contracts import Context, Decision, scores
-from sparsekit.model import Linear, features
+from sparsekit.model import Linear, Said, features
 from sparsekit.model.structure import Units, choose
-from sparsekit.train import Said, summed, text_loss
+from sparsekit.train import summed, text_loss
 
 Taylor = Literal["param_first", "param_second", "param_mix"]
 Blocks = Annotated[int, Ge(0)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sparsekit.model import Block, body, filled, first_inputs, passed_over, put_forward, rests
+from sparsekit.model import Block, Said, filled, first_inputs, passed_over, rests
 from sparsekit.system import ActivationStore
 
 LOGITS = 2**24  # numbers of a vocabulary's logits that are held at once
@@ -66,34 +66,9 @@ def surprises(
 
 
 def _of_chunk(model: Any, chunk: Tensor) -> Iterator[Tensor]:
-    parts = []
-    for places, logits in _logits(model, chunk):
-        inside = places < chunk.shape[1] - 1  # nothing follows the last token
-        for each, following in zip(logits, chunk, strict=True):
-            parts.append(cross_entropy(each[inside].float(), following[places[inside] + 1], reduction="none"))
+    said, parts = Said(model, chunk), []
+    for places in said.places(numbers=LOGITS):
+        for each, following in zip(said.logits(places), chunk, strict=True):
+            parts.append(cross_entropy(each.float(), following[places + 1], reduction="none"))
     for row in range(len(chunk)):
         yield torch.cat(parts[row :: len(chunk)])
-
-
-def _logits(model: Any, chunk: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places (n,) in the text and the logits there (batch, n, vocabulary), piece after piece."""
-    places, base = torch.arange(chunk.shape[1], device=chunk.device), body(model)
-    in_parts = base is not model
-    size = max(16, LOGITS // (len(chunk) * model.config.get_text_config().vocab_size)) if in_parts else len(places)
-    if size >= len(places):
-        yield places, model(input_ids=chunk, use_cache=False).logits
-        return
-    found: list[Any] = []
-    original = base.forward
-
-    def kept(*args: Any, **kwargs: Any) -> Any:  # the second time it is known
-        if not found:
-            found.append(original(*args, **kwargs))
-        return found[0]
-
-    undo = put_forward(base, kept)
-    try:
-        for some in places.split(size):
-            yield some, model(input_ids=chunk, use_cache=False, logits_to_keep=some).logits
-    finally:
-        undo()

@@ -12,7 +12,6 @@ from .discovery import discover as discover
 from .discovery import find_blocks as find_blocks
 from .discovery import parts_of as parts_of
 from .discovery import run_model as run_model
-from .entering import body as body
 from .entering import first_inputs as first_inputs
 from .entering import passed_over as passed_over
 from .expert_forms import as_linears as as_linears
@@ -21,6 +20,7 @@ from .expert_forms import joined as joined
 from .expert_forms import split_experts as split_experts
 from .experts import Experts as Experts
 from .folders import locate as locate
+from .head import Said as Said
 from .layouts import choose_layout as choose_layout
 from .loading import LAYERS as LAYERS
 from .loading import auto_class as auto_class

@@ -4,7 +4,6 @@ from .checkpoints import last_checkpoint as last_checkpoint
 from .feedforward import FeedForward as FeedForward
 from .feedforward import Found as Found
 from .feedforward import prune_jointly as prune_jointly
-from .head import Said as Said
 from .head import summed as summed
 from .logger import make_loggers as make_loggers
 from .logger import missing_loggers as missing_loggers

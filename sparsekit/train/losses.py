@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sparsekit.train.head import Said, summed
+from sparsekit.model import Said
+from sparsekit.train.head import summed
 from sparsekit.train.records import IGNORED
 from sparsekit.train.rows import Rows
 from sparsekit.train.teacher import Cached, Running, distance, divergence, divergence_of_top

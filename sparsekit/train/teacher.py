@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
+from sparsekit.model import Said
 from sparsekit.system import commit, committed, write_tensors
-from sparsekit.train.head import Said
 from sparsekit.train.records import IGNORED
 from sparsekit.train.rows import Rows
 
