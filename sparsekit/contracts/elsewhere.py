@@ -62,6 +62,6 @@ def said_elsewhere(name: str, valid: Collection[str]) -> str:
     """
     if name in PACKAGES:
         package = PACKAGES[name]  # on no index: a name there would be a stranger's
-        return f"which is in the package {package}: pip install ./plugins/{package} in a clone of sparsekit"
+        return f"which is in the package {package}: in a clone of sparsekit, pip install ./plugins/{package}"
     whose, here, line = WORDS.get(name, ("", "", ""))
     return f"which is {whose}: here write `{line}`" if here in valid else ""
