@@ -1,6 +1,9 @@
 """One part of a model is pruned: the vision tower of a model of text and images, a tower of CLIP, an encoder."""
 
+import inspect
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,23 @@ from safetensors.torch import load_file
 
 import sparsekit
 from sparsekit.cli import main
-from sparsekit.model import choose_tower, discover, find_blocks, run_model, skeleton
+from sparsekit.data import images
+from sparsekit.model import (
+    choose_tower,
+    chosen_tower,
+    discover,
+    features,
+    find_blocks,
+    image_processor,
+    run_model,
+    skeleton,
+)
 from tests.matrix.towers import PROCESSOR, pictures, save
 
 KINDS = {"llava": "image-text", "gemma3": "image-text", "idefics3": "image-text", "mistral3": "image-text"}
 KINDS |= {"clip": "backbones", "siglip": "backbones", "t5": "two"}
+PATCHES = ("qwen2_5_vl", "gemma4", "lfm2_vl")  # towers that are given patches, and where each lies in three ways
+KINDS |= dict.fromkeys(PATCHES, "towers")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +37,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("towers")
     for name, task in KINDS.items():
         save(task, name, folder / name)
-        if task != "two":
+        if task not in ("two", "towers"):
             (folder / name / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     pictures(folder / "pictures")
     return {each.name: each for each in folder.iterdir()}
@@ -30,14 +45,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def recipe(places: dict[str, Path], name: str, output: Path, **more: object) -> dict[str, object]:
     """Images for a vision tower, text for all else."""
-    images = {"source": "images", "path": str(places["pictures"]), "samples": 6}
+    images = {"source": "images", "path": str(places["pictures"]), "samples": 6, "side": 32}
     seen = more.get("prune") == "vision"
     return {
         "model": str(places[name]),
         "pattern": "2:4",
         "calibration": images if seen else {"source": "python-docs", "samples": 4, "length": 16},
         "stages": ["sparsegpt"],
-        "evaluate": {"features": [str(places["pictures"])]} if seen else {},
+        "evaluate": {"features": [{"path": str(places["pictures"]), "side": 32}]} if seen else {},
         "output": str(output),
         **more,
     }
@@ -46,20 +61,48 @@ def recipe(places: dict[str, Path], name: str, output: Path, **more: object) -> 
 LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("gemma3", "mistral3", "siglip")]
 
 
-@pytest.mark.parametrize("name", ["llava", "idefics3", "clip", *LONG])
+@pytest.mark.parametrize("name", ["llava", "idefics3", "clip", "qwen2_5_vl", "gemma4", "lfm2_vl", *LONG])
 def test_a_vision_tower(places: dict[str, Path], name: str, tmp_path: Path) -> None:
     """It is pruned whole, all else is the source's bit for bit, and plain transformers loads the result."""
     result = sparsekit.fit(recipe(places, name, tmp_path / "run", prune="vision"), quiet=True)
     assert result.verified
     before, after = (load_file(place / "model.safetensors") for place in (places[name], tmp_path / "run" / "model"))
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert before.keys() == after.keys() and changed and all("vision" in name for name in changed)
+    assert before.keys() == after.keys() and changed and all(re.search("vision|visual", name) for name in changed)
     pruned = result.report["sparsity"]["per_linear"]
     assert len(pruned) >= 12 and result.report["sparsity"]["total"] == 0.5
     cosine = result.report["evaluation"]["pruned"]["figures"]["pictures cosine"]["value"]
     assert cosine < 1 and result.report["evaluation"]["dense"]["figures"]["pictures cosine"]["value"] > 0.9999
     assert (tmp_path / "run" / "model" / "tokenizer.json").is_file()
     assert main(["verify", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("name", [*PATCHES, pytest.param("lfm2_vl", id="padded")])
+def test_patches_are_what_the_processor_makes(
+    places: dict[str, Path], name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A tower gives for two pictures what it gives by the family's own call with what its processor says of them."""
+    from PIL import Image
+
+    model, processor = sparsekit.load(places[name])[0], image_processor(places[name])
+    found = images("test", path=str(places["pictures"]), side=32)
+    squares = [found.rows[index]["image"].resize((32, 32), Image.Resampling.BICUBIC) for index in (0, 5)]
+    choose_tower(model, "vision")
+    tower = chosen_tower(model)
+    if request.node.callspec.id == "padded":
+        processor.max_num_patches = 20  # of which 16 are a picture's
+    made = processor(images=squares, return_tensors="pt")
+    beside = {"grid_thw": "image_grid_thw", "pixel_position_ids": "image_position_ids"}
+    names = [each for each in inspect.signature(tower.forward).parameters if each != "kwargs"]
+    given = {each: made["pixel_values" if each == "hidden_states" else beside.get(each, each)] for each in names}
+    with torch.no_grad():
+        own = tower(**given).last_hidden_state
+        patches = found.pixels([0, 5], processor, 3)
+        places_seen = features(model, patches)[1]
+    if request.node.callspec.id == "padded":
+        own = own[:, :16]
+    assert patches.shape[:2] == (2, 144 if name == "gemma4" else 16) or name == "gemma4"
+    torch.testing.assert_close(places_seen, own.reshape(places_seen.shape), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [pytest.param("lamp", marks=pytest.mark.long), "lora"])
@@ -141,6 +184,16 @@ def test_mistakes(places: dict[str, Path], name: str, more: dict[str, object], s
     """One sentence, before anything is read."""
     with pytest.raises(ValueError, match=said.replace("(", r"\(")):
         sparsekit.fit(recipe(places, name, tmp_path / "run", **more), quiet=True)
+
+
+def test_patches_of_another_model(places: dict[str, Path], tmp_path: Path) -> None:
+    """An image processor that makes other patches than the tower takes is told at once."""
+    shutil.copytree(places["qwen2_5_vl"], tmp_path / "model")
+    file = tmp_path / "model" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temporal_patch_size": 1}))
+    given = recipe(places, "qwen2_5_vl", tmp_path / "run", prune="vision") | {"model": str(tmp_path / "model")}
+    with pytest.raises(ValueError, match=r"patches of square images \(images, patches, 384\), and here is"):
+        sparsekit.fit(given, quiet=True)
 
 
 def test_eval_of_a_tower(places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

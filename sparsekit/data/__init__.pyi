@@ -8,6 +8,7 @@ from .naming import FORMATS as FORMATS
 from .naming import check_length as check_length
 from .naming import corpus as corpus
 from .naming import resolve as resolve
+from .pictures import SQUARE as SQUARE
 from .pictures import Images as Images
 from .pictures import calibration_images as calibration_images
 from .pictures import images as images

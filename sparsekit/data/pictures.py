@@ -1,5 +1,6 @@
 """Images in, pixels out: where calibration and test images come from."""
 
+import math
 import random
 import warnings
 from collections.abc import Mapping, Sequence, Sized
@@ -7,10 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sparsekit.contracts import Count
 from sparsekit.data.corpora import no_bars, part_of
 from sparsekit.data.naming import resolve
+
+SQUARE = 448  # pixels: 16 patches of 28, or 14 of 32
+PLACES = {"image_grid_thw", "image_position_ids", "spatial_shapes"}  # what processors say of where patches lie
 
 
 @dataclass(frozen=True)
@@ -19,21 +25,31 @@ class Images:
 
     rows: of `datasets`, decoded as they are asked for. image, label: the columns; label may be missing
     name: what an error calls it
+    side: pixels along the sides of the square that pictures become for a model that takes patches of any number
     """
 
     rows: Any
     image: str
     label: str
     name: str
+    side: int = SQUARE
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def pixels(self, chosen: Sequence[int], processor: Any, channels: int) -> Tensor:
-        """Some of the images as the model sees them (images, channels, height, width), float32."""
+        """Some of the images as the model sees them, float32: (images, channels, height, width).
+
+        Of a model that takes patches of images of any size (Qwen-VL, Gemma 4): (images, patches, values) of squares.
+        Raises ValueError where the processor makes something else of a square.
+        """
         pictures = [self.rows[index][self.image].convert("L" if channels == 1 else "RGB") for index in chosen]
-        found: Tensor = processor(images=pictures, return_tensors="pt")["pixel_values"]
-        return found
+        made = processor(images=pictures[:1], return_tensors="pt")
+        if not PLACES & made.keys():
+            found: Tensor = processor(images=pictures, return_tensors="pt")["pixel_values"]
+            return found
+        squares = [picture.resize((self.side, self.side)) for picture in pictures]
+        return torch.stack([_patches(processor(images=[each], return_tensors="pt"), self.name) for each in squares])
 
     def classes(self, model: Any) -> list[int]:
         """A classifier's number for each of the labels here: by name, or by order where it has other names.
@@ -69,19 +85,45 @@ class Images:
         return list(range(len(names)))
 
 
-def images(split: str, *, path: str, part: str | None = None, image: str = "image", label: str = "label") -> Images:
+def _patches(made: Mapping[str, Tensor], name: str) -> Tensor:
+    """The patches (patches, values) of one square picture, of what a processor made of it; padding is left out."""
+    values = made["pixel_values"]
+    if "image_position_ids" in made:
+        values = values[0][(made["image_position_ids"][0] >= 0).all(-1)]
+    elif "pixel_attention_mask" in made:
+        values = values[0][made["pixel_attention_mask"][0].bool()]
+    values = values.flatten(1)
+    sides = [made[key].flatten().tolist() for key in ("image_grid_thw", "spatial_shapes") if key in made]
+    if math.isqrt(len(values)) ** 2 != len(values) or any(len(each) > 3 or each[-1] != each[-2] for each in sides):
+        raise ValueError(
+            f"the model's image processor makes {len(values)} patches of a square picture of {name}, which are no "
+            "square of patches: give another `side`, a multiple of its patches' size and of how many it merges"
+        )
+    return values
+
+
+def images(
+    split: str,
+    *,
+    path: str,
+    part: str | None = None,
+    image: str = "image",
+    label: str = "label",
+    side: Count = SQUARE,
+) -> Images:
     """Images for vision models: a folder (with a folder for each class, or metadata as `datasets` reads it), a Parquet
     file, or a data set on the hub.
 
     part: of the data set; null: train for calibration, test or else validation for testing, or the only one
     image, label: names of the columns
+    side: for models that take patches of images of any size, pixels along the sides of the square that pictures become
     """
     parts = parts_of_set(path)
     rows = parts[part_of(path, list(parts), part, split)]
     if type(rows.features.get(image)).__name__ != "Image":
         valid = [name for name, kind in rows.features.items() if type(kind).__name__ == "Image"]
         raise ValueError(f"{path} has no images called `{image}`: set `image` to one of {', '.join(valid) or 'none'}")
-    return Images(rows, image, label, Path(path).name)
+    return Images(rows, image, label, Path(path).name, side)
 
 
 def pillow() -> Any:
@@ -124,7 +166,7 @@ def parts_of_set(path: str) -> Mapping[str, Any]:
 
 
 def calibration_images(settings: Mapping[str, Any], processor: Any, channels: int) -> Tensor:
-    """Calibration images (samples, channels, height, width), float32: `samples` different ones, drawn by `seed`.
+    """Calibration images as `Images.pixels` gives them, float32: `samples` different ones, drawn by `seed`.
 
     settings: {source: images, samples, seed, the source's own options}; a `length` is passed over.
     Raises ValueError if the source gives text, or too few images.

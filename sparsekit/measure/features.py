@@ -47,9 +47,9 @@ class Features:
         limit: int | None = None,
         batch: int = 1,
     ):
-        entry = full_entry(entry, (*KEYS, "neighbours"), "features")
+        entry = full_entry(entry, (*KEYS, "neighbours", "side"), "features")
         self.path, self.name, self.batch, self.dense = str(entry["path"]), image_set_name(entry), batch, dense
-        given = {key: entry[key] for key in OPTIONS if entry.get(key) is not None}
+        given = {key: entry[key] for key in (*OPTIONS, "side") if entry.get(key) is not None}
         self.found = images("test", path=entry["path"], **given)
         self.chosen = spread(self.found, entry.get("limit") or limit)
         self.neighbours: int = entry.get("neighbours") or 0

@@ -71,6 +71,7 @@ from .vision import image_size as image_size
 from .vision import in_two_parts as in_two_parts
 from .vision import patches as patches
 from .vision import predicts_text as predicts_text
+from .vision import sample_image as sample_image
 from .vision import sees_images as sees_images
 from .vision import unreadable as unreadable
 from .vision import vision_config as vision_config

@@ -12,16 +12,23 @@ from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, Linear, _modules, decides, split_call
 from sparsekit.model.expert_forms import split_experts
+from sparsekit.model.patched import beside_patches, given_patches
 from sparsekit.model.tensors import tied_names
 from sparsekit.model.towers import TOWERS, chosen_tower, tower_name
 from sparsekit.model.vision import in_two_parts, sees_images
 
 # by the forward pass of a family that is given less than it asks for
 RAISED = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError)
-# names of what follows an image encoder and asks for points (SAM)
-PROMPTED = re.compile(r"(^|[.])(mask_decoder|prompt_encoder|memory_attention|memory_encoder)([.]|$)")
+# names of what follows an image encoder: asks for points (SAM), or merges patches for a language model (Qwen 3 VL)
+PROMPTED = re.compile(
+    r"(^|[.])(mask_decoder|prompt_encoder|memory_attention|memory_encoder|(deepstack_)?merger(s|_list))([.]|$)"
+)
 # of linears that are given positions (Swin 2)
 POSITIONS = re.compile(r"(^|[._])position_bias([._]|$)")
+
+
+class _Unlike(ValueError):
+    """A block gives hidden states of another shape than it is given."""
 
 
 def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
@@ -35,6 +42,9 @@ def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
         known = inspect.signature(model.forward).parameters  # encoders have no cache
         both = {"decoder_input_ids": given} if in_two_parts(model) else {}
         model(input_ids=given, **both, **({"use_cache": use_cache} if "use_cache" in known else {}))
+        return
+    if beside_patches(model):
+        model(**given_patches(model, given.to(model.dtype)))
         return
     encode = getattr(model, "get_image_embeddings", model)  # what follows SAM's image encoder asks for points
     encode(pixel_values=given.to(model.dtype))
@@ -105,7 +115,8 @@ def parts_of(blocks: list[Block]) -> list[list[Block]]:
 def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list[Block]:
     """The model's blocks with their groups, seen in one forward pass of `tokens` (sequences, length), best a few.
 
-    A vision model's are pixels (images, channels, height, width), here and in `first_inputs`. Works on the meta device
+    A vision model's are pixels (images, channels, height, width), or patches (images, patches, values) where its tower
+    takes these, here and in `first_inputs`. Works on the meta device
     too. Linears that the pass does not reach are left as they are and named in `skipped`, and so are routers and
     gates. Fused experts become linears (`split_experts`).
 
@@ -166,7 +177,7 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
         shapes = [tuple(getattr(each, "shape", ("none",))) for each in (before, after)]
         if shapes[0] != shapes[1]:
             if not sees_images(model) or len(shapes[0]) != len(shapes[1]):
-                raise ValueError(
+                raise _Unlike(
                     f"{block.name} turns hidden states {shapes[0]} into {shapes[1]}, so what enters a block is not "
                     "what the one before it gives: such models cannot be pruned block by block"
                 )
@@ -197,6 +208,10 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
         block.watch(True)
     try:
         run_model(model, tokens, use_cache=True)
+    except _Unlike:
+        raise
+    except ValueError as error:  # of the family's own forward pass
+        raise RuntimeError(str(error)) from error
     finally:
         for handle in hooks:
             handle.remove()

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sparsekit.model.patched import beside_patches
+
 # names of what reads no text
 TOWERS = re.compile(r"(^|[._])(vision|visual|image|video|audio|speech|vit|vqmodel|qformer|resampler|connector)([._]|$)")
 SEES = re.compile(r"(^|[._])(vision|visual|image|vit)([._]|$)")  # and of these, what sees images
@@ -22,7 +24,7 @@ def towers_of(model: Any) -> dict[str, str]:
     for name, module in model.named_modules():
         if not name or not isinstance(module, PreTrainedModel):
             continue
-        kind = "vision" if _given(module) == ["pixel_values"] else "text"
+        kind = "vision" if sees(module) else "text"
         if kind == "text" and (not compares or TOWERS.search(name) or "input_ids" not in _takes(module)):
             continue
         if not any(name.startswith(f"{other}.") for other, _ in found[kind]):
@@ -117,4 +119,4 @@ def chosen_tower(model: Any) -> Any:
 
 def sees(tower: Any) -> bool:
     """Whether a tower is given pixels."""
-    return _given(tower) == ["pixel_values"]
+    return bool(beside_patches(tower)) or _given(tower) == ["pixel_values"]

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sparsekit.model.patched import beside_patches, given_patches, sample_patches
 from sparsekit.model.towers import chosen_tower, sees, tower_name
 
 
@@ -54,10 +56,14 @@ def height_and_width(size: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def patches(config: Any) -> int:
-    """Patches of an image, by the model's configuration."""
-    height, width = image_size(config)
-    own = vision_config(config)
+def patches(model: Any, side: int = 0) -> int:
+    """Patches of an image, by the model's configuration.
+
+    side: pixels along the sides of the squares that it is given, where it takes patches of images of any size
+    """
+    tower = chosen_tower(model)
+    height, width = (side, side) if side and beside_patches(tower) else image_size(tower.config)
+    own = vision_config(tower.config)
     # a stride for each stage, of which the first makes the patches; else a number or a pair
     strides = getattr(own, "patch_stride", None) or getattr(own, "strides", None) or (4,)
     size = getattr(own, "patch_size", None) or (strides if isinstance(strides, int) else strides[0])
@@ -72,8 +78,19 @@ def image_size(config: Any) -> tuple[int, int]:
     return height_and_width(getattr(own, "image_size", None) or 224)
 
 
+def sample_image(model: Any) -> Tensor:
+    """Pixels of one image, or its patches, all zeros, as a vision model or tower is given them."""
+    tower = chosen_tower(model)
+    if beside_patches(tower):
+        return sample_patches(tower)
+    size = image_size(tower.config)
+    return torch.zeros(1, channels_of(tower.config), *size, dtype=model.dtype, device=model.device)
+
+
 def features(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Features of images: of each as a whole (images, width), and of its places (images, places, width).
+
+    pixels: (images, channels, height, width), or patches (images, patches, values) where the tower takes these
 
     Of CLIP and SigLIP the embedding that texts are compared with; else what the encoder's pooling gives, or where it
     has none its first token, or the mean of a map. Of a classifier the head is left out, of SAM all but the encoder.
@@ -83,6 +100,11 @@ def features(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(base, "get_image_embeddings"):
         places = base.vision_encoder(pixels)[0].flatten(2).transpose(1, 2)
         return places.mean(1), places
+    if beside_patches(base):
+        out = base(**given_patches(base, pixels))
+        places, pooled = out.last_hidden_state, getattr(out, "pooler_output", None)
+        places = places.reshape(len(pixels), -1, places.shape[-1])
+        return (places if pooled is None else pooled.reshape(len(pixels), -1, pooled.shape[-1])).mean(1), places
     out = getattr(base, "vision_model", base)(pixel_values=pixels)
     places = out.last_hidden_state
     is_map = places.dim() == 4

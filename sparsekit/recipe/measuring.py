@@ -69,6 +69,11 @@ class FeatureSet(ImageSet):
     neighbours: int | None = Field(
         default=None, gt=0, description="measure accuracy by so many nearest images too (DINO: 20); null: cosines alone"
     )
+    side: int | None = Field(
+        default=None,
+        gt=0,
+        description="of towers that take patches of images of any size: pixels of the square's sides; null: 448",
+    )
 
 
 class MaskSet(Section):

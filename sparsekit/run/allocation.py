@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekit import registry
 from sparsekit.maths import Pattern, Unstructured, mixture, parse
-from sparsekit.model import Block, channels_of, chosen_tower, image_size, meant, sees_images
+from sparsekit.model import Block, meant, sample_image, sees_images
 from sparsekit.recipe import Recipe
 from sparsekit.run.methods import underscored
 
@@ -20,8 +20,7 @@ def sample_input(model: Any) -> Tensor:
     """What the forward pass that looks for groups is given: tokens (1, few), or an image, on the model's device."""
     if not sees_images(model):
         return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=model.device)
-    config = chosen_tower(model).config
-    return torch.zeros(1, channels_of(config), *image_size(config), dtype=model.dtype, device=model.device)
+    return sample_image(model)
 
 
 def pattern_of(recipe: Recipe, block: Block, name: str) -> str:

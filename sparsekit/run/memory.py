@@ -126,7 +126,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
 def _section(calibration: Calibration, model: Any, tokenizer: Any) -> tuple[dict[str, Any], Tensor | Corpus | None]:
     """The section `calibration` of a recipe, and the tokens or the text where they need no source."""
     if isinstance(calibration, Tensor):
-        if calibration.dim() == 4:  # whether the model sees images is asked later
+        if calibration.is_floating_point() and calibration.dim() > 2:  # pixels or patches: who sees them is asked later
             return {"samples": len(calibration)}, calibration
         fits = calibration.dim() == 2 and calibration.shape[1] > 1 and len(calibration)
         if not fits or calibration.is_floating_point():
@@ -175,9 +175,9 @@ def _tokens(planned: Plan, model: Any, tokenizer: Any, given: Tensor | Corpus | 
 
 
 def _check_tokens(tokens: Tensor, planned: Plan) -> None:
-    if planned.images != (tokens.dim() == 4):
+    if planned.images != tokens.is_floating_point():
         raise ValueError(f"the model {'sees images' if planned.images else 'reads text'}, and calibration is none")
-    if tokens.dim() == 4:
+    if planned.images:
         return
     if planned.positions is not None and tokens.shape[1] > planned.positions:
         raise ValueError(f"calibration has {tokens.shape[1]} tokens a sequence, the model {planned.positions} places")

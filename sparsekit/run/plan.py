@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit import registry
+from sparsekit.data import SQUARE
 from sparsekit.maths import Pattern, Quantization
 from sparsekit.model import (
     Block,
@@ -76,7 +77,9 @@ class Plan:
     @property
     def length(self) -> int:
         """Tokens of a calibration sequence, or patches of an image."""
-        return patches(self.config) if self.images else self.recipe.calibration.length
+        if not self.images:
+            return self.recipe.calibration.length
+        return patches(self.model, self.recipe.calibration.model_dump().get("side", SQUARE))
 
     @property
     def predicts(self) -> bool:

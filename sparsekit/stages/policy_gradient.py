@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from sparsekit import registry
 from sparsekit.contracts import Amount, Context, Count, Effect, Fit, Fraction, Kinds, Positive, declares, share
-from sparsekit.model import chosen_tower, patches, sees_images
+from sparsekit.model import patches, sees_images
 from sparsekit.model.structure import Units, check_shape, choose, kinds_of, masking
 from sparsekit.train import Checkpoints, PolicyGradient
 from sparsekit.walk import Remove
@@ -99,7 +99,7 @@ def policy_gradient(
     images = sees_images(context.model)
     start, form = initial or _initial(kinds, images), _shape(shape, kinds)
     text, testing = _texts(context.tokens, None if images else length, held_out)
-    each = patches(chosen_tower(context.model).config) if images else text.shape[1]
+    each = patches(context.model) if images else text.shape[1]
     few = context.with_tokens(text[: max(1, tokens // each)])
     cutting = few.cutting(
         remove,

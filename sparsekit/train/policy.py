@@ -124,7 +124,7 @@ class PolicyGradient(LightningModule):
         left = ahead * passes * self.forward_seconds
         self.say(
             f"policy gradient: {ahead} steps of {passes} forward passes over {self.batch} "
-            f"{'images' if self.text.dim() == 4 else f'x {self.text.shape[1]} tokens'} for "
+            f"{'images' if self.text.is_floating_point() else f'x {self.text.shape[1]} tokens'} for "
             f"{len(self.probabilities):,} probabilities, about {left / 60:.0f} min"
         )
         self.began, self.first = time.perf_counter(), self.global_step

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from sparsekit.contracts import Context, Fit
-from sparsekit.data import check_length
-from sparsekit.model import Block, chosen_tower, patches, sees_images
+from sparsekit.data import SQUARE, check_length
+from sparsekit.model import Block, patches, sees_images
 from sparsekit.train.checkpoints import Checkpoints
 from sparsekit.train.features import FeatureObjective, picture_rows
 from sparsekit.train.losses import Objective
@@ -71,7 +71,7 @@ def recovery_text(
         ValueError: text, tokenizer and model do not fit each other, or `tokens` are less than one step.
     """
     if sees_images(context.model):
-        places = patches(chosen_tower(context.model).config)
+        places = patches(context.model, context.calibration.get("side", SQUARE))
         wide = batch * accumulate * context.team.size
         steps = _steps(tokens, wide, places) if steps is None else steps
         images, held_out = picture_rows(context, check_source(source), validation)

@@ -20,7 +20,7 @@ def check_walk(model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:
     Raises:
         ValueError: they differ by more than rounding: something passes between blocks that is not carried.
     """
-    sample = tokens[:1] if tokens.dim() == 4 else tokens[:1, :TOKENS]
+    sample = tokens[:1] if tokens.is_floating_point() else tokens[:1, :TOKENS]
     own: dict[int, Tensor] = {}
 
     def keep(index: int, out: Any) -> None:

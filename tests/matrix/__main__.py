@@ -56,6 +56,7 @@ def cell(name: str, source: Path, recipe: str, home: Path) -> dict[str, Any]:
         path = str(towers.pictures(home / "pictures"))
         settings["calibration"] = {"source": "images", "path": path, "samples": 4}
         settings |= {"prune": "vision"} if name.startswith("towers/") else {}
+        settings["calibration"] |= {"side": 32}
     file.write_text(json.dumps(settings))
     out, err = io.StringIO(), io.StringIO()
     try:

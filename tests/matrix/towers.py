@@ -63,6 +63,33 @@ GIVEN: dict[str, dict[str, Any]] = {
     "swinv2": STAGES | {"window_size": 4},
     "hiera": HIERA | {"image_size": [32, 32]},
 }
+# families whose tower is given patches -> what makes them
+QWEN = "Qwen2VLImageProcessorPil"
+PATCHED = dict.fromkeys(
+    [
+        "cosmos3_omni",
+        "exaone4_5",
+        "hyperclovax_vision_v2",
+        "lfm3_vl",
+        "minimax_m3_vl",
+        "muse_glimmer",
+        "qwen2_5_omni_thinker",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_omni_moe_thinker",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+    ],
+    QWEN,
+)
+PATCHED |= dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr"), "Glm4vImageProcessorPil")
+PATCHED |= {"glm46v": "Glm46VImageProcessorPil", "gemma4": "Gemma4ImageProcessorPil"}
+PATCHED |= {"hunyuan_vl": "HunYuanVLImageProcessorPil", "paddleocr_vl": "PaddleOCRVLImageProcessorPil"}
+PATCHED |= {"video_llama_3": "VideoLlama3ImageProcessorPil", "lfm2_vl": "Siglip2ImageProcessorPil"}
+PATCHED |= {"siglip2": "Siglip2ImageProcessorPil"}
+PATCHED |= {"kimi_k25": QWEN}  # its own needs torchvision; the order of the patches is another one
 PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "do_resize": True}
 
 
@@ -128,8 +155,30 @@ def save(task: str, name: str, folder: Path) -> type:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / file, folder / file)
     if task in SEEN:
-        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor(name, made)))
     return cls
+
+
+def processor(name: str, config: Any) -> dict[str, Any]:
+    """What reads images for a model: the family's own where its tower is given patches, for patches of its size."""
+    kind = PATCHED.get(name)
+    if kind is None:
+        return PROCESSOR
+    own = getattr(config, "vision_config", config)
+    told = {
+        "patch_size": own.patch_size,
+        "encoder_patch_size": own.patch_size,
+        "merge_size": getattr(own, "spatial_merge_size", 1),
+        "temporal_patch_size": getattr(own, "temporal_patch_size", 2 if name == "muse_glimmer" else 1),
+        "size": {"shortest_edge": 256, "longest_edge": 4096},
+        "min_pixels": 256,
+        "max_pixels": 4096,
+        "max_num_patches": 16,
+        "do_image_splitting": False,
+        "max_soft_tokens": 70,
+        "pooling_kernel_size": getattr(own, "pooling_kernel_size", 1),
+    }
+    return {"image_processor_type": kind, **told}
 
 
 def pictures(folder: Path) -> Path:
