@@ -13,6 +13,9 @@ from .pictures import Images as Images
 from .pictures import calibration_images as calibration_images
 from .pictures import images as images
 from .pictures import spread as spread
+from .recordings import Sounds as Sounds
+from .recordings import calibration_sounds as calibration_sounds
+from .recordings import sounds as sounds
 from .sampling import calibration_tokens as calibration_tokens
 from .sampling import own_first_token as own_first_token
 from .sampling import sample as sample

@@ -21,6 +21,12 @@ from .expert_forms import split_experts as split_experts
 from .experts import Experts as Experts
 from .folders import locate as locate
 from .head import Said as Said
+from .hearing import Heard as Heard
+from .hearing import SoundReader as SoundReader
+from .hearing import begins_with as begins_with
+from .hearing import given_sound as given_sound
+from .hearing import hears as hears
+from .hearing import sample_sound as sample_sound
 from .layouts import choose_layout as choose_layout
 from .loading import LAYERS as LAYERS
 from .loading import auto_class as auto_class
@@ -28,6 +34,7 @@ from .loading import image_processor as image_processor
 from .loading import load_plain as load_plain
 from .loading import load_tokenizer as load_tokenizer
 from .loading import plain_skeleton as plain_skeleton
+from .loading import sound_reader as sound_reader
 from .rebuild import build_from as build_from
 from .rebuild import decoded as decoded
 from .rebuild import difference as difference
@@ -70,6 +77,7 @@ from .vision import features as features
 from .vision import image_size as image_size
 from .vision import in_two_parts as in_two_parts
 from .vision import patches as patches
+from .vision import perceives as perceives
 from .vision import predicts_text as predicts_text
 from .vision import sample_image as sample_image
 from .vision import sees_images as sees_images

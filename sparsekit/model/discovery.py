@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, Linear, _modules, decides, split_call
 from sparsekit.model.expert_forms import split_experts
+from sparsekit.model.hearing import given_sound, hears
 from sparsekit.model.patched import beside_patches, given_patches
 from sparsekit.model.tensors import tied_names
 from sparsekit.model.towers import TOWERS, chosen_tower, tower_name
-from sparsekit.model.vision import in_two_parts, sees_images
+from sparsekit.model.vision import in_two_parts, perceives, sees_images
 
 # by the forward pass of a family that is given less than it asks for
 RAISED = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError)
@@ -32,10 +33,14 @@ class _Unlike(ValueError):
 
 
 def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
-    """One forward pass of tokens (sequences, length), or of pixels, for the sake of what hooks see.
+    """One forward pass of tokens (sequences, length), of pixels or of sound, for the sake of what hooks see.
 
     Where a model has an encoder and a decoder, both read the same text. Of a model with a chosen tower that alone runs.
     """
+    if hears(model):
+        options = {"use_cache": use_cache} if in_two_parts(model) else {}
+        chosen_tower(model)(**given_sound(model, given), **options)
+        return
     model = chosen_tower(model)
     given = given.to(next((p.device for p in model.parameters() if not p.is_meta), given.device))
     if not given.is_floating_point():
@@ -67,14 +72,14 @@ def find_blocks(model: nn.Module) -> list[Block]:
     inside = f"{tower}." if tower else ""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.startswith(inside)]
     # a model of text and images is pruned in its text, one that cuts objects out in its image encoder
-    others = PROMPTED if sees_images(model) else TOWERS
+    others = PROMPTED if perceives(model) else TOWERS
     lists = [(name, m) for name, m in lists if not others.search(name.removeprefix(inside))]
     if in_two_parts(model):
         parts = [[item for item in lists if f".{part}." in f".{item[0]}."] for part in ("encoder", "decoder")]
         chosen = [[max(part, key=lambda item: weight(item[1]))] for part in parts if part]
     else:
         largest = max(lists, key=lambda item: weight(item[1]), default=("", nn.ModuleList()))
-        chosen = [_stages(largest, lists, weight) if sees_images(model) else [largest]]
+        chosen = [_stages(largest, lists, weight) if perceives(model) else [largest]]
     if not chosen or not all(sum(weight(layers) for _, layers in part) for part in chosen):
         raise ValueError(
             f"{type(model).__name__} has no repeated blocks: sparsekit needs a list of modules (nn.ModuleList) that "
@@ -138,7 +143,7 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     try:
         found = _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype), routers)
     except RAISED as error:
-        given = "images" if sees_images(model) else "text"
+        given = "images" if sees_images(model) else "sound" if hears(model) else "text"
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{type(model).__name__} cannot be run on {given} alone to see its linears ({reason}), so it is not pruned "

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.hearing import HEARD, SoundReader
 from sparsekit.model.modeling import PREFIX
 from sparsekit.model.rebuild import class_of, unfilled
 
@@ -81,7 +82,7 @@ def auto_class(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that lies beside the weights; of a vision model its image processor.
+    """The tokenizer that lies beside the weights; of a vision model its image processor, of one that hears both.
 
     Raises:
         ValueError: there is none.
@@ -92,6 +93,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     images = (transformers.AutoModelForImageClassification, transformers.AutoModelForMaskGeneration)
     if opens in images or getattr(opens, "main_input_name", "") == "pixel_values":
         return image_processor(folder)
+    if getattr(opens, "main_input_name", "") in HEARD:
+        return sound_reader(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises no other type for a file that is damaged
@@ -110,6 +113,21 @@ def image_processor(folder: Path) -> Any:
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no image processor that transformers can read: {error}") from error
+
+
+def sound_reader(folder: Path) -> SoundReader:
+    """What makes of sound what a model hears, and of words tokens. Raises ValueError where the former is not there."""
+    import transformers
+
+    try:
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{folder} holds no feature extractor that transformers can read: {error}") from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception:  # models that write nothing down have none; of no other type where it is damaged
+        tokenizer = None
+    return SoundReader(extractor, tokenizer)
 
 
 def check_layers(folder: Path) -> None:

@@ -17,6 +17,7 @@ from sparsekit.model.checkpoint import Checkpoint
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.expert_forms import as_linears, join_experts, split_experts
 from sparsekit.model.folders import locate
+from sparsekit.model.hearing import hears
 from sparsekit.model.loading import (
     auto_class,
     check_layers,
@@ -25,6 +26,7 @@ from sparsekit.model.loading import (
     plain_skeleton,
     plain_structure,
     refuse_lost,
+    sound_reader,
 )
 from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.resting import fill_outside, settle
@@ -314,6 +316,8 @@ def _tokenizer(folder: Path, model: Any) -> Any:
 
     if sees_images(model):
         return image_processor(folder)
+    if hears(model):
+        return sound_reader(folder)
 
     try:  # told the family, transformers does not look for a type in config.json that it cannot know
         return transformers.AutoTokenizer.from_pretrained(folder, config=model.config)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekit.model.hearing import hears
 from sparsekit.model.patched import beside_patches, given_patches, sample_patches
 from sparsekit.model.towers import chosen_tower, sees, tower_name
 
@@ -16,9 +17,14 @@ def sees_images(model: Any) -> bool:
     return getattr(model, "main_input_name", None) == "pixel_values"
 
 
+def perceives(model: Any) -> bool:
+    """Whether a model, or its chosen tower, is given images or sound, and not text."""
+    return sees_images(model) or hears(model)
+
+
 def predicts_text(model: Any) -> bool:
     """Whether a model says of each token of a text which one comes next: perplexity and prompts have a meaning."""
-    return bool(model.can_generate()) and not tower_name(model) and not in_two_parts(model) and not sees_images(model)
+    return bool(model.can_generate()) and not tower_name(model) and not in_two_parts(model) and not perceives(model)
 
 
 def in_two_parts(model: Any) -> bool:
@@ -27,10 +33,10 @@ def in_two_parts(model: Any) -> bool:
 
 
 def unreadable(model: Any) -> str:
-    """Why neither text alone nor images alone go through a model, as a part of a sentence; empty: they do."""
+    """Why neither text nor images nor sound go through a model, as a part of a sentence; empty: they do."""
     given = "" if tower_name(model) else getattr(model, "main_input_name", "input_ids")
-    if given not in ("", "input_ids", "pixel_values"):
-        return f"is given {given}, and neither text nor images"
+    if given not in ("", "input_ids", "pixel_values") and not hears(model):
+        return f"is given {given}, and neither text nor images nor sound"
     return ""
 
 

@@ -134,6 +134,15 @@ def _tokenizer(folder: Path, source: Path, options: dict[str, Any]) -> Iterator[
     if hasattr(one, "image_mean") or hasattr(other, "image_mean"):
         yield from _different("the image processor", one.to_dict(), other.to_dict(), UNSAID, source)
         return
+    if hasattr(one, "extractor") and hasattr(other, "extractor"):  # of sound
+        yield from _different(
+            "the feature extractor", one.extractor.to_dict(), other.extractor.to_dict(), UNSAID, source
+        )
+        one, other = one.tokenizer, other.tokenizer
+        if one is None or other is None:
+            if one is not other:
+                yield f"the tokenizer is {'missing' if one is None else 'new'}, and not so in {source}"
+            return
     mine, theirs = ({name: _said(getattr(each, name, None)) for name in TOKENIZER} for each in (one, other))
     yield from _different("the tokenizer", mine, theirs, (), source)
     if _cuts(one) != _cuts(other):

@@ -11,7 +11,18 @@ from sparsekit import registry
 from sparsekit.contracts import goal, share
 from sparsekit.maths import NM, parse
 from sparsekit.measure import makes_masks
-from sparsekit.model import Block, adopt, discover, in_two_parts, predicts_text, sees_images, tower_name, unreadable
+from sparsekit.model import (
+    Block,
+    adopt,
+    discover,
+    hears,
+    in_two_parts,
+    perceives,
+    predicts_text,
+    sees_images,
+    tower_name,
+    unreadable,
+)
 from sparsekit.model.structure import Removal, Shape, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
 from sparsekit.run.allocation import pattern_of, sample_input
@@ -25,7 +36,7 @@ def check_reading(recipe: Recipe, model: nn.Module) -> None:
     """Raise ValueError for what cannot be asked of a model that reads what this one reads."""
     if why := unreadable(model):
         raise ValueError(f"{type(model).__name__} {why}: sparsekit cannot walk through it yet, so it is not pruned")
-    if sees_images(model) or not predicts_text(model):
+    if perceives(model) or not predicts_text(model):
         _refuse_text(recipe, model)
     if in_two_parts(model):
         _refuse_dense_streams(recipe, model)
@@ -38,14 +49,14 @@ def check_reading(recipe: Recipe, model: nn.Module) -> None:
     for key in ("accuracy", "features"):
         if getattr(recipe.evaluate, key) and not sees_images(model):
             raise ValueError(
-                f"{type(model).__name__} reads text, so evaluate.{key} has nothing to measure; leave it out"
+                f"{type(model).__name__} sees no images, so evaluate.{key} has nothing to measure; leave it out"
             )
 
 
 def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
     """Raise ValueError for what a recipe asks of a model that predicts no text, and only models have that do."""
     name = type(model).__name__
-    what = "sees images" if sees_images(model) else "predicts no next token"
+    what = "sees images" if sees_images(model) else "hears" if hears(model) else "predicts no next token"
     able = [each for each in registry.names("criteria") if "images" in effect_of(Stage(each)).reads]
     structures = f", its structures by {', '.join([*able, 'policy_gradient'])}" if sees_images(model) else ""
     for index, stage in enumerate(recipe.stages):
@@ -66,7 +77,7 @@ def _refuse_text(recipe: Recipe, model: nn.Module) -> None:
             instead = (
                 "give evaluate.accuracy, a folder of images with a folder for each class, or iou, images with masks"
                 if sees_images(model)
-                else "leave it out"
+                else "leave it out, and measure by evaluate.metrics"
             )
             raise ValueError(f"evaluate.{key} is for causal language models, and {name} {what}: {instead}")
 

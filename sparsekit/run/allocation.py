@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekit import registry
 from sparsekit.maths import Pattern, Unstructured, mixture, parse
-from sparsekit.model import Block, meant, sample_image, sees_images
+from sparsekit.model import Block, hears, meant, sample_image, sample_sound, sees_images
 from sparsekit.recipe import Recipe
 from sparsekit.run.methods import underscored
 
@@ -17,10 +17,12 @@ SAMPLE_LENGTH = 8  # tokens of the forward pass that looks for groups
 
 
 def sample_input(model: Any) -> Tensor:
-    """What the forward pass that looks for groups is given: tokens (1, few), or an image, on the model's device."""
-    if not sees_images(model):
-        return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=model.device)
-    return sample_image(model)
+    """What the forward pass that looks for groups is given, on the model's device: tokens, an image, or silence."""
+    if sees_images(model):
+        return sample_image(model)
+    if hears(model):
+        return sample_sound(model)
+    return torch.zeros(1, SAMPLE_LENGTH, dtype=torch.long, device=model.device)
 
 
 def pattern_of(recipe: Recipe, block: Block, name: str) -> str:

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from sparsekit.data import calibration_images, calibration_tokens
 from sparsekit.maths import Pattern, parse
 from sparsekit.measure import (
     FirstToken,
@@ -21,14 +20,13 @@ from sparsekit.measure import (
     check_evaluation,
     first_token,
 )
+from sparsekit.model import load as load_model
 from sparsekit.model import (
-    channels_of,
     load_resting,
     load_tokenizer,
     loading_code,
     tower_name,
 )
-from sparsekit.model import load as load_model
 from sparsekit.recipe import Recipe, effect_of, to_yaml
 from sparsekit.results import (
     REPORT,
@@ -43,6 +41,7 @@ from sparsekit.results import (
 from sparsekit.results.page import write_page
 from sparsekit.run import plan, preview, result
 from sparsekit.run.ahead import check_carried
+from sparsekit.run.calibration import calibration_of
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of, measured_once
 from sparsekit.run.exporting import export, said_of
 from sparsekit.run.lock import locked
@@ -94,7 +93,7 @@ def _run(planned: Plan, output: Path, leads: bool, console: Console) -> int:
             tokenizer = planned.source.tokenizer() if planned.source.tokenizer else None
             _kept(planned, tokenizer)  # missing files are told now
             first = _first_token(planned, tokenizer, console)
-            tokens = _tokens(planned, tokenizer, first.token)
+            tokens = calibration_of(planned, tokenizer, first.token)
             ready = ready_for(planned, tokenizer, first.token)
             fingerprint = fingerprint_of(planned, tokens)
             finished = claim_output(output, fingerprint) if leads else (output / REPORT).is_file()
@@ -240,7 +239,7 @@ def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, co
 def _first_token(planned: Plan, tokenizer: Any, console: Console) -> FirstToken:
     """Whether the first token stands before every window, decided once for calibration, recovery and measuring."""
     if not planned.predicts:
-        return FirstToken(None, "published", "the model sees images" if planned.images else "it predicts no text")
+        return FirstToken(None, "published", "the model sees images" if planned.images else "it predicts no next token")
     trust = planned.recipe.model.trust_remote_code
     text = planned.recipe.calibration.model_dump()
     dense = partial(load_model, planned.dense, trust_remote_code=trust)
@@ -256,14 +255,6 @@ def _kept(planned: Plan, reader: Any) -> Any:
     if not tower_name(planned.model):
         return reader
     return load_tokenizer(planned.folder, trust_remote_code=planned.recipe.model.trust_remote_code)
-
-
-def _tokens(planned: Plan, tokenizer: Any, first: int | None) -> Tensor:
-    """The calibration tokens (samples, length), or pixels (samples, channels, height, width)."""
-    settings = planned.recipe.calibration.model_dump(exclude={"batch"})
-    if planned.images:
-        return calibration_images(settings, tokenizer, channels_of(planned.config))
-    return calibration_tokens(settings, tokenizer, planned.positions, planned.config.vocab_size, first)
 
 
 def _close(complete: dict[str, Any], output: Path, console: Console) -> None:

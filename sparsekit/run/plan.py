@@ -21,6 +21,7 @@ from sparsekit.model import (
     choose_tower,
     described,
     discover,
+    hears,
     locate,
     opened,
     patches,
@@ -77,7 +78,7 @@ class Plan:
     @property
     def length(self) -> int:
         """Tokens of a calibration sequence, or patches of an image."""
-        if not self.images:
+        if not self.images:  # of sound there are as many places as of a text, by order of magnitude
             return self.recipe.calibration.length
         return patches(self.model, self.recipe.calibration.model_dump().get("side", SQUARE))
 
@@ -90,6 +91,11 @@ class Plan:
     def images(self) -> bool:
         """Whether the model is given images, and not text."""
         return sees_images(self.model)
+
+    @property
+    def hears(self) -> bool:
+        """Whether the model is given sound, and not text alone."""
+        return hears(self.model)
 
     @property
     def config(self) -> Any:
@@ -180,7 +186,7 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
         model.to(torch.bfloat16)  # fused experts have a forward on the meta device in no other dtype
         choose_tower(model, recipe.prune)
         trust = recipe.model.trust_remote_code
-        source = from_folder(folder, dense, images=sees_images(model), trust_remote_code=trust)
+        source = from_folder(folder, dense, model, trust_remote_code=trust)
     check_reading(recipe, model)
     blocks = found_blocks(recipe, model)
     check_cuts(recipe, model, blocks, _dtype(recipe, model.config))

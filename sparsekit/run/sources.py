@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from sparsekit.model import Checkpoint, image_processor, load, load_tokenizer
+from sparsekit.model import (
+    Checkpoint,
+    hears,
+    image_processor,
+    load,
+    load_tokenizer,
+    sees_images,
+    sound_reader,
+)
 from sparsekit.walk import digests
 
 
@@ -29,16 +37,20 @@ class Source:
     dense: Callable[[], nn.Module] | None = None
 
 
-def from_folder(folder: Path, dense: Path, *, images: bool = False, trust_remote_code: bool = False) -> Source:
+def from_folder(folder: Path, dense: Path, model: nn.Module, *, trust_remote_code: bool = False) -> Source:
     """The checkpoint that a run begins with.
 
-    dense: of the model that was never pruned, which may be the same. images: whether what is pruned sees images
+    dense: of the model that was never pruned, which may be the same. model: what is pruned sees, hears or reads
     """
-    text = partial(load_tokenizer, folder, trust_remote_code=trust_remote_code)
+    reader = partial(load_tokenizer, folder, trust_remote_code=trust_remote_code)
+    if sees_images(model):
+        reader = partial(image_processor, folder)
+    elif hears(model):
+        reader = partial(sound_reader, folder)
     return Source(
         str(folder),
         digest=lambda: Checkpoint(folder).digest(),
-        tokenizer=partial(image_processor, folder) if images else text,
+        tokenizer=reader,
         dense=lambda: load(dense, trust_remote_code=trust_remote_code)[0],
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model import RAISED, Block, filled, filled_in_turn, first_inputs, parts_of, run_model, sees_images
+from sparsekit.model import RAISED, Block, filled, filled_in_turn, first_inputs, parts_of, perceives, run_model
 
 TOKENS = 128  # of the sequence that is looked at
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative difference of hidden states; else 2e-2
@@ -41,7 +41,7 @@ def check_walk(model: nn.Module, blocks: list[Block], tokens: Tensor) -> None:
     except torch.OutOfMemoryError:
         raise
     except RAISED as error:
-        if not sees_images(model):  # text models are known through and through: it is a defect
+        if not perceives(model):  # text models are known through and through: it is a defect
             raise
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(

@@ -57,6 +57,9 @@ def cell(name: str, source: Path, recipe: str, home: Path) -> dict[str, Any]:
         settings["calibration"] = {"source": "images", "path": path, "samples": 4}
         settings |= {"prune": "vision"} if name.startswith("towers/") else {}
         settings["calibration"] |= {"side": 32}
+    if name.partition("/")[0] in towers.HEARD and towers.is_heard(source):
+        settings["calibration"] = {"source": "sounds", "path": str(towers.recordings(home / "sounds")), "samples": 4}
+        settings["calibration"] |= {"seconds": 1}
     file.write_text(json.dumps(settings))
     out, err = io.StringIO(), io.StringIO()
     try:

@@ -24,6 +24,11 @@ MORE: tuple[tuple[str, Any], ...] = (
     ),
     (r"^(image_seq_length|mm_tokens_per_image|num_image_tokens|image_seq_len)$", 16),
     (r"^(type_vocab_size|num_labels)$", 2),
+    (r"^max_target_positions$", 64),
+    (r"^max_source_positions$", 50),  # half of the frames of a second
+    (r"^(num_mel_bins|input_feat_per_channel)$", 80),
+    (r"^feature_projection_input_dim$", 160),
+    (r"^(num_conv_pos_embeddings)$", 8),
     (r"^entity_vocab_size$", 16),
 )
 MROPE = r"(qwen2_vl|qwen2_5_vl|glm4v|glm46v|glm_ocr|paddleocr_vl|qwen2_5_omni)"  # families of such positions
@@ -37,7 +42,10 @@ TASKS = {
     "backbones": "",  # the bare models of the classes in BARE
     "two": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "ctc": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "sounds": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
 }
+HEARD = ("speech", "ctc", "sounds")  # tasks that are given sound
 SEEN = ("images", "segments", "masks", "backbones", "towers")  # tasks that are given images
 BARE = {
     "beit": "BeitModel",
@@ -63,6 +71,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "swinv2": STAGES | {"window_size": 4},
     "hiera": HIERA | {"image_size": [32, 32]},
 }
+# what no rule says
+BESIDE = {"whisper": {"vocab_size": 51_865}}  # its tokenizer adds tokens of its own
 # families whose tower is given patches -> what makes them
 QWEN = "Qwen2VLImageProcessorPil"
 PATCHED = dict.fromkeys(
@@ -141,7 +151,7 @@ def save(task: str, name: str, folder: Path) -> type:
     found = (getattr(modeling_auto, TASKS[task]) if TASKS[task] else BARE).get(name) or BARE[name]
     cls = getattr(transformers, found if isinstance(found, str) else found[0])
     kind = CONFIG_MAPPING[name]
-    made = kind(**GIVEN.get(name) or sizes(kind))
+    made = kind(**(GIVEN.get(name) or sizes(kind) | BESIDE.get(name, {})))
     with torch.device("meta"):
         if sum(parameter.numel() for parameter in cls(made).parameters()) > 20_000_000:
             raise ValueError("its config has sizes that no rule makes small")
@@ -156,6 +166,8 @@ def save(task: str, name: str, folder: Path) -> type:
         shutil.copyfile(TOKENIZER / file, folder / file)
     if task in SEEN:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor(name, made)))
+    if task in HEARD:
+        (folder / "preprocessor_config.json").write_text(json.dumps(extractor(name, model)))
     return cls
 
 
@@ -179,6 +191,39 @@ def processor(name: str, config: Any) -> dict[str, Any]:
         "pooling_kernel_size": getattr(own, "pooling_kernel_size", 1),
     }
     return {"image_processor_type": kind, **told}
+
+
+def recordings(folder: Path) -> Path:
+    """A few seconds of noise with words, as a folder of wav files."""
+    import soundfile
+
+    folder.mkdir(parents=True, exist_ok=True)
+    random = torch.Generator().manual_seed(0)
+    lines = ["file_name,text"]
+    for index in range(8):
+        wave = torch.randn(24_000, generator=random) * 0.1
+        soundfile.write(folder / f"{index}.wav", wave.numpy(), 16_000)
+        lines.append(f"{index}.wav,what was said in number {index}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def is_heard(folder: Path) -> bool:
+    """Whether a model is given sound alone, and not text beside it."""
+    from sparsekit.model import hears, skeleton
+
+    return hears(skeleton(folder))
+
+
+def extractor(name: str, model: Any) -> dict[str, Any]:
+    """What makes of sound what a family hears, at the tiny model's sizes."""
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES as NAMES
+
+    bins = getattr(getattr(model.config, "encoder_config", model.config), "num_mel_bins", None) or 80
+    sizes = {"feature_size": 1 if model.main_input_name == "input_values" else bins, "num_mel_bins": bins}
+    sizes |= {"chunk_length": 1, "max_length": getattr(model.config, "max_length", None) or 64}
+    kind = "SeamlessM4TFeatureExtractor" if name == "wav2vec2-bert" else NAMES[name]
+    return {"feature_extractor_type": kind, "sampling_rate": 16_000, **sizes}
 
 
 def pictures(folder: Path) -> Path:
