@@ -38,5 +38,6 @@ def test_a_wheel_and_a_source_archive(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "plugins/"))]
     venv.create(tmp_path / "bare", with_pip=True)
     python = str(tmp_path / "bare" / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True, capture_output=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
     subprocess.run([python, "-c", SAID], check=True, cwd=tmp_path)
