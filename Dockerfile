@@ -1,5 +1,5 @@
-# sparsekit on a machine with CUDA: docker build -t sparsekit . ; docker run --gpus all -v $PWD:/work sparsekit fit --recipe /work/my.yaml
-# Without a card it runs on the CPU. Caches of models and data sets: -v ~/.cache/huggingface:/root/.cache/huggingface
+# sparsekit on a machine with CUDA: docker build -t sparsekit . ; docker run --gpus all -v $PWD:/data sparsekit fit --recipe /data/my.yaml
+# Without a card it runs on the CPU. Models and data sets that are downloaded stay in /data/cache.
 FROM python:3.11-slim
 
 WORKDIR /opt/sparsekit
@@ -10,6 +10,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt --index-url ${TORCH}
     && pip install --no-cache-dir --constraint constraints.txt '.[demo,pack,vision,sound]' \
     && for plugin in plugins/*; do pip install --no-cache-dir --no-deps "./$plugin"; done
 
-WORKDIR /work
+WORKDIR /data
+ENV HF_HOME=/data/cache
 ENTRYPOINT ["sparsekit"]
 CMD ["--help"]

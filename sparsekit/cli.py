@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from sparsekit.arguments import command_line
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     2: a mistake in what was given (one message, no traceback). 1: the result is not as asked, or the machine failed,
     such as a full disk. 130: Ctrl-C. A defect of sparsekit itself stays a traceback.
     """
-    from sparsekit.system import other_sparsekit
+    from sparsekit.system import bars, other_sparsekit
 
     parser = command_line()
     given = parser.parse_args(argv)
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     try:
-        with _silence() if given.quiet else nullcontext():
+        with _silence() if given.quiet else bars():
             return COMMANDS[given.command](given)
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         print(f"sparsekit: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from sparsekit.system import Meter
+from sparsekit.system import Meter, bars, track
 from sparsekit.system import meter as module
 
 MEGABYTE = 2**20
@@ -50,3 +50,15 @@ def test_without_a_device_nothing_is_said_of_one():
         pass
     if not torch.accelerator.is_available():
         assert "peak_device_bytes" not in meter.stages()[0]
+
+
+def test_a_bar_says_how_far_work_is(capsys, monkeypatch):
+    """On a terminal's standard error, gone when it is done; elsewhere, and inside of other work, nothing."""
+    assert list(track([1, 2, 3], "counting")) == [1, 2, 3] and capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    with bars(True):
+        for _ in track(range(2), "counting"):
+            assert list(track("ab", "letters")) == ["a", "b"]
+    said = capsys.readouterr().err
+    assert "counting" in said and "2/2" in said and "letters" not in said

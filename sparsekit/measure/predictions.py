@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sparsekit.model import Block, Said, filled, first_inputs, passed_over, rests
-from sparsekit.system import ActivationStore
+from sparsekit.system import ActivationStore, track
 
 LOGITS = 2**24  # numbers of a vocabulary's logits that are held at once
 
@@ -45,7 +45,7 @@ def surprises(
     known = list(walked.blocks) if walked else []
     if walked is None or not any(map(rests, known)):
         device = next(model.parameters()).device
-        for chunk in tokens.split(batch):
+        for chunk in track(tokens.split(batch), "measuring"):
             yield from _of_chunk(model, chunk.to(device))
         return
     device = walked.device
@@ -53,7 +53,7 @@ def surprises(
     try:
         for hidden in first_inputs(model, known, tokens.to(device), batch):
             store.append(hidden)
-        for block in known:
+        for block in track(known, "measuring, block by block"):
             with filled([block], device):
                 for index, hidden in enumerate(store):
                     store[index] = block(hidden)

@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsekit.system import track
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -148,7 +150,7 @@ def read_json(file: Path, absent: str = "") -> dict[str, Any]:
 
 def _digest(files: list[Path]) -> str:
     total = hashlib.sha256()
-    for file in files:
+    for file in track(files, "hashing"):
         with file.open("rb") as handle:
             total.update(hashlib.file_digest(handle, "sha256").digest())
     return total.hexdigest()

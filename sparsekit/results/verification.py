@@ -15,7 +15,7 @@ from sparsekit.results.settings_proof import prove_settings
 from sparsekit.results.soundness import bad_values, unsound
 from sparsekit.results.stored import Masks
 from sparsekit.results.structure_proof import prove_structure
-from sparsekit.system import count_bits, pack, unpack
+from sparsekit.system import count_bits, pack, track, unpack
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
@@ -104,7 +104,7 @@ def verify(
             source = opened(against, trust_remote_code=trust_remote_code)
             result.failures += _absent(stored, source)
     state = stored.model.state_dict()
-    for name, tensor in stored.items():
+    for name, tensor in track(stored.items(), "proving", len(stored)):
         result.failures += bad_values(stored, name, tensor)
         if source is not None:
             result.failures += _unchanged(name, tensor, source, free=name in free, cast=cast)

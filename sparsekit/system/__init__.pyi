@@ -15,8 +15,8 @@ from .files import write_json as write_json
 from .files import write_tensors as write_tensors
 from .install import OURS as OURS
 from .install import other_sparsekit as other_sparsekit
-from .meter import PACKAGES as PACKAGES
 from .meter import Meter as Meter
+from .meter import PACKAGES as PACKAGES
 from .meter import hardware as hardware
 from .meter import human_size as human_size
 from .meter import resident_memory as resident_memory
@@ -27,6 +27,8 @@ from .processes import divide_threads as divide_threads
 from .processes import leave_group as leave_group
 from .processes import meet as meet
 from .processes import process_rank as process_rank
+from .progress import bars as bars
+from .progress import track as track
 from .state import commit as commit
 from .state import committed as committed
 from .state import digest_of as digest_of
