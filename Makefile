@@ -24,7 +24,7 @@ test-device: setup
 # what other people's clients make of a result: llama.cpp beside us, the others in environments of their own (.clients)
 test-clients: setup
 	$(BIN)/pip install --quiet --no-deps xllamacpp
-	$(BIN)/pip install --quiet --constraint constraints.txt onnx onnxscript onnxruntime
+	$(BIN)/pip install --quiet --constraint constraints.txt onnx onnxscript onnxruntime openvino
 	$(PYTEST) tests/test_exporters.py
 	$(BIN)/pytest -m clients tests/clients
 

@@ -338,7 +338,7 @@ def test_a_new_metric_and_a_new_exporter(install: Any, tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize("name", registry.names("exporters"))
 def test_every_exporter(name: str) -> None:
-    packages = {"gguf": "gguf", "onnx": "onnxscript"}
+    packages = {"gguf": "gguf", "onnx": "onnxscript", "openvino": "openvino"}
     if name in packages:
         pytest.importorskip(packages[name], reason=f"{packages[name]} is not installed: make test-clients")
     check_exporter(registry.load("exporters", name))

@@ -25,6 +25,7 @@ from sparsekit.results.exporters.bitmask import bitmask
 from sparsekit.results.exporters.gguf import FILE, gguf
 from sparsekit.results.exporters.layers import Shape as Counted
 from sparsekit.results.exporters.onnx import onnx
+from sparsekit.results.exporters.openvino import openvino
 from sparsekit.results.exporters.vocabulary import LLAMA3, QWEN2, Vocabulary
 from sparsekit.testing import check_exporter
 
@@ -249,15 +250,36 @@ def test_onnx_runtime_gives_the_logits_of_the_model(stages: list[Any], precision
     assert json.loads((tmp_path / "onnx" / "proof.json").read_text())["client"].startswith("onnxruntime")
     other = finished(TINY)
     [said] = exporter.differences(other, tmp_path / "onnx")  # the file of another model
-    assert "logits in ONNX Runtime are" in said
+    assert "logits in onnxruntime" in said
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("openvino"), reason="openvino is not installed: make test-clients")
+@pytest.mark.parametrize(
+    ("stages", "precision"),
+    [
+        ([{"flap": {"remove": "30%", "bias": False, "compensate": True}}], "f32"),
+        ([{"layer-perplexity": {"remove": "30%", "units": "parts"}}], "f16"),
+    ],
+    ids=["unequal", "parts"],
+)
+def test_openvino_gives_the_logits_of_the_model(stages: list[Any], precision: Any, tmp_path: Path) -> None:
+    folder = finished(run(tmp_path, *stages) / "model")
+    exporter = openvino(precision=precision)
+    assert exporter.why_not(folder) == ""
+    exporter.write(folder, tmp_path / "openvino")
+    assert exporter.differences(folder, tmp_path / "openvino") == []
+    assert json.loads((tmp_path / "openvino" / "proof.json").read_text())["client"].startswith("openvino")
+    [said] = exporter.differences(finished(TINY), tmp_path / "openvino")  # the file of another model
+    assert "logits in openvino" in said
 
 
 def test_what_writes_onnx_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("sparsekit.results.exporters.onnx.version", absent)
+    monkeypatch.setattr("sparsekit.results.exporters.forward.version", absent)
     assert "pip install onnx onnxscript" in onnx().why_not(finished(TINY))
+    assert "pip install openvino" in openvino().why_not(finished(TINY))
 
 
 @needs_onnx

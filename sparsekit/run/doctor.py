@@ -17,6 +17,7 @@ OPTIONAL = {  # a package -> what it is for
     "xllamacpp": "runs what was exported in llama.cpp, and `bench --backend llama.cpp`",
     "onnxscript": "writes `export: [onnx]`",
     "onnxruntime": "runs what was exported as ONNX",
+    "openvino": "writes and runs `export: [openvino]`",
     "compressed-tensors": "loads packed checkpoints of 4 and 8 bits",
     "pillow": "reads images, for vision models",
     "cryptography": "signs manifests: `fit --sign`",

@@ -67,6 +67,7 @@ def lamp(
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.1,
     patience: Annotated[int, Ge(1)] = 3,
     per_token: bool = True,
+    per_channel: bool = False,
     optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: NotNegative = 0.0,
 ) -> Fit:
@@ -86,8 +87,8 @@ def lamp(
     batch: sequences in a step of each process; null: as many as have 256 tokens in all, half of all at most. The
         recipe's calibration.batch, how many are computed together elsewhere, does not count here.
     optimizer: adamw, or sgd with a momentum of 0.9, which needs a learning_rate: the rule is for adamw
-    epochs, trainable, rank, held_out, warmup, patience, per_token, weight_decay: see `reconstruct`; held_out is a share
-        of the sequences
+    epochs, trainable, rank, held_out, warmup, patience, per_token, per_channel, weight_decay: see `reconstruct`;
+        held_out is a share of the sequences
 
     Besides the linears it changes norms and biases, and what else has one dimension; never what the recipe leaves as it
     is, nor convolutions, routers and gates. A linear's reported error is that of its final weight, on what enters it
@@ -136,6 +137,7 @@ def lamp(
         warmup=warmup,
         patience=patience,
         per_token=per_token,
+        per_channel=per_channel,
         optimizer=optimizer,
         weight_decay=weight_decay,
     )

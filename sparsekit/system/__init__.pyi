@@ -15,8 +15,8 @@ from .files import write_json as write_json
 from .files import write_tensors as write_tensors
 from .install import OURS as OURS
 from .install import other_sparsekit as other_sparsekit
-from .meter import Meter as Meter
 from .meter import PACKAGES as PACKAGES
+from .meter import Meter as Meter
 from .meter import hardware as hardware
 from .meter import human_size as human_size
 from .meter import resident_memory as resident_memory

@@ -3,10 +3,8 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
@@ -15,6 +13,7 @@ from torch import Tensor
 from sparsekit.contracts import Count, Fraction, NotNegative, Positive, misfit
 from sparsekit.model import Block
 from sparsekit.system import Team
+from sparsekit.train.block_error import BlockError, Chunks
 from sparsekit.train.schedule import cosine
 from sparsekit.train.step import Progress, mean_gradients
 
@@ -27,15 +26,7 @@ OPTIONS: dict[str, Any] = {  # the ranges of `reconstruct`
     **dict.fromkeys(("held_out", "warmup"), Fraction),
     "weight_decay": NotNegative,
 }
-FLOOR = 0.1  # share of the tokens' mean energy, in logarithms, below which none is looked at more closely
 CLIP = 1.0  # largest norm of a gradient, the error beginning at 1
-
-
-class Chunks(Protocol):
-    """An ActivationStore, or any sequence of tensors (sequences, length, hidden)."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Tensor: ...
 
 
 def reconstruct(
@@ -54,6 +45,7 @@ def reconstruct(
     weight_decay: float = 0.0,
     patience: int = 3,
     per_token: bool = True,
+    per_channel: bool = False,
     optimizer: str = "adamw",
     seed: int = 0,
     team: Team = Team(),  # noqa: B008 (frozen)
@@ -74,6 +66,8 @@ def reconstruct(
         token; to a tenth of the energies' geometric mean at least, so that a token of little energy counts no more
         than tenfold. The plain mean (false) looks at little but the first token of each sequence, whose activations
         are hundreds of times larger in many models.
+    per_channel: so is each channel's, likewise: in some models (Gemma) a few channels hold nearly all the energy, and
+        what comes next makes them small again.
     optimizer: adamw, or sgd with a momentum of 0.9; weight_decay: of either
     team: processes that have the same block and other chunks. Gradients and errors are sums over all of them, each
         takes as many chunks as the one that has the fewest, and all end with the same block.
@@ -96,7 +90,7 @@ def reconstruct(
         if wrong := misfit(OPTIONS[name], value):
             raise ValueError(f"{name} {wrong}")
     started = time.perf_counter()
-    task = _Task(block, inputs, targets, team, per_token)
+    task = BlockError(block, inputs, targets, team, per_token, per_channel)
     scale = task.mean_square()
     training, testing = _split(min(task.counts()), held_out)
     generator = torch.Generator().manual_seed(seed)
@@ -166,91 +160,6 @@ def _split(count: int, held_out: float) -> tuple[list[int], list[int]]:
     return sorted(set(range(count)) - set(testing)), testing
 
 
-@dataclass
-class _Task:
-    """A block, what enters it and what should leave it, in this process and in others.
-
-    floor: energy of a token, a mean square, to which errors are relative at least
-    """
-
-    block: Block
-    inputs: Chunks
-    targets: Chunks
-    team: Team
-    per_token: bool
-    floor: float = 0.0
-
-    def pairs(self, order: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The chunks in an order of one's own; the next pair is read while the caller works on this one."""
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            ahead = None
-            for index in order:
-                now, ahead = ahead, reader.submit(lambda i: (self.inputs[i], self.targets[i]), index)
-                if now is not None:
-                    yield now.result()
-            if ahead is not None:
-                yield ahead.result()
-
-    def sum(self, *values: float) -> list[float]:
-        """Each value's sum over the processes."""
-        if self.team.size == 1:
-            return list(values)
-        sums = torch.tensor(values, dtype=torch.float64)
-        self.team.sum([sums])
-        return list(sums.tolist())
-
-    def counts(self) -> list[int]:
-        """How many chunks each process has."""
-        own = [len(self.inputs) * (rank == self.team.rank) for rank in range(self.team.size)]
-        return [int(count) for count in self.sum(*own)]
-
-    def weighed(self, difference: Tensor, y: Tensor) -> Tensor:
-        """Squares, each over the mean square of its token's target where errors are relative by token."""
-        squares = difference.square()
-        if not self.per_token:
-            return squares
-        energy = y.to(difference).square().mean(-1, keepdim=True).clamp(min=self.floor)
-        return squares * torch.where(energy > 0, 1 / energy, 0)
-
-    def mean_square(self) -> float:
-        """Of the targets, relative as errors are; sets `floor`. ValueError for chunks that do not fit together."""
-        if len(self.inputs) != len(self.targets):
-            raise ValueError(
-                f"there are {len(self.inputs)} chunks of inputs and {len(self.targets)} of targets; give equally many"
-            )
-        energies = []
-        for index, (x, y) in enumerate(self.pairs(range(len(self.inputs)))):
-            if x.shape != y.shape:
-                raise ValueError(f"chunk {index}: inputs {tuple(x.shape)}, targets {tuple(y.shape)}; make them equal")
-            if not (x.isfinite().all() and y.isfinite().all()):
-                raise ValueError(f"chunk {index} contains NaN or Inf, so a block cannot be trained on it")
-            energies.append(y.float().square().mean(-1).flatten().cpu().double())
-        energy = torch.cat(energies or [torch.zeros(0)])
-        if self.per_token:
-            there = energy[energy > 0].log()
-            logs, count = self.sum(float(there.sum()), len(there))
-            self.floor = FLOOR * math.exp(logs / max(count, 1)) if count else 0.0
-            energy = energy / energy.clamp(min=self.floor or 1.0)
-        total, count = self.sum(float(energy.sum()), len(energy))
-        return total / max(count, 1) or 1.0
-
-    def squared(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The squared error (a sum) of the block with these parameters on one chunk, in float32 or wider."""
-        out = self.block.with_parameters(parameters, x, dtype)
-        wide = torch.promote_types(out.dtype, torch.float32)
-        y = y.to(out.device, wide)
-        return self.weighed(out.to(wide) - y, y).sum()
-
-    @torch.no_grad()
-    def error(self, parameters: dict[str, Tensor], order: list[int]) -> float:
-        """The mean squared error over the chunks `order`, in the dtypes in which the block is stored."""
-        total, count = 0.0, 0.0
-        for x, y in self.pairs(order):
-            total, count = total + float(self.squared(parameters, x, y)), count + y.numel()
-        total, count = self.sum(total, count)
-        return total / count
-
-
 def _leaves(
     block: Block, masks: Mapping[str, Tensor], trainable: str, rank: int, generator: torch.Generator
 ) -> tuple[list[Tensor], Callable[[], dict[str, Tensor]]]:
@@ -296,7 +205,7 @@ def _leaves(
 
 
 def _epoch(
-    task: _Task,
+    task: BlockError,
     effective: Callable[[], dict[str, Tensor]],
     optimizer: torch.optim.Optimizer,
     rate: Callable[[int], float],
@@ -318,7 +227,7 @@ def _epoch(
     return total / seen
 
 
-def _step(task: _Task, optimizer: torch.optim.Optimizer, rate: Callable[[int], float], elements: float) -> None:
+def _step(task: BlockError, optimizer: torch.optim.Optimizer, rate: Callable[[int], float], elements: float) -> None:
     """Gradients were summed over elements, which half precision cannot lose; here they become those of the mean."""
     group = optimizer.param_groups[0]
     moved = [leaf for leaf in group["params"] if leaf.grad is not None]
