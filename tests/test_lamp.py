@@ -9,6 +9,7 @@ import torch
 from families import GROUPED, build, committing
 from lightning.pytorch import Trainer
 
+import sparsekit
 from sparsekit.data import calibration_tokens
 from sparsekit.maths import parse
 from sparsekit.measure import perplexity, perplexity_windows
@@ -16,9 +17,13 @@ from sparsekit.model import discover, load_plain
 from sparsekit.solvers.quantize import quantize
 from sparsekit.solvers.sparsegpt import sparsegpt
 from sparsekit.stages.lamp import Lamp, LampStream, lamp, rate_for
+from sparsekit.system import Team
 from sparsekit.testing import begin, context
+from sparsekit.train import channel_weights
 from sparsekit.walk import BlockStream, Commit, OneShot, Walk
+from tests.matrix.towers import pictures
 
+MODELS = Path(__file__).parent / "models"
 TOKENS = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -267,3 +272,37 @@ def test_the_recipes_batch_changes_nothing():
             enable_model_summary=False,
         ).fit(module, data)
     assert same_bits(*models)
+
+
+def test_channels_count_by_the_loss(tmp_path):
+    """From the recipe to the proof; a resumed run has the weights that the first one had, of the whole dense model."""
+    given = {
+        "model": str(MODELS / "tiny-llama"),
+        "pattern": "2:4",
+        "calibration": {"source": "python-docs", "samples": 8, "length": 32},
+        "stages": [{"lamp": {"epochs": 1, "channels": "loss"}}],
+        "output": str(tmp_path / "run"),
+    }
+    assert sparsekit.fit(given, quiet=True).verified
+    model = build("Llama")
+    blocks = discover(model, TOKENS[:1, :8])
+    cpu = torch.device("cpu")
+    first = channel_weights(tmp_path / "kept.safetensors", model, blocks, TOKENS, cpu, Team())
+    assert all(float(each.mean()) == pytest.approx(1, rel=1e-5) for each in first)
+    prune(model)
+    again = channel_weights(tmp_path / "kept.safetensors", model, blocks, TOKENS, cpu, Team())
+    others = channel_weights(tmp_path / "other.safetensors", model, blocks, TOKENS, cpu, Team())
+    for one, two, three in zip(first, again, others, strict=True):
+        assert torch.equal(one, two) and not torch.equal(one, three)
+
+
+def test_what_predicts_no_text_has_no_such_loss(tmp_path):
+    given = {
+        "model": str(MODELS / "tiny-vit"),
+        "pattern": "2:4",
+        "calibration": {"source": "images", "path": str(pictures(tmp_path / "pictures")), "samples": 4},
+        "stages": [{"lamp": {"epochs": 1, "channels": "loss"}}],
+        "output": str(tmp_path / "run"),
+    }
+    with pytest.raises(ValueError, match="stage 1, `lamp`, reads text alone with epochs, channels"):
+        sparsekit.fit(given, quiet=True)

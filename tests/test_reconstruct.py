@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsekit.model import Block, discover, first_inputs
 from sparsekit.system import ActivationStore
-from sparsekit.train import reconstruct
+from sparsekit.train import channel_gradients, reconstruct
 
 TOKENS = torch.randint(1, 96, (12, 16), generator=torch.Generator().manual_seed(1))
 
@@ -273,7 +273,7 @@ def by_channel(targets):
 def test_a_channel_of_much_energy_does_not_take_over():
     """As in Gemma: relative to its channel's energy, the error of the others falls further than in the plain form."""
     left = {}
-    for per_channel in (False, True):
+    for channels in ("alike", "energy"):
         block, inputs, targets, masks = pruned_block(loud=600.0)
         weights = by_channel(targets)
         assert float(weights.max() / weights.min()) > 100
@@ -284,11 +284,11 @@ def test_a_channel_of_much_energy_does_not_take_over():
             return float(((out - want).square() * weights / energy).sum())
 
         before = relative(block)
-        record = reconstruct(block, inputs, targets, masks=masks, learning_rate=3e-3, per_channel=per_channel)
-        left[per_channel] = relative(block) / before
-        if per_channel:
-            assert record["after"] / record["before"] == pytest.approx(left[True], rel=1e-4)
-    assert left[True] < 0.9 * left[False]
+        record = reconstruct(block, inputs, targets, masks=masks, learning_rate=3e-3, channels=channels)
+        left[channels] = relative(block) / before
+        if channels == "energy":
+            assert record["after"] / record["before"] == pytest.approx(left["energy"], rel=1e-4)
+    assert left["energy"] < 0.9 * left["alike"]
 
 
 def test_one_token_of_little_energy_does_not_take_over():
@@ -306,3 +306,28 @@ def test_one_token_of_little_energy_does_not_take_over():
         parts = [(out[0][keep], others[0][keep]), *zip(out[1:], others[1:], strict=True)]
         found[scale] = sum(float((a - b).square().sum()) for a, b in parts)
     assert found[0.03] < 1.2 * found[1.0] and found[0.001] < 1.2 * found[1.0]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2", "Mixtral"])
+def test_gradients_of_channels_are_those_of_the_whole_model(family):
+    """Block by block backwards, against one backward pass through transformers' own loss, in float64."""
+    model = build(family).double()
+    blocks = discover(model, TOKENS[:1, :8])
+    squares, hooks = {}, []
+
+    def keep(index, out):
+        hidden = out[0] if isinstance(out, tuple) else out
+        hidden.register_hook(lambda g: squares.setdefault(index, []).append(g[:, 1:].square().mean(dim=(0, 1))))
+
+    for block in blocks:
+        hooks.append(block.module.register_forward_hook(lambda _, args, out, index=block.index: keep(index, out)))
+    for row in TOKENS[:3]:
+        (model(input_ids=row[None], labels=row[None], use_cache=False).loss * (len(row) - 1)).backward()
+    for hook in hooks:
+        hook.remove()
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    found = channel_gradients(model, blocks, TOKENS[:3], torch.device("cpu"))
+    assert [parameter.requires_grad for parameter in model.parameters()] == asked
+    for block, own in zip(blocks, found, strict=True):
+        expected = torch.stack(squares[block.index]).mean(0).float()
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-9)

@@ -16,7 +16,7 @@ from sparsekit.maths import Pattern, Quantization
 from sparsekit.model import Block
 from sparsekit.recipe import SolverChain, grid_of
 from sparsekit.system import ActivationStore, give_back
-from sparsekit.train import reconstruct
+from sparsekit.train import channel_weights, reconstruct
 from sparsekit.walk import BlockStream, OneShot, Walk, Witness
 
 RETRIES = 2
@@ -43,7 +43,7 @@ def _effect(options: Mapping[str, Any]) -> Effect:
         moves=True,
         start="dense",
         grid=grid,
-        reads=("text", "images"),
+        reads=("text",) if options["channels"] == "loss" else ("text", "images"),  # the loss is of text
         gradients=True,
         corrections=("prefix",),
         processes="many",
@@ -67,7 +67,7 @@ def lamp(
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.1,
     patience: Annotated[int, Ge(1)] = 3,
     per_token: bool = True,
-    per_channel: bool = False,
+    channels: Literal["alike", "energy", "loss"] = "alike",
     optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: NotNegative = 0.0,
 ) -> Fit:
@@ -87,8 +87,10 @@ def lamp(
     batch: sequences in a step of each process; null: as many as have 256 tokens in all, half of all at most. The
         recipe's calibration.batch, how many are computed together elsewhere, does not count here.
     optimizer: adamw, or sgd with a momentum of 0.9, which needs a learning_rate: the rule is for adamw
-    epochs, trainable, rank, held_out, warmup, patience, per_token, per_channel, weight_decay: see `reconstruct`;
-        held_out is a share of the sequences
+    channels: what each channel's error counts: alike; by its own energy, see `reconstruct`; or by the loss, the mean
+        square of its gradient in the model as it comes, of language models
+    epochs, trainable, rank, held_out, warmup, patience, per_token, weight_decay: see `reconstruct`; held_out is a share
+        of the sequences
 
     Besides the linears it changes norms and biases, and what else has one dimension; never what the recipe leaves as it
     is, nor convolutions, routers and gates. A linear's reported error is that of its final weight, on what enters it
@@ -120,12 +122,19 @@ def lamp(
             f"batch is {batch}, and there are {count} sequences, of which some are held out: give a smaller batch, or "
             "more samples"
         )
+    weights: list[Tensor] | None = None
+    if channels == "loss":
+        tokens = context.tokens[context.team.rank :: context.team.size]
+        file = context.checkpoints / "channels.safetensors"
+        with context.meter.stage("gradients"):
+            weights = channel_weights(file, context.model, context.blocks, tokens, context.device, context.team)
     stream = context.stream(LampStream, error_correction="model", batch=together)
     train = Lamp(
         OneShot(context.solver(solver), context.patterns, context.seed),
         after=after,
         quantize=grid,
         learning_rate=learning_rate,
+        channels=weights or ("energy" if channels == "energy" else "alike"),
         seed=context.seed,
         timer=partial(context.meter.stage, "reconstruct"),
         team=context.team,
@@ -137,7 +146,6 @@ def lamp(
         warmup=warmup,
         patience=patience,
         per_token=per_token,
-        per_channel=per_channel,
         optimizer=optimizer,
         weight_decay=weight_decay,
     )
@@ -187,6 +195,7 @@ class Lamp(Callback):
     quantize: what puts it on a grid at the end, zeros kept
     learning_rate: its peak; None: `rate_for` the block. A training that bettered nothing is done again at a quarter of
         it, and then of that.
+    channels: alike, energy, or the weights (hidden,) of each block's channels
     seed: with the block's index added, of the order of the chunks
     timer: opened around each training
     options: of `reconstruct`
@@ -201,12 +210,13 @@ class Lamp(Callback):
         after: bool = True,
         quantize: OneShot | None = None,
         learning_rate: float | None = None,
+        channels: Literal["alike", "energy"] | list[Tensor] = "alike",
         seed: int = 0,
         timer: Callable[[], AbstractContextManager[Any]] = nullcontext,
         **options: Any,
     ):
         self.prune, self.after, self.quantize, self.learning_rate = prune, after, quantize, learning_rate
-        self.seed, self.timer, self.options = seed, timer, options
+        self.channels, self.seed, self.timer, self.options = channels, seed, timer, options
 
     def on_train_batch_start(self, trainer: Trainer, walk: Walk, block: Block, batch_idx: int) -> None:  # type: ignore[override]
         """Train, prune, train, measure.
@@ -242,6 +252,7 @@ class Lamp(Callback):
                     targets,
                     masks=masks,
                     learning_rate=rate / 4**attempt,
+                    channels=self.channels if isinstance(self.channels, str) else self.channels[block.index],
                     seed=self.seed + block.index,
                     **self.options,
                 )

@@ -26,7 +26,7 @@ class Chunks(Protocol):
 class BlockError:
     """How far a block's outputs are from what should leave it.
 
-    per_token, per_channel: relative to the energy of the token, of the channel, or of both
+    per_token: relative to the energy of the token. channels: alike, by their energy, or the weight of each (hidden,)
     floor: energy of a token, a mean square, to which errors are relative at least
     weights: of the channels (hidden,), where errors are relative to theirs
     """
@@ -36,7 +36,7 @@ class BlockError:
     targets: Chunks
     team: Team
     per_token: bool
-    per_channel: bool = False
+    channels: str | Tensor = "alike"
     floor: float = 0.0
     weights: Tensor | None = None
 
@@ -84,7 +84,9 @@ class BlockError:
             raise ValueError(
                 f"there are {len(self.inputs)} chunks of inputs and {len(self.targets)} of targets; give equally many"
             )
-        if self.per_channel:
+        if isinstance(self.channels, Tensor):
+            self.weights = self.channels
+        elif self.channels == "energy":
             self.weights = self._channel_weights()
         energies = []
         for index, (x, y) in enumerate(self.pairs(range(len(self.inputs)))):

@@ -45,7 +45,7 @@ def reconstruct(
     weight_decay: float = 0.0,
     patience: int = 3,
     per_token: bool = True,
-    per_channel: bool = False,
+    channels: Literal["alike", "energy"] | Tensor = "alike",
     optimizer: str = "adamw",
     seed: int = 0,
     team: Team = Team(),  # noqa: B008 (frozen)
@@ -66,8 +66,9 @@ def reconstruct(
         token; to a tenth of the energies' geometric mean at least, so that a token of little energy counts no more
         than tenfold. The plain mean (false) looks at little but the first token of each sequence, whose activations
         are hundreds of times larger in many models.
-    per_channel: so is each channel's, likewise: in some models (Gemma) a few channels hold nearly all the energy, and
-        what comes next makes them small again.
+    channels: what the error of each counts. In some models (Gemma) a few channels hold nearly all the energy, and what
+        comes next makes them small again. alike: nothing is done; energy: one over the channel's mean share of its
+        token's energy, a tenth of the typical share at least; or a weight for each channel (hidden,)
     optimizer: adamw, or sgd with a momentum of 0.9; weight_decay: of either
     team: processes that have the same block and other chunks. Gradients and errors are sums over all of them, each
         takes as many chunks as the one that has the fewest, and all end with the same block.
@@ -90,7 +91,7 @@ def reconstruct(
         if wrong := misfit(OPTIONS[name], value):
             raise ValueError(f"{name} {wrong}")
     started = time.perf_counter()
-    task = BlockError(block, inputs, targets, team, per_token, per_channel)
+    task = BlockError(block, inputs, targets, team, per_token, channels)
     scale = task.mean_square()
     training, testing = _split(min(task.counts()), held_out)
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,93 @@
+"""How much a model's loss depends on each channel of what leaves its blocks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sparsekit.model import Block, Said, filled, first_inputs, passed_over
+from sparsekit.system import ActivationStore, Team, write_atomically, write_tensors
+from sparsekit.train.head import summed
+from sparsekit.train.losses import text_loss
+
+SEQUENCES = 16  # of each process; more change the weights little
+
+
+def channel_gradients(model: nn.Module, blocks: list[Block], tokens: Tensor, device: torch.device) -> list[Tensor]:
+    """Mean squares (hidden,) of the loss's gradient with respect to the channels of what leaves each block, float32.
+
+    The diagonal of the loss's Fisher information, its mean over tokens: BRECQ (Li et al. 2021, arXiv 2102.05426,
+    section 3.2) weighs each number of a block's output by its own. The loss is that of the next token, a sum; the first
+    token of a sequence, which all others look at, does not count.
+
+    tokens: (sequences, length), text alone. Block by block, there and back, so that blocks may rest on disk; what
+    enters each block is kept in CPU memory meanwhile: sequences x length x hidden x blocks numbers.
+    """
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    store = ActivationStore(budget=2**62)
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        for hidden in first_inputs(model, blocks, tokens.to(device), 1):
+            store.append(hidden)
+        entered: list[list[Tensor]] = []
+        for block in blocks:
+            with filled([block], device):
+                entered.append(list(store))
+                for index, hidden in enumerate(entered[-1]):
+                    store[index] = block(hidden)
+        rows = zip(tokens, store, strict=True)
+        gradients = [_of_head(model, blocks, ids[None].to(device), hidden) for ids, hidden in rows]
+        found: list[Tensor] = []
+        for block in reversed(blocks):
+            squares = [gradient[:, 1:].float().square().mean(dim=(0, 1)) for gradient in gradients]
+            found.append(torch.stack(squares).mean(0).cpu())
+            with filled([block], device):
+                pairs = zip(entered.pop(), gradients, strict=True)
+                gradients = [_back(block, hidden, gradient) for hidden, gradient in pairs]
+    finally:
+        store.close()
+        for parameter in asked:
+            parameter.requires_grad_()
+    return found[::-1]
+
+
+@torch.enable_grad()
+def _of_head(model: Any, blocks: list[Block], ids: Tensor, hidden: Tensor) -> Tensor:
+    """The gradient of the loss of one sequence with respect to what leaves the last block."""
+    leaf = hidden.to(ids.device).detach().requires_grad_()
+    with passed_over(blocks, leaf):
+        loss = summed(Said(model, ids), lambda logits, places: text_loss(logits, ids[:, places + 1]))
+    [gradient] = torch.autograd.grad(loss, leaf)
+    return gradient
+
+
+@torch.enable_grad()
+def _back(block: Block, hidden: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with respect to what enters a block, of that with respect to what leaves it."""
+    leaf = hidden.to(gradient.device).detach().requires_grad_()
+    if hasattr(hidden, "place"):
+        leaf.place = hidden.place  # type: ignore[attr-defined]  # where its arguments are found
+    [found] = torch.autograd.grad(block.with_parameters({}, leaf), leaf, gradient)
+    return found
+
+
+def channel_weights(
+    file: Path, model: nn.Module, blocks: list[Block], tokens: Tensor, device: torch.device, team: Team
+) -> list[Tensor]:
+    """The same over all processes, each block's with a mean of 1: weights of its channels' errors.
+
+    file: they are kept there, since a model that is pruned in part has others.
+    """
+    if file.is_file():
+        kept = load_file(file)
+        return [kept[str(block.index)] for block in blocks]
+    found = channel_gradients(model, blocks, tokens[:SEQUENCES], device)
+    team.sum(found)
+    weights = [each / each.mean().clamp_min(torch.finfo(torch.float32).tiny) for each in found]
+    if team.rank == 0:
+        tensors = {str(block.index): each for block, each in zip(blocks, weights, strict=True)}
+        write_atomically(file, lambda aside: write_tensors(aside, tensors))
+    return weights
