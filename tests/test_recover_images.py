@@ -56,6 +56,31 @@ def test_recovery_brings_features_nearer_and_keeps_zeros(tmp_path, recipe, stage
     assert torch.equal(before.classifier.weight, after.classifier.weight)  # the head is not of a block
 
 
+def test_classes_are_learned(tmp_path, recipe, digits):  # noqa: F811
+    """A model that was pruned too far learns the classes again; the loss is cross-entropy, beside features or alone."""
+    dense, processor = load_plain(TINY)
+    found = labelled_images(str(digits))
+    pixels, rows = found.pixels([0, 1, 2], processor, 1), torch.tensor(found.classes(dense))
+    classes = rows[torch.tensor([found.rows[index]["label"] for index in range(3)])][:, None]
+    with torch.no_grad():
+        own = dense(pixel_values=pixels, labels=classes[:, 0]).loss
+        alone, _, count = FeatureObjective(lambda: dense, 1.0)(dense, pixels, classes)
+        both, _, places = FeatureObjective(lambda: dense, 0.5)(dense, pixels, classes)
+    assert (
+        float(alone) / count == pytest.approx(float(own), rel=1e-5) == pytest.approx(2 * float(both) / places, rel=1e-4)
+    )
+    done = fit(
+        recipe,
+        "--set",
+        "stages=[magnitude, {finetune: {steps: 60, batch: 16, labels: 1.0, learning_rate: 0.001}}]",
+        "pattern=80%",
+        f"evaluate={{accuracy: [{{path: {digits}, name: digits}}], batch: 64}}",
+    )
+    assert done.returncode == 0, done.stderr
+    tasks = json.loads((tmp_path / "run" / "report.json").read_text())["evaluation"]["pruned"]["tasks"]
+    assert tasks["digits"]["acc"] > 0.7
+
+
 def test_a_cut_model_is_recovered(tmp_path, recipe):
     done = fit(recipe, "--set", "stages=[{wanda-sp: {remove: 30%}}, {finetune: {steps: 20, batch: 16}}]")
     assert done.returncode == 0, done.stderr
@@ -69,6 +94,7 @@ def test_a_cut_model_is_recovered(tmp_path, recipe):
     [
         ("distill: 0.5", "`finetune`, reads text alone with distill, and ViTForImageClassification sees images"),
         ("length: 64", "reads text alone with length"),
+        ("labels: 0.5, distill: 0.5", "labels are of images, and distill of text"),
         ("hidden: 0.1, cache: 0", "reads text alone with hidden, cache"),
         ("steps: 2, source: {source: python-docs}", "gives text"),
         ("tokens: 10", "less than the 64 of one step (4 rows of 16)"),

@@ -11,6 +11,7 @@ from .naming import resolve as resolve
 from .pictures import SQUARE as SQUARE
 from .pictures import Images as Images
 from .pictures import calibration_images as calibration_images
+from .pictures import calibration_pictures as calibration_pictures
 from .pictures import images as images
 from .pictures import spread as spread
 from .recordings import Sounds as Sounds

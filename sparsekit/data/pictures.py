@@ -165,8 +165,10 @@ def parts_of_set(path: str) -> Mapping[str, Any]:
     return {name: rows for name, rows in found.items() if len(rows)}
 
 
-def calibration_images(settings: Mapping[str, Any], processor: Any, channels: int) -> Tensor:
-    """Calibration images as `Images.pixels` gives them, float32: `samples` different ones, drawn by `seed`.
+def calibration_pictures(
+    settings: Mapping[str, Any], processor: Any, channels: int
+) -> tuple[Tensor, Images, list[int]]:
+    """Calibration images as `Images.pixels` gives them, float32, `samples` different ones, drawn by `seed`; which ones.
 
     settings: {source: images, samples, seed, the source's own options}; a `length` is passed over.
     Raises ValueError if the source gives text, or too few images.
@@ -183,4 +185,10 @@ def calibration_images(settings: Mapping[str, Any], processor: Any, channels: in
         raise ValueError(
             f"{found.name} has {len(found)} images, fewer than `samples`, {count}: give more, or ask fewer"
         )
-    return found.pixels(random.Random(settings["seed"]).sample(range(len(found)), count), processor, channels)
+    chosen = random.Random(settings["seed"]).sample(range(len(found)), count)
+    return found.pixels(chosen, processor, channels), found, chosen
+
+
+def calibration_images(settings: Mapping[str, Any], processor: Any, channels: int) -> Tensor:
+    """The pixels of `calibration_pictures`."""
+    return calibration_pictures(settings, processor, channels)[0]

@@ -38,6 +38,13 @@ def check_reading(recipe: Recipe, model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} {why}: sparsekit cannot walk through it yet, so it is not pruned")
     if perceives(model) or not predicts_text(model):
         _refuse_text(recipe, model)
+    for index, stage in enumerate(recipe.stages):
+        classifies = "ForImageClassification" in type(model).__name__ and not tower_name(model)
+        if effect_of(stage).reads == ("images",) and not classifies:
+            raise ValueError(
+                f"stage {index + 1}, `{stage.name}`, learns the classes of images with labels, and "
+                f"{type(model).__name__} tells none: leave `labels` out"
+            )
     if in_two_parts(model):
         _refuse_dense_streams(recipe, model)
     if tower_name(model):

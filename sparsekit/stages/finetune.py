@@ -47,6 +47,7 @@ def finetune(
     temperature: Positive = 1.0,
     hidden: NotNegative = 0.0,
     cache: Annotated[int, Ge(0)] = 0,
+    labels: Annotated[float, Ge(0), Le(1)] = 0.0,
 ) -> Fit:
     """Train the blocks' own parameters on text; pruned weights stay zero bit for bit.
 
@@ -70,6 +71,7 @@ def finetune(
         batch=batch,
         accumulate=accumulate,
         validation=validation,
+        labels=labels,
     )
     masks = context.masks() if trainable == "all" else {}
     stored = Stored(context.model, wide=precision(context.device) == "32-true")
@@ -104,6 +106,7 @@ def finetune(
         temperature=temperature,
         hidden=hidden,
         cache=cache,
+        labels=labels,
     )
 
 

@@ -62,6 +62,7 @@ def lora(
     temperature: Positive = 1.0,
     hidden: NotNegative = 0.0,
     cache: Annotated[int, Ge(0)] = 0,
+    labels: Annotated[float, Ge(0), Le(1)] = 0.0,
 ) -> Fit:
     """Train a low-rank update of each linear on text, pruned weights staying zero, and merge it into the weights.
 
@@ -90,6 +91,8 @@ def lora(
         `temperature`; the rest is the text's own loss. hidden: weight of the distance of hidden states, added to it
     cache: 0, the dense model runs along; else so many of its largest probabilities are kept on disk for each token,
         6 bytes each, before it begins
+    labels: of an image classifier, the share of the loss that is the cross-entropy of the images' own classes; the rest
+        is how far features are from the dense model's
 
     Source: Zimmer et al. 2023, PERP, arXiv 2312.15230; Hu et al. 2021, LoRA, arXiv 2106.09685.
     """
@@ -106,6 +109,7 @@ def lora(
         batch=batch,
         accumulate=accumulate,
         validation=validation,
+        labels=labels,
     )
     masks = context.masks()
     chosen = {linear.name for linear in linears}
@@ -166,6 +170,7 @@ def lora(
         temperature=temperature,
         hidden=hidden,
         cache=cache,
+        labels=labels,
     )
 
 

@@ -30,10 +30,15 @@ def check_distillation(options: Mapping[str, Any]) -> None:
     """Raise ValueError for options of a recovery that do not go together."""
     if options["cache"] and options["hidden"]:
         raise ValueError("cache keeps the dense model's logits alone; leave it 0 where `hidden` is above 0")
+    of_text = [name for name in ("distill", "hidden", "cache", "length") if options[name]]
+    if options["labels"] and of_text:
+        raise ValueError(f"labels are of images, and {', '.join(of_text)} of text: leave one of the two out")
 
 
 def recovery_reads(options: Mapping[str, Any]) -> tuple[Literal["text", "images"], ...]:
     """What a recovery with these options can be given: losses of logits and rows of a length are of text alone."""
+    if options["labels"]:
+        return ("images",)
     of_text = options["distill"] or options["hidden"] or options["cache"] or options["length"] is not None
     return ("text",) if of_text else ("text", "images")
 
@@ -64,6 +69,7 @@ def recovery_text(
     batch: int,
     accumulate: int,
     validation: float,
+    labels: float = 0.0,
 ) -> Text:
     """The text of a recovery, or the images; source None: the recipe's calibration text.
 
@@ -74,7 +80,7 @@ def recovery_text(
         places = patches(context.model, context.calibration.get("side", SQUARE))
         wide = batch * accumulate * context.team.size
         steps = _steps(tokens, wide, places) if steps is None else steps
-        images, held_out = picture_rows(context, check_source(source), validation)
+        images, held_out = picture_rows(context, check_source(source), validation, labelled=labels > 0)
         batches = Batches(images, count=steps * accumulate, batch=batch, seed=context.seed, team=context.team)
         return Text(batches, held_out, steps, accumulate, places)
     config: Any = context.model.config.get_text_config()  # type: ignore[union-attr,operator]
@@ -224,6 +230,7 @@ def recovery_parts(
     temperature: float,
     hidden: float,
     cache: int,
+    labels: float = 0.0,
 ) -> Fit:
     """What Trainer.fit takes; the record of the training goes to `context.notes[name]`."""
 
@@ -247,7 +254,7 @@ def recovery_parts(
         teacher = Running(dense)
     objective: Objective | FeatureObjective
     if sees_images(context.model):
-        objective = FeatureObjective(dense)
+        objective = FeatureObjective(dense, labels)
     else:
         objective = Objective(teacher, distill=distill, hidden=hidden, temperature=temperature)
     module = Recovery(
