@@ -33,7 +33,7 @@ def stages(method: str, bits: int) -> list[Any]:
         return [{"lamp": {"quantize": grid} if bits else {}}]
     if method == "lamp as published":
         solver = {"sparsegpt": {"quantize": grid} if bits else {}}
-        return [{"lamp": {"solver": solver, "after": False, "per_token": False}}]
+        return [{"lamp": {"solver": solver, "after": False, "per_token": False, "channels": "alike"}}]
     if method == "sparsegpt":
         return [{"sparsegpt": {"quantize": grid} if bits else {}}]
     return [method, *([{"quantize": grid}] if bits else [])]

@@ -67,7 +67,7 @@ def lamp(
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.1,
     patience: Annotated[int, Ge(1)] = 3,
     per_token: bool = True,
-    channels: Literal["alike", "energy", "loss"] = "alike",
+    channels: Literal["alike", "energy", "loss"] = "energy",
     optimizer: Literal["adamw", "sgd"] = "adamw",
     weight_decay: NotNegative = 0.0,
 ) -> Fit:
