@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import sparsekit
 from sparsekit.cli import main
 from sparsekit.data import sounds
-from sparsekit.measure.listening import _collapsed, word_errors
+from sparsekit.measure.listening import spelled, word_errors
 from sparsekit.measure.metrics import Preparation, Subject
 from sparsekit.model import Heard, discover, hears, sample_sound, skeleton, sound_reader
 from tests.matrix.towers import recordings, save
@@ -145,7 +145,26 @@ def test_words_that_are_wrong(places: dict[str, Path]) -> None:
         ]
         rate.update([" ".join(words[0].split())], [" ".join(words[1].split())])
     assert figure.value == pytest.approx(float(rate.compute())) and figure.count == 3 and figure.better == "lower"
-    assert _collapsed(torch.tensor([0, 5, 5, 0, 5, 7, 7, 0]), 0) == [5, 5, 7]
+
+
+def test_letters_are_spelled_as_ctc_does(tmp_path: Path) -> None:
+    """Of equal ones in a row one, and none of the blanks between two that are both meant: by its own tokenizer too."""
+    from transformers import Wav2Vec2CTCTokenizer
+
+    vocabulary = {
+        letter: index for index, letter in enumerate(["<pad>", "<s>", "</s>", "<unk>", "|", "H", "E", "L", "O"])
+    }
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    own = Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+
+    class Plain:
+        pad_token_id = 0
+
+        def decode(self, tokens: list[int]) -> str:
+            return "".join([*vocabulary][token] for token in tokens)
+
+    heard = torch.tensor([0, 5, 5, 6, 0, 7, 7, 0, 7, 8, 8, 0])
+    assert spelled(heard, own) == spelled(heard, Plain()) == "HELLO"
 
 
 def test_a_pair_is_sliced_together() -> None:

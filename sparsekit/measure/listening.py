@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from sparsekit.contracts import Count, Figure, Measure, Positive, Preparation
 from sparsekit.data import sounds, spread
-from sparsekit.model import chosen_tower, given_sound, hears
+from sparsekit.model import chosen_tower, given_sound, hears, sound_of
 
 if TYPE_CHECKING:
     from sparsekit.contracts import Subject
@@ -105,15 +105,8 @@ def _places(model: Any, sound: Tensor) -> Tensor:
     base = chosen_tower(model)
     base = getattr(base, base.base_model_prefix, base) if base.base_model_prefix else base
     base = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else base
-    given = {"input_features" if "input_features" in _asked(base) else "input_values": sound}
-    moved = {name: each.to(model.device, model.dtype) for name, each in given.items()}
-    return base(**moved).last_hidden_state[0].float().cpu()  # type: ignore[no-any-return]
-
-
-def _asked(module: Any) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(module.forward).parameters)
+    given = {sound_of(base): sound.to(model.device, model.dtype)}
+    return base(**given).last_hidden_state[0].float().cpu()  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -126,13 +119,15 @@ def _written(model: Any, sound: Tensor, reader: Any, new: int) -> str:
     logits = getattr(model(**given_sound(model, sound)), "logits", None)
     if logits is None or logits.dim() != 3:
         raise ValueError(f"{type(model).__name__} writes nothing down, so word-errors have nothing to measure")
-    return str(reader.tokenizer.decode(_collapsed(logits[0].argmax(-1), reader.tokenizer.pad_token_id or 0)))
+    return spelled(logits[0].argmax(-1), reader.tokenizer)
 
 
-def _collapsed(tokens: Tensor, blank: int) -> list[int]:
-    """CTC's reading: of equal tokens in a row one, without blanks (Graves et al. 2006)."""
-    single = torch.unique_consecutive(tokens)
-    return [int(token) for token in single if int(token) != blank]
+def spelled(tokens: Tensor, tokenizer: Any) -> str:
+    """CTC's reading of what stands at each place: of equal tokens in a row one, without blanks (Graves et al. 2006)."""
+    if hasattr(tokenizer, "word_delimiter_token"):  # a tokenizer of CTC does so itself
+        return str(tokenizer.decode(tokens))
+    blank = tokenizer.pad_token_id or 0
+    return str(tokenizer.decode([int(token) for token in torch.unique_consecutive(tokens) if int(token) != blank]))
 
 
 def _words(text: str) -> str:

@@ -27,6 +27,7 @@ from .hearing import begins_with as begins_with
 from .hearing import given_sound as given_sound
 from .hearing import hears as hears
 from .hearing import sample_sound as sample_sound
+from .hearing import sound_of as sound_of
 from .layouts import choose_layout as choose_layout
 from .loading import LAYERS as LAYERS
 from .loading import auto_class as auto_class

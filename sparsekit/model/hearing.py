@@ -72,11 +72,11 @@ class SoundReader:
 def hears(model: Any) -> bool:
     """Whether a model, or its chosen tower, is given sound, and not text alone."""
     if tower_name(model):
-        return _sound_of(chosen_tower(model)) != ""
-    return getattr(model, "main_input_name", None) in HEARD and _sound_of(model) != ""
+        return sound_of(chosen_tower(model)) != ""
+    return getattr(model, "main_input_name", None) in HEARD and sound_of(model) != ""
 
 
-def _sound_of(module: Any) -> str:
+def sound_of(module: Any) -> str:
     """What a module's forward calls the sound that it is given first; empty: it is given none."""
     return next((name for name in list(inspect.signature(module.forward).parameters)[:1] if name in HEARD), "")
 
@@ -85,7 +85,7 @@ def given_sound(model: Any, given: Tensor | Heard) -> dict[str, Tensor]:
     """What a model's forward is given for sound, and for what was said where there is a decoder."""
     sound, said = (given.sound, given.said) if isinstance(given, Heard) else (given, None)
     device = next((p.device for p in model.parameters() if not p.is_meta), sound.device)
-    found = {_sound_of(model): sound.to(device, model.dtype)}
+    found = {sound_of(model): sound.to(device, model.dtype)}
     if said is None and getattr(model.config, "is_encoder_decoder", False) and not tower_name(model):
         said = torch.full((len(sound), 1), begins_with(model))
     return found if said is None else found | {"decoder_input_ids": said.to(device)}
@@ -106,7 +106,7 @@ def sample_sound(model: Any) -> Tensor:
     names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
     bins = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 80)
     places = getattr(config, "max_source_positions", 0)
-    if _sound_of(tower) == "input_values":
+    if sound_of(tower) == "input_values":
         spectrum = hasattr(config, "num_mel_bins") and hasattr(config, "max_length") and config.num_mel_bins
         shape = (1, config.max_length, bins) if spectrum and hasattr(config, "frequency_stride") else (1, SAMPLE)
     elif any(name.endswith("conv1") and module.in_channels == bins for name, module in _convolutions(tower)):
