@@ -100,7 +100,7 @@ def test_maps_are_averaged(digits):  # noqa: F811
         whole, places = features(model, pixels)
         last = model.segformer(pixels).last_hidden_state
     assert torch.allclose(whole, last.mean((2, 3)), atol=1e-6) and places.shape == (2, 4, 16)
-    assert patches(config) == 56 * 56  # 224 pixels, the first stage's stride of 4
+    assert patches(model) == 56 * 56  # 224 pixels, the first stage's stride of 4
 
 
 def test_neighbours_are_looked_for_in_another_part(digits):  # noqa: F811
