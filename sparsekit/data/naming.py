@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,14 @@ def check_length(length: int, positions: int | None, what: str) -> None:
     """Raise ValueError if a sequence of this length does not fit the model's position table."""
     if positions is not None and positions < length:
         raise ValueError(f"{what} `length` is {length}, but the model has {positions} positions: take a smaller one")
+
+
+def drawn(available: int, settings: Mapping[str, Any], name: str, what: str) -> list[int]:
+    """The numbers of `samples` different images or files of a source, drawn by `seed`.
+
+    name: of the source; what: what it has, in the plural. Raises ValueError where it has too few.
+    """
+    count = settings["samples"]
+    if available < count:
+        raise ValueError(f"{name} has {available} {what}, fewer than `samples`, {count}: give more, or ask fewer")
+    return random.Random(settings["seed"]).sample(range(available), count)

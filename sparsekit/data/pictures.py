@@ -1,7 +1,6 @@
 """Images in, pixels out: where calibration and test images come from."""
 
 import math
-import random
 import warnings
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from sparsekit.contracts import Count
 from sparsekit.data.corpora import no_bars, part_of
-from sparsekit.data.naming import resolve
+from sparsekit.data.naming import drawn, resolve
 
 SQUARE = 448  # pixels: 16 patches of 28, or 14 of 32
 PLACES = {"image_grid_thw", "image_position_ids", "spatial_shapes"}  # what processors say of where patches lie
@@ -180,12 +179,7 @@ def calibration_pictures(
             f"the model sees images, and the source `{settings['source']}` gives text: give images, as in "
             "calibration: {source: images, path: FOLDER}"
         )
-    count = settings["samples"]
-    if len(found) < count:
-        raise ValueError(
-            f"{found.name} has {len(found)} images, fewer than `samples`, {count}: give more, or ask fewer"
-        )
-    chosen = random.Random(settings["seed"]).sample(range(len(found)), count)
+    chosen = drawn(len(found), settings, found.name, "images")
     return found.pixels(chosen, processor, channels), found, chosen
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.contracts import Positive
-from sparsekit.data.naming import resolve
+from sparsekit.data.naming import drawn, resolve
 
 KINDS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".au")
 PARTS = {"calibration": ("train",), "test": ("test", "validation", "dev")}
@@ -123,8 +122,5 @@ def calibration_sounds(settings: Mapping[str, Any], extractor: Any) -> tuple[Ten
             f"the model hears, and the source `{settings['source']}` gives no sound: give calibration: "
             "{source: sounds, path: FOLDER}"
         )
-    count = settings["samples"]
-    if len(found) < count:
-        raise ValueError(f"{found.name} has {len(found)} files, fewer than `samples`, {count}: give more, or ask fewer")
-    chosen = random.Random(settings["seed"]).sample(range(len(found)), count)
+    chosen = drawn(len(found), settings, found.name, "files")
     return found.heard(chosen, extractor), found, chosen

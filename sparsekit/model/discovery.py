@@ -121,9 +121,9 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     """The model's blocks with their groups, seen in one forward pass of `tokens` (sequences, length), best a few.
 
     A vision model's are pixels (images, channels, height, width), or patches (images, patches, values) where its tower
-    takes these, here and in `first_inputs`. Works on the meta device
-    too. Linears that the pass does not reach are left as they are and named in `skipped`, and so are routers and
-    gates. Fused experts become linears (`split_experts`).
+    takes these, here and in `first_inputs`; of a model that hears, sound. Works on the meta device too. Linears that
+    the pass does not reach are left as they are and named in `skipped`, and so are routers and gates. Fused experts
+    become linears (`split_experts`).
 
     routers: whether routers and gates count as linears like all others
 

@@ -1,6 +1,7 @@
 """Plain checkpoints, opened by transformers."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,12 @@ def sound_reader(folder: Path) -> SoundReader:
         raise ValueError(f"{folder} holds no feature extractor that transformers can read: {error}") from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception:  # models that write nothing down have none; of no other type where it is damaged
+    except Exception as error:  # models that write nothing down have none; of no other type where it is damaged
         tokenizer = None
+        if any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file():
+            warnings.warn(
+                f"{folder} has a tokenizer that transformers cannot read, so it has none here: {error}", stacklevel=2
+            )
     return SoundReader(extractor, tokenizer)
 
 
