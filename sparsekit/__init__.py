@@ -15,6 +15,12 @@ Everything here is loaded when first asked for, so that `import sparsekit` costs
 
 import lazy_loader
 
-__version__ = "0.1.0"
+_attached, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":  # of what is installed, which is that of the last tag (see pyproject.toml)
+        from importlib.metadata import version
+
+        return version("sparsekit-lightning")
+    return _attached(name)

@@ -27,3 +27,13 @@ def test_a_tutorial_runs(file, monkeypatch, tmp_path, capsys):
 
 def test_there_are_tutorials():
     assert len(TUTORIALS) == 4
+
+
+@pytest.mark.parametrize("file", TUTORIALS, ids=lambda file: file.stem)
+def test_a_tutorial_shows_what_it_prints(file):
+    """The site shows kept outputs, which `python docs/executed.py` renews: none is missing, none a notice or an error."""
+    cells = [cell for cell in json.loads(file.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        source = "".join(cell["source"])
+        assert bool(cell["outputs"]) == ("print(" in source or "bench_table(" in source), source
+        assert not [output for output in cell["outputs"] if output.get("name") == "stderr" or "ename" in output]

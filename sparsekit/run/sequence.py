@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from sparsekit.run.segments import NOTES, RESIZED, commits_of, forget_from, last
 from sparsekit.run.selection import found_blocks
 from sparsekit.run.together import Together, start
 from sparsekit.run.zeros import SourceZeros
-from sparsekit.system import Meter, commit, committed, meet, write_tensors
+from sparsekit.system import Meter, bars, commit, committed, meet, write_tensors
 from sparsekit.train import last_checkpoint, make_loggers
 from sparsekit.walk import Commit, Commits, Inspect, Inspector, Walk, WalkProgress, digests
 
@@ -260,18 +261,19 @@ def _fit(
         wanted = {"precision": asked.precision, "gradient_clip_val": asked.gradient_clip_val}
         given |= {key: value for key, value in wanted.items() if value is not None}
     curves = make_loggers(planned.recipe.loggers, context.output, context.index, stages[0].name)
+    callbacks = [*callbacks, *plugged.callbacks(asked)]
     trainer = Trainer(
         **given,
         logger=curves + plugged.loggers(asked),
-        callbacks=[*callbacks, *plugged.callbacks(asked)],
+        callbacks=callbacks,
         use_distributed_sampler=False,  # stages share out their data themselves, by context.team
         enable_checkpointing=False,  # committed blocks are the checkpoint; other stages write their own
-        enable_progress_bar=False,
+        enable_progress_bar=any(isinstance(each, ProgressBar) for each in callbacks),  # a stage's own, or a user's
         enable_model_summary=False,
         log_every_n_steps=1,
     )
     last = None if walk else last_checkpoint(context.checkpoints)
-    with _interrupts():
+    with _interrupts(), bars(False):  # a stage shows its own
         if last is None:
             trainer.fit(module, data)
         else:

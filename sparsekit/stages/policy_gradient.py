@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Lt
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -145,7 +146,8 @@ def policy_gradient(
         say=context.console.print,
     )
     data: Any = DataLoader(range(steps))  # type: ignore[arg-type]  # which text a step sees follows from its number
-    return Fit(module, data, [Checkpoints(context.checkpoints), Remove(cutting)])
+    bar = [RichProgressBar(leave=False, console_kwargs={"stderr": True})] if context.console.is_terminal else []
+    return Fit(module, data, [Checkpoints(context.checkpoints), Remove(cutting), *bar])
 
 
 def _check(options: Mapping[str, Any]) -> None:

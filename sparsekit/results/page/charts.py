@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
+from sparsekit.results.page.templating import chart
+
 POINTS = 400  # of a line; longer ones are drawn as means of neighbours
+WIDTH, HEIGHT = 600, 200  # of a drawing, in its own units
 LOG = 50  # from this quotient of largest to smallest on, an axis is logarithmic
 
 
@@ -27,24 +29,15 @@ def bars(title: str, groups: Mapping[str, tuple[str, Sequence[Bar]]], top: float
     """
     every = [bar for _, group in groups.values() for bar in group]
     top = top or max((bar.value + (bar.stderr or 0) for bar in every), default=0) or 1.0
-    lines = []
-    for name, (remark, group) in groups.items():
-        lines.append(f'<tr><th colspan="3" class="group">{escape(name)} <span>{escape(remark)}</span></th></tr>')
-        for bar in group:
-            drawn = fill(bar.value / top, bar.who)
-            if bar.stderr:
-                low, high = (min(max((bar.value + s * bar.stderr) / top, 0), 1) for s in (-1, 1))
-                drawn += f'<span class="range" style="left:{low:.2%};width:{high - low:.2%}"></span>'
-            lines.append(
-                f'<tr><th scope="row" class="who">{escape(bar.who)}</th><td><span class="track">{drawn}</span></td>'
-                f'<td class="value">{escape(bar.text)}</td></tr>'
-            )
-    return f'<table class="bars"><caption>{escape(title)}</caption><tbody>{"".join(lines)}</tbody></table>'
 
+    def placed(bar: Bar) -> tuple[Bar, float, tuple[float, float] | None]:
+        if not bar.stderr:
+            return bar, bar.value / top, None
+        low, high = (min(max((bar.value + s * bar.stderr) / top, 0), 1) for s in (-1, 1))
+        return bar, bar.value / top, (low, high)
 
-def fill(share: float, kind: str) -> str:
-    """The coloured part of a track; kind: dense, third, or anything else for the usual colour."""
-    return f'<span class="fill {escape(kind)}" style="width:{min(max(share, 0), 1):.2%}"></span>'
+    drawn = [(name, remark, [placed(bar) for bar in group]) for name, (remark, group) in groups.items()]
+    return chart("bars", title=title, groups=drawn)
 
 
 def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], *, x: str) -> str:
@@ -65,46 +58,45 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], *, x:
     left, right = min(xs), max(xs)
 
     def across(value: float) -> float:
-        return 600 * (value - left) / ((right - left) or 1)
+        return WIDTH * (value - left) / ((right - left) or 1)
 
     def down(value: float) -> float:
-        return 200 * (1 - (scale(value) - low) / ((high - low) or 1))
+        return HEIGHT * (1 - (scale(value) - low) / ((high - low) or 1))
 
-    grid = "".join(f'<line class="grid" x1="0" x2="600" y1="{down(m):.1f}" y2="{down(m):.1f}"/>' for m in marks)
-    curves = ""
-    for order, points in enumerate(drawn.values()):
+    def path(points: Sequence[tuple[float, float]]) -> str:
         if len(points) == 1:  # a line needs two
             points = [(left, points[0][1]), (right if right > left else left + 1, points[0][1])]
-        path = " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
-        curves += f'<polyline class="s{order}" points="{path}"/>'
+        return " ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in points)
+
     label = f"{title}: " + "; ".join(
         f"{name} from {number(points[0][1])} to {number(points[-1][1])}" for name, points in drawn.items()
     )
-    svg = _svg(label, grid + curves + _hits(drawn, across, x))
-    scale_y = "".join(f'<span style="bottom:{100 - down(m) / 2:.1f}%">{number(m)}</span>' for m in marks)
-    keys = "".join(f'<span class="key s{i}"></span>{escape(name)}' for i, name in enumerate(drawn))
-    keys = f'<div class="legend">{keys}</div>' if len(series) > 1 else ""
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>{keys}"
-        f'<div class="chart"><div class="y">{scale_y}</div>{svg}'
-        f'<div class="x"><span>{number(left)}</span><span>{escape(x)}</span><span>{number(right)}</span></div></div>'
-        "</figure>"
+    return chart(
+        "lines",
+        title=title,
+        label=label,
+        marks=[(down(mark), number(mark)) for mark in marks],
+        curves=[(name, path(points)) for name, points in drawn.items()],
+        hits=_hits(drawn, across, x),
+        ends=(number(left), number(right)),
+        axis=x,
     )
 
 
-def _hits(drawn: Mapping[str, Sequence[tuple[float, float]]], across: Callable[[float], float], x: str) -> str:
-    """Unseen columns that tell their figures to a pointer that rests on them."""
+def _hits(
+    drawn: Mapping[str, Sequence[tuple[float, float]]], across: Callable[[float], float], x: str
+) -> list[tuple[float, float, str]]:
+    """Columns that together cover the chart, each at the points of one x: (left end, width, what is there)."""
     at: dict[float, list[str]] = {}
     for name, points in drawn.items():
         for place, value in points:
             at.setdefault(place, []).append(f"{name} {number(value)}")
     places = sorted(at)
-    edges = [0.0, *((across(a) + across(b)) / 2 for a, b in pairwise(places)), 600.0]
-    said = {place: escape(f"{x} {number(place)}: {', '.join(told)}") for place, told in at.items()}
-    return "".join(
-        f'<rect class="hit" x="{a:.1f}" y="0" width="{b - a:.1f}" height="200"><title>{said[place]}</title></rect>'
+    edges = [0.0, *((across(a) + across(b)) / 2 for a, b in pairwise(places)), float(WIDTH)]
+    return [
+        (a, b - a, f"{x} {number(place)}: {', '.join(at[place])}")
         for place, a, b in zip(places, edges[:-1], edges[1:], strict=True)
-    )
+    ]
 
 
 def columns(title: str, shares: Sequence[float | None], told: Sequence[str], *, mean: float, said: str) -> str:
@@ -113,28 +105,15 @@ def columns(title: str, shares: Sequence[float | None], told: Sequence[str], *, 
     shares: kept, by layer, from 0 to 1; None: not known. told: by layer, what a pointer that rests on it reads.
     said: the chart in a sentence, below its title.
     """
-    width = 600 / max(len(shares), 1)
-    parts = []
-    for index, (share, tip) in enumerate(zip(shares, told, strict=True)):
-        if share is None:
-            continue
-        place = f'x="{index * width + width * 0.1:.1f}" width="{width * 0.8:.1f}"'
-        parts.append(
-            f"<g><title>layer {index}: {escape(tip)}</title>"
-            f'<rect class="removed" {place} y="0" height="{200 * (1 - share):.1f}"/>'
-            f'<rect class="kept" {place} y="{200 * (1 - share):.1f}" height="{200 * share:.1f}"/></g>'
-        )
-    line = f'<line class="mean" x1="0" x2="600" y1="{200 * (1 - mean):.1f}" y2="{200 * (1 - mean):.1f}"/>'
-    heights = "".join(f'<span style="bottom:{height}%">{height}</span>' for height in (0, 50, 100))
+    width = WIDTH / max(len(shares), 1)
+    layers = [
+        (index, index * width + width * 0.1, width * 0.8, HEIGHT * share, tip)
+        for index, (share, tip) in enumerate(zip(shares, told, strict=True))
+        if share is not None
+    ]
     step = next(s for power in range(9) for n in (1, 2, 5) if (s := n * 10**power) * 8 >= len(shares))
-    marks = "".join(
-        f'<span style="left:{(index + 0.5) / len(shares):.2%}">{index}</span>' for index in range(0, len(shares), step)
-    )
-    return (
-        f'<figure><figcaption>{escape(title)}<div class="soft small">{escape(said)}</div></figcaption>'
-        f'<div class="chart low"><div class="y">{heights}</div>{_svg(f"{title}: {said}", "".join(parts) + line)}'
-        f'<div class="x at">{marks}</div></div></figure>'
-    )
+    marks = [((index + 0.5) / len(shares), index) for index in range(0, len(shares), step)]
+    return chart("columns", title=title, said=said, layers=layers, mean=HEIGHT * (1 - mean), marks=marks)
 
 
 def scatter(
@@ -157,31 +136,36 @@ def scatter(
     (left, right), (low, high) = (_range(xs), _range([scale(value) for value in ys]))
     at = {n: ((a - left) / (right - left), (scale(b) - low) / (high - low)) for n, (a, b) in points.items()}
     best = sorted((name for name in points if _unbettered(name, points, less)), key=lambda name: points[name])
-    path = " ".join(f"{600 * at[name][0]:.1f},{200 * (1 - at[name][1]):.1f}" for name in best)
-    dots = ""
-    placed: list[tuple[float, float]] = []
+    path = " ".join(f"{WIDTH * at[name][0]:.1f},{HEIGHT * (1 - at[name][1]):.1f}" for name in best)
+    dots: list[Dot] = []
     for name, (across, up) in sorted(at.items(), key=lambda item: -item[1][1]):
         a, b = points[name]
-        near = sum(abs(across - other[0]) < 0.25 and other[1] - up < 0.07 for other in placed)  # names would overlap
-        placed.append((across, up))
-        tip = escape(f"{name}: {y} {number(b)}, {x} {show(a)}")
+        near = sum(abs(across - dot.across) < 0.25 and dot.up - up < 0.07 for dot in dots)  # names would overlap
+        tip = f"{name}: {y} {number(b)}, {x} {show(a)}"
         side = "left" if across > 0.6 else "right"
-        dots += (
-            f'<span class="dot{"" if name in best else " soft"}" style="left:{across:.2%};bottom:{up:.2%}" '
-            f'title="{tip}"><span class="{side}" style="top:{13 * near - 4}px">{escape(name)}</span></span>'
-        )
-    label = f"{title}: " + "; ".join(f"{name} {number(b)} at {show(a)}" for name, (a, b) in points.items())
-    svg = _svg(label, f'<polyline points="{path}"/>' if len(best) > 1 else "")
-    ends = [
-        f'<span style="bottom:{100 * (scale(v) - low) / (high - low):.1f}%">{number(v)}</span>'
-        for v in sorted({min(ys), max(ys)})
-    ]
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<div class="chart"><div class="y">{"".join(ends)}</div><div class="plot">{svg}{dots}</div>'
-        f'<div class="x"><span>{show(min(xs))}</span><span>{escape(x)}</span><span>{show(max(xs))}</span></div></div>'
-        "</figure>"
+        dots.append(Dot(name, across, up, name in best, tip, side, 13 * near - 4))
+    return chart(
+        "scatter",
+        title=title,
+        label=f"{title}: " + "; ".join(f"{name} {number(b)} at {show(a)}" for name, (a, b) in points.items()),
+        points=dots,
+        path=path if len(best) > 1 else "",
+        heights=[(100 * (scale(v) - low) / (high - low), number(v)) for v in sorted({min(ys), max(ys)})],
+        ends=(show(min(xs)), show(max(xs))),
+        axis=x,
     )
+
+
+class Dot(NamedTuple):
+    """A named point of `scatter`: where it is, as shares of the chart, and where its name stands."""
+
+    name: str
+    across: float
+    up: float
+    best: bool
+    tip: str
+    side: str
+    top: int
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -199,12 +183,6 @@ def _unbettered(name: str, points: Mapping[str, tuple[float, float]], less: tupl
         if other != name and their != own and all(a <= b for a, b in zip(their, own, strict=True)):
             return False
     return True
-
-
-def _svg(label: str, inside: str) -> str:
-    return (
-        f'<svg viewBox="0 0 600 200" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">{inside}</svg>'
-    )
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:

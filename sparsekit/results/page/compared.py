@@ -1,15 +1,13 @@
 """The page of `sparsekit compare --html`: runs side by side, in one file that needs no script and no network."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsekit.results.board import KIND, LOWER, tables
 from sparsekit.results.page.charts import scatter
 from sparsekit.results.page.heat import heat
-from sparsekit.results.page.html import document
-from sparsekit.results.page.parts import said_by, table_of
+from sparsekit.results.page.templating import document, joined, section
 from sparsekit.results.report import read_report
 from sparsekit.system import human_size, write_atomically
 
@@ -43,15 +41,15 @@ def comparison(board: Mapping[str, Any], reports: Mapping[str, Mapping[str, Any]
     models = ", ".join(sorted({str(row["model"]) for row in board["runs"]}))
     best = board["runs"][0]
     lead = f"{len(reports)} runs of {models}, by {board['by']}; {names[best['run']]} is first"
-    return document("Runs compared", escape(lead), "", sections)
+    return document("Runs compared", lead, "", sections)
 
 
 def _figures(board: Mapping[str, Any]) -> str:
     parts = []
     for (head, *rows), said in tables(dict(board)):
-        parts.append(table_of(head, [tuple(row) for row in rows]))
-        parts += [f'<p class="soft small">{escape(note)}</p>' for note in said]
-    return "".join(parts)
+        parts.append(section("table", head=head, rows=rows))
+        parts += [section("note", said=note) for note in said]
+    return joined(*parts)
 
 
 def _prices(board: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -68,13 +66,13 @@ def _prices(board: Mapping[str, Any], names: Mapping[str, str]) -> str:
     if not charts:
         return ""
     said = "The line joins runs that no other run betters in both; rest on a point to read it."
-    return f'<p class="soft small">{said}</p><div class="wide">{"".join(charts)}</div>'
+    return section("wide", charts=charts, note=said)
 
 
 def _linears(reports: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
     errors = {run: report.get("error") or {} for run, report in reports.items()}
     maps = [heat(f"{names[run]}: error of the output, %", "error", error) for run, error in errors.items()]
-    return f'<div class="wide">{"".join(maps)}</div>' if any(maps) else ""
+    return section("wide", charts=maps) if any(maps) else ""
 
 
 def _samples(reports: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
@@ -88,12 +86,5 @@ def _samples(reports: Mapping[str, Mapping[str, Any]], names: Mapping[str, str])
                     told.setdefault("dense", sample["dense"])
                 told[names[run]] = sample["pruned"]
     shared = {prompt: told for prompt, told in said.items() if set(names.values()) <= told.keys()}
-    return "".join(
-        f'<div class="sample"><p class="prompt">{escape(prompt)}</p><div class="wide">{_each(told)}</div></div>'
-        for prompt, told in shared.items()
-    )
-
-
-def _each(told: Mapping[str, str]) -> str:
-    who: Sequence[str] = list(told)
-    return "".join(f'<div><div class="who">{escape(name)}</div>{said_by(told[name], name)}</div>' for name in who)
+    prompts = [(prompt, "wide", list(told.items())) for prompt, told in shared.items()]
+    return section("samples", prompts=prompts) if prompts else ""

@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from html import escape
+from typing import NamedTuple
+
+from sparsekit.results.page.templating import chart
 
 BLOCK = re.compile(r"^(.*?\.\d+)\.(.+)$")  # "model.layers.3.self_attn.q_proj": its block, its name inside
 HIGH = 0.66  # from this depth of colour on, the figure is in the other ink: contrast is 4.5 or more in both schemes
@@ -35,31 +37,35 @@ def heat(title: str, kind: str, values: Mapping[str, float], *, top: float | Non
     columns = list(dict.fromkeys(column for row in grid.values() for column in row))
     low, high = (0.0, top) if top else (min(values.values()), max(values.values()))
     depth = _evenly(high) if top else _logarithmic(low, high)
-    head = "".join(f'<th scope="col">{escape(column).replace("_", "_<wbr>")}</th>' for column in columns)
-    body = ""
-    for block, row in grid.items():
-        cells = "".join(_cell(block, column, row.get(column), depth) for column in columns)
-        body += f'<tr><th scope="row" title="{escape(block)}">{escape(block.rpartition(".")[2])}</th>{cells}</tr>'
-    width = 2.5 + 3 * len(columns)  # em: where there are many, the map scrolls inside its frame
-    legend = (
-        f'<div class="legend"><span>{percent(low)} %</span><span class="ramp"></span><span>{percent(high)} %</span>'
-    )
-    return (
-        f'<figure class="{escape(kind)}"><figcaption>{escape(title)}</figcaption>{legend}'
-        f"{'' if top else '<span>logarithmic</span>'}</div>"
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">'
-        f'<table class="heat" style="min-width:{width:g}em"><colgroup><col class="name"></colgroup>'
-        f"<thead><tr><td class='none'></td>{head}</tr></thead><tbody>{body}</tbody></table></div></figure>"
+    rows = [
+        (block, [_cell(block, column, row.get(column), depth) for column in columns]) for block, row in grid.items()
+    ]
+    return chart(
+        "heat",
+        title=title,
+        kind=kind,
+        low=percent(low),
+        high=percent(high),
+        logarithmic=not top,
+        columns=columns,
+        rows=rows,
     )
 
 
-def _cell(block: str, column: str, value: float | None, depth: Callable[[float], float]) -> str:
+class Cell(NamedTuple):
+    """A linear in a heat map: its figure, how deep its colour is (0 to 1), and what a resting pointer reads."""
+
+    text: str
+    depth: float
+    deep: bool
+    tip: str
+
+
+def _cell(block: str, column: str, value: float | None, depth: Callable[[float], float]) -> Cell | None:
     if value is None:
-        return '<td class="none"></td>'
+        return None
     deep = depth(value)
-    tip = escape(f"{block}.{column}: {value:.4%}")
-    ink = ' class="hi"' if deep > HIGH else ""
-    return f'<td{ink} style="--v:{deep:.2f}" title="{tip}">{percent(value)}</td>'
+    return Cell(percent(value), deep, deep > HIGH, f"{block}.{column}: {value:.4%}")
 
 
 def _evenly(high: float) -> Callable[[float], float]:

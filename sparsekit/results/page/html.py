@@ -1,7 +1,6 @@
 """report.html: a run to look at, in one file that needs no script and no network."""
 
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from sparsekit.model import loading_code
 from sparsekit.results.folder import REPORT, STATE
 from sparsekit.results.manifest import seal
 from sparsekit.results.page import kept, parts
-from sparsekit.results.page.style import CSS
+from sparsekit.results.page.templating import document
 from sparsekit.results.report import read_report
 from sparsekit.system import write_atomically, write_json
 
@@ -32,39 +31,10 @@ def page(report: Mapping[str, Any], metrics: str | None = None, folder: str | No
         "Linears": parts.linears(report),
         "Training": parts.training(report, metrics),
         "Time and memory": parts.cost(report),
-        "Load it": f"<pre>{escape(loading_code(Path(folder) / 'model'))}</pre>",
+        "Load it": parts.code(loading_code(Path(folder) / "model")),
         "Recipe": parts.recipe(report),
     }
-    title = parts.title(report)
-    under = escape(parts.stages_of(report)) + _proof(report)
-    return document(title, under, parts.headline(report), sections)
-
-
-def document(title: str, under: str, headline: str, sections: Mapping[str, str]) -> str:
-    """A page of sections, as one HTML text; those without HTML are left out. under, headline: below the title"""
-    shown = {name: (f"s{number}", html) for number, (name, html) in enumerate(sections.items()) if html}
-    links = "".join(f'<a href="#{key}">{escape(name)}</a>' for name, (key, _) in shown.items())
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}h"><h2 id="{key}h">{escape(name)}</h2>{html}</section>'
-        for name, (key, html) in shown.items()
-    )
-    title = escape(title)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{title}</title><style>{CSS}</style></head><body><main><header><h1>{title}</h1>"
-        f'<p class="soft">{under}</p>{headline}'
-        f'<nav aria-label="sections">{links}</nav></header>{body}</main></body></html>\n'
-    )
-
-
-def _proof(report: Mapping[str, Any]) -> str:
-    if "verified" not in report:
-        return ""
-    proved = report["verified"] is True
-    said = "proved from disk" if proved else "NOT as asked, see the remarks"
-    said += f", manifest {report['manifest'][:12]}" if "manifest" in report else ""
-    return f' · <span class="{"good" if proved else "bad"}">{said}</span>'
+    return document(parts.title(report), parts.under(report), parts.headline(report), sections)
 
 
 def require_finished(folder: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from sparsekit.results.page.charts import columns
 from sparsekit.results.page.heat import percent
+from sparsekit.results.page.templating import section
 
 KINDS = {"parameters": "Parameters", "heads": "Heads (KV groups)", "channels": "MLP channels", "experts": "Experts"}
 NAMED = 6  # layers; of more, their number is told
@@ -27,9 +28,7 @@ def structure(report: Mapping[str, Any]) -> str:
         if counts:
             typical = max(of for _, of in counts.values())
             charts.append(_chart(title, [_count(layer, left, counts, typical) for layer in range(layers)]))
-    keys = "".join(f'<span class="box {name}"></span>{name}' for name in ("kept", "removed"))
-    legend = f'<div class="legend">{keys}<span class="key mean"></span>all layers together</div>'
-    return f'{legend}<div class="wide">{"".join(charts)}</div>' if charts else ""
+    return section("kept", charts=charts) if charts else ""
 
 
 def _count(

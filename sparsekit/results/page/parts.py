@@ -4,13 +4,13 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import replace
-from html import escape
 from typing import Any
 
 from sparsekit.contracts import Figure
 from sparsekit.results.figures import PERPLEXITY, TASK, figures_of, remark, shown
-from sparsekit.results.page.charts import Bar, bars, fill, lines
+from sparsekit.results.page.charts import Bar, bars, lines
 from sparsekit.results.page.heat import heat
+from sparsekit.results.page.templating import PICTURE, joined, section
 from sparsekit.results.words import aim
 from sparsekit.system import human_size
 
@@ -28,6 +28,17 @@ def stages_of(report: Report) -> str:
     """The recipe's stages: "wanda > fista"."""
     stages = report.get("recipe", {}).get("stages") or []
     return " > ".join(stage if isinstance(stage, str) else next(iter(stage)) for stage in stages)
+
+
+def under(report: Report) -> str:
+    """What stands below the title: the stages, and whether the result was proved."""
+    stages = stages_of(report)
+    if "verified" not in report:
+        return stages
+    proved = report["verified"] is True
+    said = "proved from disk" if proved else "NOT as asked, see the remarks"
+    said += f", manifest {report['manifest'][:12]}" if "manifest" in report else ""
+    return joined(stages, section("proof", proved=proved, said=said))
 
 
 def headline(report: Report) -> str:
@@ -63,11 +74,7 @@ def headline(report: Report) -> str:
         seconds = sum(stage["seconds"] for stage in stages)
         peak = human_size(max(stage["peak_memory_bytes"] for stage in stages))
         cards.append(("whole run", duration(seconds), f"peak memory {peak}"))
-    inside = "".join(
-        f"<div><dt>{escape(what)}</dt><dd>{escape(value)}<small>{escape(beside)}</small></dd></div>"
-        for what, value, beside in cards
-    )
-    return f'<dl class="headline">{inside}</dl>' if cards else ""
+    return section("headline", cards=cards) if cards else ""
 
 
 def quality(report: Report) -> str:
@@ -83,8 +90,8 @@ def quality(report: Report) -> str:
         for (kind, better), group in groups.items()
     ]
     sure = any(bar.stderr for group in groups.values() for _, found in group.values() for bar in found)
-    note = '<p class="soft small">The lines across the bars, and ±, are one standard error.</p>' if sure else ""
-    return f'{note}<div class="wide">{"".join(f"<div>{chart}</div>" for chart in charts)}</div>' if charts else ""
+    note = "The lines across the bars, and ±, are one standard error." if sure else ""
+    return section("wide", charts=charts, note=note) if charts else ""
 
 
 def _shares(group: Mapping[str, tuple[str, list[Bar]]]) -> bool:
@@ -94,7 +101,7 @@ def _shares(group: Mapping[str, tuple[str, list[Bar]]]) -> bool:
 def speed(report: Report) -> str:
     """What `sparsekit bench` measured, in transformers and in other clients."""
     found = [report["speed"]] if report.get("speed") else []
-    return "".join(map(_measured, [*found, *(report.get("speeds") or {}).values()]))
+    return joined(*map(_measured, [*found, *(report.get("speeds") or {}).values()]))
 
 
 def _measured(found: Mapping[str, Any]) -> str:
@@ -107,7 +114,8 @@ def _measured(found: Mapping[str, Any]) -> str:
     remark += f"({settings['precision']}) " if settings.get("precision") else ""
     remark += f"on {settings['device']}" + (f", {cores} threads" if cores else "")
     remark += f". {SPREAD}" if len(head) == 4 else "."
-    return f'<p class="soft small">Measured {escape(remark)}</p>{table_of(head, bench_rows(found))}'
+    said = section("note", said=f"Measured {remark}")
+    return joined(said, section("table", head=head, rows=bench_rows(found)))
 
 
 def linears(report: Report) -> str:
@@ -118,7 +126,7 @@ def linears(report: Report) -> str:
         heat("Sparsity, % of weights that are zero", "sparsity", sparsity, top=1.0) if any(sparsity.values()) else "",
         heat("Error of the output, % of its energy", "error", report.get("error") or {}),
     ]
-    return f'<div class="wide">{"".join(maps)}</div>' if any(maps) else ""
+    return section("wide", charts=maps) if any(maps) else ""
 
 
 def training(report: Report, metrics: str | None) -> str:
@@ -142,8 +150,7 @@ def training(report: Report, metrics: str | None) -> str:
     }
     charts.append(lines("lamp: held-out error that training leaves of a block, %", left, x="block"))
     charts += [lines(f"logged: {name}", {name: points}, x="step") for name, points in logged(metrics or "").items()]
-    charts = [chart for chart in charts if chart]
-    return f'<div class="wide">{"".join(charts)}</div>' if charts else ""
+    return section("wide", charts=charts) if any(charts) else ""
 
 
 def logged(metrics: str) -> dict[str, list[tuple[float, float]]]:
@@ -168,65 +175,50 @@ def cost(report: Report) -> str:
         return ""
     longest = max(stage["seconds"] for stage in stages) or 1
     most = max(stage["peak_memory_bytes"] for stage in stages) or 1
-    body = ""
-    for stage in stages:
-        time, memory = fill(stage["seconds"] / longest, ""), fill(stage["peak_memory_bytes"] / most, "third")
-        peak = human_size(stage["peak_memory_bytes"]) + _on_device(stage)
-        body += (
-            f'<tr><th scope="row">{escape(stage["name"])}</th>'
-            f'<td>{duration(stage["seconds"])}<span class="track">{time}</span></td>'
-            f'<td>{peak}<span class="track">{memory}</span></td></tr>'
-        )
-    head = '<thead><tr><td></td><th scope="col">time</th><th scope="col">peak memory</th></tr></thead>'
-    return f'<table class="stages"><colgroup><col><col><col></colgroup>{head}<tbody>{body}</tbody></table>'
+    rows = [
+        {
+            "name": stage["name"],
+            "took": duration(stage["seconds"]),
+            "time": stage["seconds"] / longest,
+            "peak": human_size(stage["peak_memory_bytes"]) + _on_device(stage),
+            "memory": stage["peak_memory_bytes"] / most,
+        }
+        for stage in stages
+    ]
+    return section("cost", stages=rows)
 
 
 def samples(report: Report) -> str:
     """What the dense and the pruned model say after the same prompts, or cut out of the same pictures."""
-    parts, drawn = [], False
+    prompts = []
     for sample in report.get("samples") or []:
-        shown = ""
-        for who in ("asked", "dense", "pruned"):
-            if (made := sample.get(who)) is not None:
-                drawn = drawn or made.startswith(PICTURE)
-                shown += f'<div><div class="who">{who}</div>{said_by(made, who)}</div>'
-        layout = "shown" if "asked" in sample else "wide"
-        prompt = escape(sample.get("prompt", ""))
-        parts.append(f'<div class="sample"><p class="prompt">{prompt}</p><div class="{layout}">{shown}</div></div>')
+        answers = [(who, sample[who]) for who in ("asked", "dense", "pruned") if sample.get(who) is not None]
+        prompts.append((sample.get("prompt", ""), "shown" if "asked" in sample else "wide", answers))
+    drawn = any(made.startswith(PICTURE) for _, _, answers in prompts for _, made in answers)
     pictures = "A colour is an object, and a white point or box asks for it."
-    said = pictures if drawn else "Greedy: the likeliest next token each time."
-    return f'<p class="soft small">{said}</p>' + "".join(parts) if parts else ""
-
-
-PICTURE = "data:image/png;base64,"
-
-
-def said_by(made: str, who: str) -> str:
-    """What a model said, or a picture of what it cut out."""
-    if made.startswith(PICTURE):
-        return f'<img src="{escape(made)}" alt="masks, {who}">'
-    return f'<p class="said">{escape(made.lstrip(" ").strip(chr(10)))}</p>'
+    note = pictures if drawn else "Greedy: the likeliest next token each time."
+    return section("samples", note=note, prompts=prompts) if prompts else ""
 
 
 def remarks(report: Report) -> str:
     """Failures, warnings with how often they came, and what was left as it is."""
     verified = report.get("verified")
     failures = verified if isinstance(verified, list) else []
-    items = [f'<li class="bad">not as asked: {escape(failure)}</li>' for failure in failures]
     count: dict[str, list[str]] = {}
     for name, sentences in (report.get("warnings") or {}).items():
         for sentence in sentences:
             count.setdefault(sentence, []).append(name)
-    for sentence, names in count.items():
-        where = f"{len(names)} linears, the first is {names[0]}" if len(names) > 1 else names[0]
-        items.append(f'<li>{escape(sentence)} <span class="soft">({escape(where)})</span></li>')
-    items += [
-        f"<li>left as it is: {escape(n)} ({escape(why)})</li>" for n, why in (report.get("skipped") or {}).items()
+    warnings = [
+        (sentence, f"{len(names)} linears, the first is {names[0]}" if len(names) > 1 else names[0])
+        for sentence, names in count.items()
     ]
+    others = [f"left as it is: {name} ({why})" for name, why in (report.get("skipped") or {}).items()]
     for name, written in (report.get("exports") or {}).items():
         if why := written.get("why_not"):
-            items.append(f"<li>not {escape(name)}: {escape(why)}</li>")
-    return f"<ul>{''.join(items)}</ul>" if items else ""
+            others.append(f"not {name}: {why}")
+    if not (failures or warnings or others):
+        return ""
+    return section("remarks", failures=failures, warnings=warnings, others=others)
 
 
 def recipe(report: Report) -> str:
@@ -240,7 +232,12 @@ def recipe(report: Report) -> str:
     if hardware:
         where = hardware.get("accelerator") or f"{hardware.get('cores')} cores, {hardware.get('threads')} threads"
         ran.append(f"on {hardware.get('system')} {hardware.get('machine')}, {where}")
-    return f'<pre>{escape(to_yaml(report["recipe"]).strip())}</pre><p class="soft small">{escape(", ".join(ran))}</p>'
+    return section("code", text=to_yaml(report["recipe"]).strip(), ran=", ".join(ran))
+
+
+def code(text: str) -> str:
+    """Lines to copy."""
+    return section("code", text=text)
 
 
 def duration(seconds: float) -> str:
@@ -256,15 +253,3 @@ def duration(seconds: float) -> str:
 def _evaluation(report: Report) -> tuple[dict[str, Figure], dict[str, Figure]]:
     evaluation = report.get("evaluation") or {}
     return figures_of(evaluation.get("dense")), figures_of(evaluation.get("pruned"))
-
-
-def table_of(head: list[str], rows: list[tuple[str, ...]]) -> str:
-    """A table of texts; the first of each row is its name."""
-    first = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(what)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for what, *cells in rows
-    )
-    return (
-        f'<div class="scroll"><table class="plain"><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
