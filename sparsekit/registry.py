@@ -200,9 +200,9 @@ def start(function: Callable[..., Any]) -> Start:
 
 
 def asks(function: Callable[..., Any]) -> tuple[str, ...]:
-    """What an allocator wants to be given beside counts and sparsity: its positional parameters `groups`, `dense`."""
+    """What an allocator wants to be given beside counts and sparsity: its positional parameters, of those here."""
     parameters = inspect.signature(function).parameters.keys() - options(function).keys()
-    return tuple(name for name in ("groups", "dense") if name in parameters)
+    return tuple(name for name in ("groups", "dense", "curvature") if name in parameters)
 
 
 def option_problems(function: Callable[..., Any], given: dict[str, Any], also: Iterable[str] = ()) -> dict[str, str]:

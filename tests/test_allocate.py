@@ -9,16 +9,20 @@ from itertools import pairwise, product
 import pytest
 import torch
 from families import SETTINGS, build
-from test_run import bits, fit, process, recipe
+from test_run import TINY, bits, fit, process, recipe
 
 from sparsekit import registry
 from sparsekit.allocators.depth import depth
 from sparsekit.allocators.owl import owl
 from sparsekit.allocators.rearrange import rearrange
+from sparsekit.allocators.sensitivity import LEVELS, sensitivity
+from sparsekit.allocators.sensitivity import _between as between
+from sparsekit.allocators.sensitivity import _costs as costs
 from sparsekit.maths import NM, Unstructured, conserve, mixture, parse
 from sparsekit.model import discover
 from sparsekit.recipe import load_recipe
 from sparsekit.run.plan import allocate as allocate_patterns
+from sparsekit.train import curvature
 from sparsekit.walk import weights_and_norms
 
 TOKENS = torch.randint(1, 96, (5, 24), generator=torch.Generator().manual_seed(1))
@@ -338,12 +342,12 @@ def plain(linears, sparsity, *, bad: bool = False):
 def allocate(tmp_path, monkeypatch):
     """`plan.allocate` on a random model, with the settings of a recipe and any function as the rule."""
 
-    def run(pattern, rule="uniform", function=None, dense=None, family="Llama"):
+    def run(pattern, rule="uniform", function=None, seen=None, family="Llama"):
         file = recipe(tmp_path)
         blocks = discover(build(family, "meta").bfloat16(), TOKENS[:1, :8].to("meta"))
         if function is not None:
             monkeypatch.setattr(registry, "load", lambda group, name: function)
-        return allocate_patterns(load_recipe(file, [f"pattern={pattern}", f"allocation={rule}"]), blocks, dense)
+        return allocate_patterns(load_recipe(file, [f"pattern={pattern}", f"allocation={rule}"]), blocks, seen)
 
     return run
 
@@ -362,7 +366,7 @@ def test_a_rule_that_looks_waits_for_the_dense_model(allocate):
 
     assert set(allocate("60%", function=looks).values()) == {Unstructured(0.6)}
     with pytest.raises(AssertionError):
-        allocate("60%", function=looks, dense=[])
+        allocate("60%", function=looks, seen={"dense": []})
 
 
 def test_rules_with_nm(allocate):
@@ -465,3 +469,122 @@ def test_a_dry_run_names_the_blocks_that_are_alike(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     rows = [line.split("│")[1:] for line in done.stdout.splitlines() if "q_proj" in line]
     assert [(row[0].strip(), row[-2].strip()) for row in rows] == [("0, 3", "3:8"), ("1-2", "5:8")]
+
+
+# ---- sensitivity
+
+
+def seen_of(linears, rng, rows=6, width=16):
+    """Random weights, Gram matrices and gradients of linears; the curves differ by orders of magnitude."""
+    draw = torch.Generator().manual_seed(rng.randint(0, 9**9))
+    for name in linears:
+        inputs = torch.randn(64, width, generator=draw) * 10 ** rng.uniform(-1, 1)
+        yield name, torch.randn(rows, width, generator=draw), inputs.T @ inputs, torch.rand(rows, generator=draw)
+
+
+def test_sensitivity_is_the_cheapest_of_all_choices():
+    """Against every choice of three linears on a grid: none of the same total costs less."""
+    rng = random.Random(5)
+    for _ in range(5):
+        linears = dict.fromkeys("abc", 96)
+        seen = list(seen_of(linears, rng))
+        at = torch.arange(0.2, 0.8001, 0.02, dtype=torch.float64)
+        curves = {name: between(costs(*rest), at) for name, *rest in seen}
+        given = sensitivity(linears, 0.5, iter(seen), spread=0.3)
+        own = sum(
+            float(between(costs(*rest), torch.tensor([given[name]], dtype=torch.float64))) for name, *rest in seen
+        )
+        least = min(
+            sum(float(curves[name][i]) for name, i in zip("abc", choice, strict=True))
+            for choice in product(range(len(at)), repeat=3)
+            if abs(sum(float(at[i]) for i in choice) / 3 - 0.5) < 1e-9
+        )
+        assert own <= 1.02 * least and total(given, linears) == pytest.approx(0.5, abs=1e-9)
+        assert all(0.2 - 1e-9 <= value <= 0.8 + 1e-9 for value in given.values())
+
+
+def test_the_cost_of_a_linear_is_the_quadratic_form():
+    """In float64, weight by weight: Wanda's mask of each row, then sum_i g_i (D H D^T)_ii."""
+    [(_, weight, gram, gradients)] = seen_of(["a"], random.Random(7))
+    found = costs(weight, gram, gradients)
+    for level, cost in zip(LEVELS, found.tolist(), strict=True):
+        removed = torch.zeros(weight.shape, dtype=torch.float64)
+        for row, values in enumerate(weight):
+            order = sorted(range(16), key=lambda j, values=values: float(values[j].abs() * gram[j, j].sqrt()))
+            for j in order[: round(level * 16)]:
+                removed[row, j] = values[j]
+        form = removed @ gram.double() @ removed.T
+        assert cost == pytest.approx(float(form.diagonal() @ gradients.double()), rel=1e-4)
+
+
+def test_sensitivity_says_what_it_cannot_tell():
+    linears = {"a": 96, "b": 96, "expert": 96}
+    seen = list(seen_of(linears, random.Random(2)))
+    seen[2] = ("expert", seen[2][1], 0 * seen[2][2], 0 * seen[2][3])
+    with pytest.warns(UserWarning, match="no token of the text came by 1 linears, expert the first"):
+        given = sensitivity(linears, 0.6, iter(seen))
+    assert given["expert"] == 0.6 and given["a"] != given["b"] and total(given, linears) == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="spread is 0"):
+        sensitivity(linears, 0.6, iter(seen), spread=0.0)
+    with pytest.warns(UserWarning, match="no choice"):
+        assert set(sensitivity(linears, 0.97, iter(seen)).values()) == {0.97}
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Mixtral"])
+def test_curvature_is_that_of_the_whole_model(family):
+    """Block by block backwards, against one backward pass through transformers' own loss, in float64."""
+    model = build(family).double()
+    blocks = discover(model, TOKENS[:1, :8])
+    linears = {name: linear for block in blocks for name, linear in block.linears.items()}
+    inputs, gradients, hooks = {}, {}, []
+
+    def rows(x):
+        return (x[:, 1:] if x.dim() > 2 else x).reshape(-1, x.shape[-1])
+
+    def keep(name, module, args, out):
+        inputs.setdefault(name, []).append(rows(args[0].detach()))
+        out.register_hook(lambda g: gradients.setdefault(name, []).append(rows(g)))
+
+    for name, linear in linears.items():
+        hooks.append(linear.module.register_forward_hook(lambda *call, name=name: keep(name, *call)))
+    for row in TOKENS[:3]:
+        (model(input_ids=row[None], labels=row[None], use_cache=False).loss * (len(row) - 1)).backward()
+    for hook in hooks:
+        hook.remove()
+    found = {name: rest for name, *rest in curvature(model, blocks, TOKENS[:3], torch.device("cpu"))}
+    assert found.keys() == linears.keys()
+    for name, (weight, gram, squares) in found.items():
+        assert torch.equal(weight, linears[name].weight.float())
+        if name not in inputs:
+            assert not gram.any() and not squares.any()
+            continue
+        every = torch.cat(inputs[name])
+        torch.testing.assert_close(gram.double(), every.T @ every, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(squares.double(), torch.cat(gradients[name]).square().mean(0), rtol=1e-4, atol=1e-10)
+
+
+def test_a_run_by_sensitivity(tmp_path):
+    """Its patterns are of the whole, each linear has its own, and it beats one for all on text that it did not see."""
+    asked = ["pattern=75%", "stages=[sparsegpt]", "evaluate.perplexity=[{source: python-docs, windows: 6}]"]
+    found = {}
+    for rule in ("uniform", "sensitivity"):
+        (tmp_path / rule).mkdir()
+        done = fit(recipe(tmp_path / rule), "--set", *asked, f"allocation={rule}")
+        assert done.returncode == 0, done.stderr
+        found[rule] = json.loads((tmp_path / rule / "run" / "report.json").read_text())
+    assert "for allocation by sensitivity" in done.stdout
+    each = {name: value["sparsity"] for name, value in found["sensitivity"]["sparsity"]["per_linear"].items()}
+    assert len(set(each.values())) > len(each) / 2
+    assert found["sensitivity"]["sparsity"]["total"] == pytest.approx(0.75, abs=2e-3)
+    quality = {rule: each["evaluation"]["pruned"]["perplexity"]["python-docs"] for rule, each in found.items()}
+    assert quality["sensitivity"] < quality["uniform"]
+
+
+def test_who_cannot_have_sensitivity(tmp_path):
+    """A model without a next token, and one that a stage cuts before, are told before anything is read."""
+    cut = ["stages=[{wanda-sp: {remove: 25%}}, wanda]", "pattern=50%"]
+    done = fit(recipe(tmp_path), "--set", "allocation=sensitivity", *cut)
+    assert done.returncode == 2 and "looks at the model as it begins, and a stage cuts it" in done.stderr
+    images = ["calibration={source: images, path: x}", "stages=[wanda]", "pattern=50%", "evaluate={}"]
+    done = fit(recipe(tmp_path, model=TINY.parent / "tiny-vit"), "--set", "allocation=sensitivity", *images)
+    assert done.returncode == 2 and "follows the loss of the next token, and ViT" in done.stderr

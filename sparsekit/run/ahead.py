@@ -25,7 +25,7 @@ from sparsekit.model import (
 )
 from sparsekit.model.structure import Removal, Shape, choose, find_units, kinds_of
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, options_of
-from sparsekit.run.allocation import pattern_of, sample_input
+from sparsekit.run.allocation import pattern_of, postponed, sample_input
 from sparsekit.run.context import Context
 from sparsekit.run.goals import counted
 from sparsekit.run.selection import found_blocks
@@ -49,6 +49,11 @@ def check_reading(recipe: Recipe, model: nn.Module) -> None:
         _refuse_dense_streams(recipe, model)
     if tower_name(model):
         _refuse_whole(recipe, model)
+    if postponed(recipe) == "curvature" and (sees_images(model) or not predicts_text(model)):
+        raise ValueError(
+            f"allocation by {recipe.allocation.name} follows the loss of the next token, and {type(model).__name__} "
+            "predicts none: give owl, which looks at weights and inputs alone, or uniform"
+        )
     if recipe.evaluate.iou and not makes_masks(model):
         raise ValueError(
             f"{type(model).__name__} cuts no objects out, so evaluate.iou has nothing to measure; leave it out"
@@ -114,7 +119,7 @@ def _refuse_dense_streams(recipe: Recipe, model: nn.Module) -> None:
             raise ValueError(
                 f"{told}: stage {index + 1}, `{stage.name}`, needs the dense outputs, so give solvers, or sparsellm"
             )
-    if "dense" in registry.asks(registry.load("allocators", recipe.allocation.name)):
+    if postponed(recipe):
         raise ValueError(f"{told}: allocation by {recipe.allocation.name} needs the dense model, give uniform")
 
 
@@ -131,6 +136,11 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block], dtype: tor
     stages = recipe.stages
     if not any(effect_of(stage).cuts for stage in stages):
         return
+    if recipe.pattern is not None and postponed(recipe):
+        raise ValueError(
+            f"allocation by {recipe.allocation.name} looks at the model as it begins, and a stage cuts it before "
+            "weights are pruned: cut in a run of its own, and go on `from:` it, or give another allocation"
+        )
     if len({block.name.rpartition(".")[0] for block in blocks}) > 1 or any(block.scale for block in blocks):
         raise ValueError(
             f"{type(model).__name__} has stages of different widths, and structures are removed from models whose "

@@ -1,7 +1,7 @@
 """Every linear's pattern, by the recipe's allocation rule."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from sparsekit.model import Block, hears, meant, sample_image, sample_sound, see
 from sparsekit.recipe import Recipe
 from sparsekit.run.methods import underscored
 
+DENSE = ("dense", "curvature")  # what rules may ask to see of the dense model, see docs/plugins.md
 SAMPLE_LENGTH = 8  # tokens of the forward pass that looks for groups
 
 
@@ -32,13 +33,19 @@ def pattern_of(recipe: Recipe, block: Block, name: str) -> str:
     return next(text for key, text in recipe.pattern.items() if meant(block, name, key))
 
 
+def postponed(recipe: Recipe) -> str:
+    """What the recipe's rule asks of the dense model, one of `DENSE`; empty: nothing."""
+    asked = registry.asks(registry.load("allocators", recipe.allocation.name))
+    return next((name for name in DENSE if name in asked), "")
+
+
 def allocate(
-    recipe: Recipe, blocks: list[Block], dense: Iterable[tuple[str, Tensor, Tensor]] | None = None
+    recipe: Recipe, blocks: list[Block], seen: Mapping[str, Iterable[Any]] | None = None
 ) -> dict[str, Pattern]:
     """Every linear's pattern, by the recipe's allocation rule.
 
-    dense: name, weight (out, in) and norms of the inputs (in,) of every linear in the dense model, block after block;
-        a rule that asks for them gives the same pattern to all where they are not there yet.
+    seen: what was seen of the dense model, by the name under which a rule asks for it (`DENSE`); such a rule gives the
+        same pattern to all where it is not there yet.
 
     Raises:
         ValueError: a pattern does not divide a layer's width, the rule refuses its options, or it did not conserve the
@@ -54,10 +61,10 @@ def allocate(
         return asked_for
     pattern, rule = parse(recipe.pattern), recipe.allocation
     function = registry.load("allocators", rule.name)
-    beside = {"groups": [block.groups for block in blocks], "dense": dense}
-    asked = {name: beside[name] for name in registry.asks(function)}
-    if "dense" in asked and dense is None:
+    if postponed(recipe) and not seen:
         return dict.fromkeys(linears, pattern)
+    beside = {"groups": [block.groups for block in blocks]} | dict(seen or {})
+    asked = {name: beside[name] for name in registry.asks(function)}
     counts = {name: linear.weight.numel() for name, linear in linears.items()}
     given = function(counts, pattern.sparsity, **asked, **underscored(rule.options))
     if given.keys() != counts.keys() or not all(0 <= value < 1 for value in given.values()):

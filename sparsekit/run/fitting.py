@@ -45,6 +45,7 @@ from sparsekit.run.calibration import calibration_of
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of, measured_once
 from sparsekit.run.exporting import export, said_of
 from sparsekit.run.lock import locked
+from sparsekit.run.measured import measured_patterns
 from sparsekit.run.measuring import measure_model, ready_for, settings_of, side_by_side
 from sparsekit.run.plan import Plan
 from sparsekit.run.preview import left_as_is
@@ -225,7 +226,7 @@ def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, co
         )
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            patterns = plan.measured_patterns(planned, model, tokens, output / "activations")
+            patterns = measured_patterns(planned, model, tokens, output / "activations")
         for warning in said:
             console.print(f"[yellow]warning[/]: {escape(str(warning.message))}", highlight=False)
         return {name: str(pattern) for name, pattern in patterns.items()}

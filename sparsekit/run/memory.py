@@ -19,7 +19,8 @@ from sparsekit.recipe import load_recipe
 from sparsekit.run import result
 from sparsekit.run.ahead import check_carried
 from sparsekit.run.claim import check_output, claim_output, fingerprint_of
-from sparsekit.run.plan import IN_MEMORY, Plan, make_plan, measured_patterns
+from sparsekit.run.measured import measured_patterns
+from sparsekit.run.plan import IN_MEMORY, Plan, make_plan
 from sparsekit.run.pruned import Pruned
 from sparsekit.run.sequence import run_stages
 from sparsekit.run.sources import from_memory

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsekit import registry
 from sparsekit.data import SQUARE
@@ -17,7 +17,6 @@ from sparsekit.maths import Pattern, Quantization
 from sparsekit.model import (
     Block,
     Tensors,
-    adopt,
     choose_tower,
     described,
     discover,
@@ -33,13 +32,12 @@ from sparsekit.model import (
 )
 from sparsekit.recipe import Recipe, RecipeError, Stage, check_options, effect_of, group_of, kind, resolved
 from sparsekit.run.ahead import check_cuts, check_reading
-from sparsekit.run.allocation import allocate, sample_input
+from sparsekit.run.allocation import allocate, postponed, sample_input
 from sparsekit.run.needs import Needs, memory_needs, wholly, within
 from sparsekit.run.selection import found_blocks
 from sparsekit.run.sources import Source, from_folder
 from sparsekit.system import human_size
 from sparsekit.train import missing_loggers
-from sparsekit.walk import weights_and_norms
 
 IN_MEMORY = "in memory"  # what came from there has no folder and no source
 BATCH_TOKENS = 256  # tokens that go through a block at once, unless the recipe says otherwise: enough for full speed
@@ -59,10 +57,9 @@ class Plan:
     source: Source  # of weights and tokenizer
 
     @property
-    def postponed(self) -> bool:
-        """Whether the allocation rule looks at the dense model, so that `patterns` are not known without weights."""
-        rule = registry.load("allocators", self.recipe.allocation.name)
-        return bool(self.patterns) and "dense" in registry.asks(rule)
+    def postponed(self) -> str:
+        """What the allocation rule asks of the dense model, so that `patterns` are not known without weights."""
+        return postponed(self.recipe) if self.patterns else ""
 
     @property
     def batch(self) -> int:
@@ -327,20 +324,3 @@ def _unmerged(recipe: Recipe) -> list[str]:
             "that recovery with merge: true, or give the run that it went on from"
         ]
     return []
-
-
-def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: Path) -> dict[str, Pattern]:
-    """The patterns by a rule that looks at the dense model: one pass of `tokens` (sequences, length) through it.
-
-    folder: for activations beyond the recipe's budget.
-    """
-    dense = weights_and_norms(
-        model,
-        adopt(model, planned.blocks),
-        tokens,
-        batch=planned.batch,
-        budget=planned.memory[0],
-        folder=folder,
-        device=planned.device,
-    )
-    return allocate(planned.recipe, planned.blocks, dense)

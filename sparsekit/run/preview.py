@@ -81,7 +81,7 @@ def estimates(plan: Plan) -> dict[str, str]:
     gram_work = 2 * tokens * sum(_width(block, names) ** 2 for block in plan.blocks for names in block.groups)
     once = {"none": 1, "prefix": 2, "sequential": 1 + len(plan.blocks[0].groups)}
     passes = once.get(plan.recipe.error_correction) or 2 + len(plan.blocks[0].groups)
-    passes += plan.postponed
+    passes += bool(plan.postponed)
     found = {
         "weights on disk": human_size(parameters * dtype.itemsize),
         "activations": f"{human_size(activations)}, of which {human_size(in_memory)} in memory",

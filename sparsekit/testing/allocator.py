@@ -14,9 +14,9 @@ from sparsekit.testing.contexts import tiny_model, tiny_tokens
 def check_allocator(rule: Callable[..., dict[str, float]], **options: Any) -> None:
     """Raise AssertionError, with a sentence, for the first clause of the contract that `rule` breaks.
 
-    A rule is `(linears, sparsity, [groups,] [dense,] *, options...) -> {name: sparsity}` with a docstring and
-    keyword-only options with defaults. Every linear gets a sparsity from 0 to below 1, the total is conserved to 1e-6,
-    and the same is given twice, at 30, 50 and 70 %.
+    A rule is `(linears, sparsity, [groups,] [dense,] [curvature,] *, options...) -> {name: sparsity}` with a
+    docstring and keyword-only options with defaults. Every linear gets a sparsity from 0 to below 1, the total is
+    conserved to 1e-6, and the same is given twice, at 30, 50 and 70 %.
 
     options: of the rule
     """
@@ -37,7 +37,18 @@ def check_allocator(rule: Callable[..., dict[str, float]], **options: Any) -> No
                 for block in blocks
                 for name, linear in block.linears.items()
             )
-            asked = {key: value for key, value in (beside | {"dense": dense}).items() if key in registry.asks(rule)}
+            curvature = (
+                (
+                    name,
+                    linear.weight.float(),
+                    _gram(linear.shape[1]),
+                    torch.rand(len(linear.weight), generator=random),
+                )
+                for block in reversed(blocks)
+                for name, linear in block.linears.items()
+            )
+            given_it = beside | {"dense": dense, "curvature": curvature}
+            asked = {key: value for key, value in given_it.items() if key in registry.asks(rule)}
             found.append(rule(dict(linears), sparsity, **asked, **options))
         given = found[0]
         assert given == found[1], f"at {sparsity:.0%}: two calls gave different sparsities"
@@ -45,3 +56,8 @@ def check_allocator(rule: Callable[..., dict[str, float]], **options: Any) -> No
         assert all(0 <= value < 1 for value in given.values()), f"at {sparsity:.0%}: a sparsity is not in [0, 1)"
         total = sum(given[name] * count for name, count in linears.items()) / sum(linears.values())
         assert abs(total - sparsity) <= 1e-6, f"at {sparsity:.0%}: the total is {total:.4%}"
+
+
+def _gram(width: int) -> torch.Tensor:
+    rows = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(width))
+    return rows.T @ rows

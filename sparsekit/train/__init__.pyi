@@ -16,8 +16,10 @@ from .reconstruction import reconstruct as reconstruct
 from .recovery import Recovery as Recovery
 from .rows import Batches as Batches
 from .rows import TrainingSource as TrainingSource
+from .sensitivity import SEQUENCES as SEQUENCES
 from .sensitivity import channel_gradients as channel_gradients
 from .sensitivity import channel_weights as channel_weights
+from .sensitivity import curvature as curvature
 from .session import Stored as Stored
 from .session import check_distillation as check_distillation
 from .session import flat_parameters as flat_parameters

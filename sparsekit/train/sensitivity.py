@@ -1,5 +1,8 @@
-"""How much a model's loss depends on each channel of what leaves its blocks."""
+"""How much a model's loss depends on what leaves its blocks and its linears: one backward pass, block by block."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +25,113 @@ def channel_gradients(model: nn.Module, blocks: list[Block], tokens: Tensor, dev
     section 3.2) weighs each number of a block's output by its own. The loss is that of the next token, a sum; the first
     token of a sequence, which all others look at, does not count.
 
-    tokens: (sequences, length), text alone. Block by block, there and back, so that blocks may rest on disk; what
-    enters each block is kept in CPU memory meanwhile: sequences x length x hidden x blocks numbers.
+    tokens: (sequences, length), text alone; memory: see `_backwards`
+    """
+    found: list[Tensor] = []
+    for _, gradients in _backwards(model, blocks, tokens, device, lambda _: nullcontext()):
+        squares = [gradient[:, 1:].float().square().mean(dim=(0, 1)) for gradient in gradients]
+        found.append(torch.stack(squares).mean(0).cpu())
+    return found[::-1]
+
+
+def curvature(
+    model: nn.Module, blocks: list[Block], tokens: Tensor, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Every linear's name, weight (out, in), Gram matrix of its inputs (in, in) and mean squares (out,) of the loss's
+    gradient with respect to its outputs, the last block first, in float32.
+
+    By them the loss's rise with a change D of a weight is about half of sum_i squares_i (D Gram D^T)_ii. Both are of
+    the tokens that come by the linear, but for the first of a sequence, which is like no other; an expert's of those
+    that it is sent. Where none comes by they are zero.
+
+    tokens: (sequences, length), text alone; memory: see `_backwards`, and the Gram matrices of a block
+    """
+    grams: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    @contextmanager
+    def watch(block: Block) -> Iterator[None]:
+        firsts = {group[0] for group in block.groups}
+        hooks = [
+            linear.module.register_forward_hook(partial(saw, name, name in firsts))
+            for name, linear in block.linears.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def saw(name: str, first: bool, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        if first:
+            rows = _rows(args[0].detach())
+            grams[name] = grams.get(name, 0.0) + rows.T @ rows
+        if out.requires_grad:
+            out.register_hook(partial(add, name))
+
+    def add(name: str, gradient: Tensor) -> None:
+        rows = _rows(gradient.detach())
+        squares[name] = squares.get(name, 0.0) + rows.square().sum(0)
+        counts[name] = counts.get(name, 0) + len(rows)
+
+    for block, _ in _backwards(model, blocks, tokens, device, watch):
+        for group in block.groups:
+            for name in group:
+                weight = block.linears[name].weight.float()
+                if counts.get(name):
+                    yield name, weight, grams[group[0]], squares[name] / counts[name]
+                else:
+                    yield name, weight, weight.new_zeros(2 * weight.shape[1:]), weight.new_zeros(len(weight))
+        for known in (grams, squares, counts):
+            known.clear()
+
+
+def _rows(seen: Tensor) -> Tensor:
+    """Of (sequences, length, features) all places but the first, of (tokens, features) all; (rows, features)."""
+    return (seen[:, 1:] if seen.dim() > 2 else seen).reshape(-1, seen.shape[-1]).float()
+
+
+def _backwards(
+    model: nn.Module,
+    blocks: list[Block],
+    tokens: Tensor,
+    device: torch.device,
+    watch: Callable[[Block], AbstractContextManager[None]],
+) -> Iterator[tuple[Block, list[Tensor]]]:
+    """Each block, the last one first, and for every sequence the gradient of its loss with respect to what leaves it.
+
+    A block's own backward pass has run by then, under `watch(block)`, and it is filled still. Block by block, there and
+    back, so that blocks may rest on disk; what enters each block is kept in CPU memory meanwhile: sequences x length x
+    hidden x blocks numbers.
     """
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     store = ActivationStore(budget=2**62)
     try:
         for parameter in asked:
             parameter.requires_grad_(False)
-        for hidden in first_inputs(model, blocks, tokens.to(device), 1):
-            store.append(hidden)
-        entered: list[list[Tensor]] = []
-        for block in blocks:
-            with filled([block], device):
-                entered.append(list(store))
-                for index, hidden in enumerate(entered[-1]):
-                    store[index] = block(hidden)
+        with torch.no_grad():
+            for hidden in first_inputs(model, blocks, tokens.to(device), 1):
+                store.append(hidden)
+            entered: list[list[Tensor]] = []
+            for block in blocks:
+                with filled([block], device):
+                    entered.append(list(store))
+                    for index, hidden in enumerate(entered[-1]):
+                        store[index] = block(hidden)
         rows = zip(tokens, store, strict=True)
         gradients = [_of_head(model, blocks, ids[None].to(device), hidden) for ids, hidden in rows]
-        found: list[Tensor] = []
         for block in reversed(blocks):
-            squares = [gradient[:, 1:].float().square().mean(dim=(0, 1)) for gradient in gradients]
-            found.append(torch.stack(squares).mean(0).cpu())
             with filled([block], device):
                 pairs = zip(entered.pop(), gradients, strict=True)
-                gradients = [_back(block, hidden, gradient) for hidden, gradient in pairs]
+                with watch(block):
+                    before = [_back(block, hidden, gradient) for hidden, gradient in pairs]
+                yield block, gradients
+            gradients = before
     finally:
         store.close()
         for parameter in asked:
             parameter.requires_grad_()
-    return found[::-1]
 
 
 @torch.enable_grad()
