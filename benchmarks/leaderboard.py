@@ -16,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
@@ -39,19 +39,31 @@ AROUND = ("prepare", "load", "save", "verify", "evaluate", "measure")  # parts o
 Row = dict[str, Any]
 
 
-def methods() -> dict[str, tuple[str, list[Any]]]:
-    """A row's name -> its class of cost, and its stages; none of the dense model."""
+class Method(NamedTuple):
+    """What a row runs: its class of cost, its stages (none of the dense model), and how sparsities are spread."""
+
+    kind: str
+    stages: list[Any]
+    allocation: Any = "uniform"
+
+
+def methods() -> dict[str, Method]:
+    """A row's name -> what it runs."""
     classes = YAML(typ="safe", pure=True).load(HERE / "leaderboard.yaml")
-    found = {name: (kind, stages) for kind, rows in classes.items() if rows for name, stages in rows.items()}
-    return {"dense": ("", [])} | found
+    found = {"dense": Method("", [])}
+    for kind, rows in classes.items():
+        for name, told in (rows or {}).items():
+            found[name] = Method(kind, **told) if isinstance(told, dict) else Method(kind, told)
+    return found
 
 
 def run(given: argparse.Namespace, method: str, pattern: str) -> Row:
     """Run one row and measure it."""
-    kind, stages = methods()[method]
+    kind, stages, allocation = methods()[method]
     texts = [_source(text) | {"name": _name(text), "windows": given.windows} for text in given.text]
     measure = {"perplexity": texts, "length": given.window}
     row = {"model": given.name, "method": method, "class": kind, "pattern": pattern if stages else "", "stages": stages}
+    row |= {} if allocation == "uniform" else {"allocation": allocation}
     row |= {"calibration": {"text": _name(given.calibration), "samples": given.samples, "length": given.length}}
     if not stages:
         figures = sparsekit.evaluate(*sparsekit.load(given.model), **measure)
@@ -63,6 +75,7 @@ def run(given: argparse.Namespace, method: str, pattern: str) -> Row:
                 {
                     "model": given.model,
                     "pattern": pattern,
+                    "allocation": allocation,
                     "calibration": calibration,
                     "stages": stages,
                     "evaluate": measure | {"dense": False, "samples": False},
@@ -174,7 +187,7 @@ def summary(found: Sequence[Row]) -> str:
 
     dense = cell("dense", "")
     lines = [f"| | class | {' | '.join(patterns)} |", "|---|---|" + "---|" * len(patterns)]
-    lines += [f"| `{n}` | {methods()[n][0]} | {' | '.join(cell(n, p) for p in patterns)} |" for n in names]
+    lines += [f"| `{n}` | {methods()[n].kind} | {' | '.join(cell(n, p) for p in patterns)} |" for n in names]
     calibration, windows = first[0]["calibration"], first[0]["figures"][texts[0]]
     said = (
         f"{first[0]['model']}: perplexity on {' / '.join(texts)}, {windows['windows']} windows of {windows['length']} "

@@ -67,8 +67,8 @@ def sensitivity(
         removed = float((cheapest(math.exp(middle)) * counts).sum())
         least, most = (middle, most) if removed < goal else (least, middle)
     fewer, more = cheapest(math.exp(least)), cheapest(math.exp(most))  # they differ in a linear or two, by one step
-    removed = [float((each * counts).sum()) for each in (fewer, more)]
-    share = (goal - removed[0]) / ((removed[1] - removed[0]) or 1)
+    below, above = (float((each * counts).sum()) for each in (fewer, more))
+    share = (goal - below) / ((above - below) or 1)
     given = fewer + share * (more - fewer)
     return dict.fromkeys(linears, sparsity) | dict(zip(names, given.tolist(), strict=True))
 

@@ -29,6 +29,10 @@ GOALS = {
     "50%": "Half of the weights go, wherever they are: for research, and for runtimes with sparse kernels.",
     "int4": "2:4 and four bits a weight: smaller on disk, in transformers and vLLM.",
 }
+HALF = """pattern: "50%"
+# each layer as sparse as its share in the loss allows; the total is the same
+allocation: sensitivity
+"""
 LORA = """  # what is left is trained on the same text; pruned weights stay zero
   - lora: {tokens: 1000000}
 """
@@ -77,7 +81,7 @@ def first_recipe(answers: Mapping[str, str]) -> str:
     """A recipe with comments, as YAML, from the answers to QUESTIONS."""
     goal, time = answers["goal"], answers["time"]
     samples, length = (32, 512) if time == "minutes" else (128, 2048)
-    pattern = {"faster": "", "2:4": 'pattern: "2:4"\n', "50%": 'pattern: "50%"\n', "int4": 'pattern: "2:4"\n'}[goal]
+    pattern = {"faster": "", "2:4": 'pattern: "2:4"\n', "50%": HALF, "int4": 'pattern: "2:4"\n'}[goal]
     text = f"{{source: {answers['text']}, samples: {samples}, length: {length}}}"
     measured = answers["text"] if answers["text"] in registry.names("sources") else "wikitext2"
     export = "\n# a GGUF file for llama.cpp, Ollama, LM Studio: pip install gguf xllamacpp, and take the # away\n"

@@ -49,8 +49,9 @@ def candidates(pattern: str) -> dict[str, dict[str, Any]]:
     }
     if not isinstance(parse(pattern), NM):
         found |= {
-            "sparsegpt, owl": {"stages": ["sparsegpt"], "allocation": "owl"},
-            "alps, owl": {"stages": ["alps"], "allocation": "owl"},
+            "sparsegpt, sensitivity": {"stages": ["sparsegpt"], "allocation": "sensitivity"},
+            "alps, sensitivity": {"stages": ["alps"], "allocation": "sensitivity"},
+            "lamp, sensitivity": {"stages": [{"lamp": {"epochs": 4}}], "allocation": "sensitivity"},
         }
     return found | {"lamp": {"stages": [{"lamp": {"epochs": 4}}]}}
 
