@@ -57,7 +57,10 @@ def _show_method(console: "Console", group: str, entry: "EntryPoint") -> None:
     read = registry.describe(entry)
     chain = f", {CHAIN[read.start]}" if group == "solvers" else ""
     console.print(f"{entry.name}", style="bold", end="")
-    console.print(f"  ({group[:-1]}{chain}; {registry.package(entry)})\n\n{read.doc}\n", markup=False)
+    console.print(
+        f"  ({'criterion' if group == 'criteria' else group[:-1]}{chain}; {registry.package(entry)})\n\n{read.doc}\n",
+        markup=False,
+    )
     console.print("options:" if read.options else "options: none", style="bold")
     for option in read.options:
         kind = f": {option.type}" if option.type else ""

@@ -117,17 +117,17 @@ def test_llm_pruner_by_finite_differences(digits):  # noqa: F811
     """The gradient that scores are made of is the loss's: of the class that the model finds likeliest."""
     from torch.nn.functional import cross_entropy
 
-    from sparsekit.criteria.llm_pruner import _loss_of_images
+    from sparsekit.train.whole import loss_of_images
 
     model, processor = load_plain(TINY)
     pixels = labelled_images(str(digits)).pixels(list(range(4)), processor, 1)
     logits = model(pixel_values=pixels).logits
     own = cross_entropy(logits, logits.argmax(1), reduction="sum")
-    assert float(_loss_of_images(model, pixels).detach()) == pytest.approx(float(own.detach()))
+    assert float(loss_of_images(model, pixels).detach()) == pytest.approx(float(own.detach()))
     bare = model.vit
     states = bare(pixel_values=pixels).last_hidden_state
     energy = states.square().sum(-1).mean(1).sum() / 2
-    assert float(_loss_of_images(bare, pixels).detach()) == pytest.approx(float(energy.detach()), rel=1e-5)
+    assert float(loss_of_images(bare, pixels).detach()) == pytest.approx(float(energy.detach()), rel=1e-5)
 
 
 def test_bench_of_images(tmp_path, recipe, digits, capsys):  # noqa: F811

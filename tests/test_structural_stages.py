@@ -16,11 +16,11 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from sparsekit import registry
 from sparsekit.contracts import Decision
-from sparsekit.criteria import block_influence, flap, layer_perplexity, llm_pruner, wanda_sp
+from sparsekit.criteria import block_influence, fisher, flap, layer_perplexity, llm_pruner, wanda_sp
 from sparsekit.data import calibration_tokens
 from sparsekit.measure import perplexity, perplexity_windows
 from sparsekit.model import discover, load_plain, load_tokenizer
-from sparsekit.model.structure import Removal, choose, find_units, masking
+from sparsekit.model.structure import Removal, choose, find_units, gating, masking
 from sparsekit.recipe import Stage
 from sparsekit.run.removing import remove_by
 from sparsekit.system import Team
@@ -35,6 +35,7 @@ SCORES = {
     "wanda-sp": (wanda_sp.wanda_sp, FINE),
     "flap": (flap.flap, FINE),
     "llm-pruner": (llm_pruner.llm_pruner, FINE),
+    "fisher": (fisher.fisher, FINE),
     "layer-perplexity": (layer_perplexity.layer_perplexity, ["layers"]),
     "block-influence": (block_influence.block_influence, ["layers"]),
 }
@@ -259,6 +260,61 @@ def test_llm_pruner_by_hand(family, taylor):
         start += part.count
 
 
+@pytest.mark.parametrize("kinds", [FINE, PARTS], ids="-".join)
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "GPTNeoX"])
+def test_fisher_by_hand(family, kinds):
+    """A gate's slope is the sum of w dL/dw over the columns behind it, each sequence's by transformers' own logits."""
+    model = build(family)
+    work = worked(model)
+    units = find_units(model, work.blocks, kinds)
+    given = fisher._curvature(work, units, torch.ones(len(units), dtype=torch.bool))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    slopes = []
+    for sequence in TOKENS:
+        model.zero_grad()
+        cross_entropy(model(input_ids=sequence[None], use_cache=False).logits[0, :-1], sequence[1:]).backward()
+        slopes.append([])
+        for part in units.parts:
+            linear = next(block.linears[part.output] for block in work.blocks if part.output in block.linears)
+            product = (linear.module.weight * linear.module.weight.grad).detach().double()
+            columns = (product.t() if linear.transposed else product).sum(0)
+            slopes[-1] += [float(columns[own].sum()) for own in part.columns]
+    expected = torch.tensor(slopes, dtype=torch.float64).square().mean(0)
+    torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
+def test_fisher_looks_again_in_every_round():
+    """What went first stays below, and the second round's curvature is of the model without it."""
+    model = build("Llama")
+    work = worked(model)
+    units = find_units(model, work.blocks, FINE)
+    found = fisher.fisher(work, units, remove=0.4, rounds=2)
+    first = fisher._curvature(work, units, torch.ones(len(units), dtype=torch.bool)) / units.parameters
+    half = choose(units, first, 0.2, budgets="joint")
+    assert found[~half].max() < 2 <= found[half].min()
+    second = (fisher._curvature(work, units, half) / units.parameters)[half]
+    assert found[half].argsort(stable=True).tolist() == second.argsort(stable=True).tolist()
+    assert second.argsort(stable=True).tolist() != first[half].argsort(stable=True).tolist()
+
+
+def test_a_gate_of_zero_is_a_mask(tmp_path):
+    """Whatever the kind: the model under gates of 0 and 1 gives what it gives under the mask."""
+    for kinds in (FINE, ["layers"]):
+        model = build("Llama")
+        work = worked(model)
+        units = find_units(model, work.blocks, kinds)
+        kept = torch.rand(len(units), generator=torch.Generator().manual_seed(2)) > 0.4
+        with torch.no_grad():
+            with masking(work.blocks, units) as mask:
+                mask(kept)
+                masked = model(input_ids=TOKENS, use_cache=False).logits
+            with gating(work.blocks, units, torch.device("cpu")) as gates:
+                gates.copy_(kept)
+                gated = model(input_ids=TOKENS, use_cache=False).logits
+            assert not torch.allclose(masked, model(input_ids=TOKENS, use_cache=False).logits)
+        torch.testing.assert_close(gated, masked, rtol=1e-4, atol=1e-5)
+
+
 def test_llm_pruner_spares_the_blocks_it_skips(tmp_path):
     model = build("Llama")
     units, removal = run(llm_pruner.llm_pruner, model, tmp_path / "run", remove="20%", skip_first=1, skip_last=1)
@@ -359,6 +415,7 @@ STAGES = {
     "wanda-sp": (wanda_sp.wanda_sp, FINE, {}),
     "flap": (flap.flap, FINE, {}),
     "llm-pruner": (llm_pruner.llm_pruner, FINE, {}),
+    "fisher": (fisher.fisher, FINE, {"rounds": 3}),
     "layer-perplexity": (layer_perplexity.layer_perplexity, ["layers"], {}),
     "parts": (layer_perplexity.layer_perplexity, PARTS, {"units": "parts"}),
     "block-influence": (block_influence.block_influence, ["layers"], {}),

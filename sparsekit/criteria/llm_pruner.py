@@ -8,12 +8,11 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from sparsekit.contracts import Context, Decision, scores
-from sparsekit.model import Linear, Said, features
+from sparsekit.model import Linear
 from sparsekit.model.structure import Units, choose
-from sparsekit.train import summed, text_loss
+from sparsekit.train import backward
 
 Taylor = Literal["param_first", "param_second", "param_mix"]
 Blocks = Annotated[int, Ge(0)]
@@ -78,7 +77,7 @@ def _values(context: Context, units: Units, taylor: Taylor) -> dict[str, Tensor]
     try:
         with _gradients(context.model, linears, squared=taylor != "param_first") as (first, second):
             for batch in tokens.split(context.batch if taylor == "param_first" else 1):
-                _backward(context.model, batch.to(device))
+                backward(context.model, batch.to(device))
         total = torch.tensor(float(len(tokens)), device=device)
         context.team.sum([*first.values(), *second.values(), total])
         worth = {name: _worth(linears[name], first[name], second.get(name), float(total), taylor) for name in linears}
@@ -133,31 +132,6 @@ def _gradients(
             hook.remove()
         for parameter, before in required.items():
             parameter.requires_grad_(before)
-
-
-@torch.enable_grad()
-def _backward(model: Any, tokens: Tensor) -> None:
-    """Gradients of the loss of `tokens` (sequences, length), summed over sequences, each the mean over its tokens.
-
-    Of images (images, channels, height, width): see `_loss_of_images`.
-    """
-    if tokens.is_floating_point():
-        _loss_of_images(model, tokens.to(next(model.parameters()).dtype)).backward()
-        return
-    loss = summed(Said(model, tokens), lambda logits, places: text_loss(logits, tokens[:, places + 1]))
-    loss = loss / (tokens.shape[1] - 1)
-    if not loss.isfinite():
-        raise ValueError("the model's loss is NaN or Inf, so it has no gradients; run it in float32 or bfloat16")
-    loss.backward()
-
-
-def _loss_of_images(model: Any, pixels: Tensor) -> Tensor:
-    """The cross-entropy of the class that the model itself finds likeliest, summed over images; of a model that names
-    no classes half the energy of its features, the mean over places."""
-    logits = getattr(model(pixel_values=pixels), "logits", None) if hasattr(model, "num_labels") else None
-    if logits is not None and logits.dim() == 2:
-        return cross_entropy(logits.float(), logits.argmax(1), reduction="sum")
-    return features(model, pixels)[1].float().square().sum(-1).flatten(1).mean(1).sum() / 2
 
 
 def _kept(

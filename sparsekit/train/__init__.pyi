@@ -28,5 +28,6 @@ from .session import precision as precision
 from .session import recovery_parts as recovery_parts
 from .session import recovery_reads as recovery_reads
 from .session import recovery_text as recovery_text
+from .whole import backward as backward
 from .zeros import HoldZeros as HoldZeros
 from .zeros import masked_gradient as masked_gradient

@@ -1,6 +1,7 @@
 from .choice import check_shape as check_shape
 from .choice import choose as choose
 from .cutting import NUMBERED as NUMBERED
+from .gates import gating as gating
 from .masks import masking as masking
 from .origins import Cuts as Cuts
 from .origins import Origin as Origin
