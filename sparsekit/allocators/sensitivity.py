@@ -18,7 +18,7 @@ def sensitivity(
     sparsity: float,
     curvature: Iterable[tuple[str, Tensor, Tensor, Tensor]],
     *,
-    spread: Annotated[float, Gt(0), Le(0.5)] = 0.4,
+    spread: Annotated[float, Gt(0), Le(0.5)] = 0.3,
 ) -> dict[str, float]:
     """Remove most where the loss rises least: each linear gets its own sparsity, their total cost is the least.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekit.model import modeling, rebuild
 from sparsekit.model.discovery import find_blocks
+from sparsekit.model.older import with_older_names
 from sparsekit.model.structure.experts import count_experts
 from sparsekit.model.structure.shape import Layer, Shape
 from sparsekit.model.vision import described, sees_images
@@ -40,7 +41,8 @@ def choose_layout(model: Any, shape: Shape) -> Layout:
         except ValueError:  # LlamaConfig refuses numbers of heads that do not divide the hidden size: the next may not
             continue
         if rebuild.difference(built, model, spare=".bias") is None:
-            return Layout("plain", _said(config, shape.config, sees_images(model)), config, zeros=_zeros(built, model))
+            said = _said(config, shape.config, sees_images(model))
+            return Layout("plain", said, with_older_names(config), zeros=_zeros(built, model))
     each = {str(index): widths(model, layer, shape.queries) for index, layer in enumerate(shape.layers)}
     config = shape.config | {
         "num_hidden_layers": len(shape.layers),  # under this name too, which per_layer_config asks for
@@ -53,7 +55,7 @@ def choose_layout(model: Any, shape: Shape) -> Layout:
             "transformers: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), which runs "
             f"{name}; or sparsekit.load(folder), which does not"
         )
-        return Layout("generated", load, config | head_dim(model) | fields, {name: text})
+        return Layout("generated", load, with_older_names(config | head_dim(model) | fields), {name: text})
     load = "sparsekit.load(folder); no config of transformers can say what this model is"
     # a type that transformers does not know: it would fill what a config of the family promises with random numbers
     return Layout("own", load, config | {"model_type": f"{modeling.PREFIX}_{shape.config['model_type']}"})

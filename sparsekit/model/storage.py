@@ -28,6 +28,7 @@ from sparsekit.model.loading import (
     refuse_lost,
     sound_reader,
 )
+from sparsekit.model.older import tell_older_readers
 from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.resting import fill_outside, settle
 from sparsekit.model.semi_structured import make_semi_structured
@@ -148,6 +149,7 @@ def write_model(
         if source is not None:
             copy_beside(source, aside)
         more(aside)
+        tell_older_readers(aside)
         for file in aside.rglob("*"):
             if file.is_file():
                 make_readable(file)
