@@ -13,11 +13,16 @@ import transformers
 import sparsekit
 from sparsekit.model import find_blocks, save_model
 from sparsekit.model.structure import Removal, Shape, choose, find_units
+from tests.clients.test_transformers import cut as unequal
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-llama"
 CLIENTS = {
     "mlx-lm": ("by_mlx.py", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
     "ctranslate2": ("by_ctranslate2.py", ("ctranslate2==4.8.5", "transformers==4.57.6", "safetensors")),
+    "onnxruntime-genai": (
+        "by_genai.py",
+        ("onnxruntime-genai==0.18.0", "onnx", "onnx_ir", "transformers==5.23.0", "safetensors"),
+    ),
     "transformers-4.57.6": ("by_transformers.py", ("transformers==4.57.6", "safetensors")),
     "transformers-4.48.3": ("by_transformers.py", ("transformers==4.48.3", "safetensors")),
 }
@@ -77,3 +82,18 @@ def test_a_client_computes_the_same(name: str, family: str, made: Any, client: A
     found = client(name, *packages)(script, str(folder))
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=1e-3, atol=1e-3)
     assert found["tokens"] == tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mlx-lm", "not supported"),
+        ("ctranslate2", "trust_remote_code|No conversion"),
+        ("onnxruntime-genai", "trust_remote_code"),
+    ],
+)
+def test_unequal_layers_are_no_silent_mistake(name: str, said: str, client: Any, tmp_path: Path) -> None:
+    """A client that cannot read them says so, and computes nothing."""
+    script, packages = CLIENTS[name]
+    with pytest.raises(AssertionError, match=said):
+        client(name, *packages)(script, str(unequal(tmp_path / "model")))
