@@ -18,7 +18,7 @@ from sparsekit.allocators.rearrange import rearrange
 from sparsekit.allocators.sensitivity import LEVELS, sensitivity
 from sparsekit.allocators.sensitivity import _between as between
 from sparsekit.allocators.sensitivity import _costs as costs
-from sparsekit.maths import NM, Unstructured, conserve, mixture, parse
+from sparsekit.maths import NM, Allocation, Unstructured, conserve, mixture, parse, row_exponents
 from sparsekit.model import discover
 from sparsekit.recipe import load_recipe
 from sparsekit.run.plan import allocate as allocate_patterns
@@ -490,7 +490,7 @@ def test_sensitivity_is_the_cheapest_of_all_choices():
         seen = list(seen_of(linears, rng))
         at = torch.arange(0.2, 0.8001, 0.02, dtype=torch.float64)
         curves = {name: between(costs(*rest), at) for name, *rest in seen}
-        given = sensitivity(linears, 0.5, iter(seen), spread=0.3)
+        given = sensitivity(linears, 0.5, iter(seen), spread=0.3).sparsity
         own = sum(
             float(between(costs(*rest), torch.tensor([given[name]], dtype=torch.float64))) for name, *rest in seen
         )
@@ -503,16 +503,21 @@ def test_sensitivity_is_the_cheapest_of_all_choices():
         assert all(0.2 - 1e-9 <= value <= 0.8 + 1e-9 for value in given.values())
 
 
-def test_the_cost_of_a_linear_is_the_quadratic_form():
-    """In float64, weight by weight: Wanda's mask of each row, then sum_i g_i (D H D^T)_ii."""
+@pytest.mark.parametrize("rows", [True, False])
+def test_the_cost_of_a_linear_is_the_quadratic_form(rows):
+    """In float64, weight by weight: the least w^2 H g of the matrix, or of each row, then sum_i g_i (D H D^T)_ii."""
     [(_, weight, gram, gradients)] = seen_of(["a"], random.Random(7))
-    found = costs(weight, gram, gradients)
+    found = costs(weight, gram, gradients, rows)
+    score = {
+        (i, j): float(weight[i, j]) ** 2 * float(gram[j, j]) * (float(gradients[i]) if rows else 1)
+        for i, j in product(range(6), range(16))
+    }
     for level, cost in zip(LEVELS, found.tolist(), strict=True):
         removed = torch.zeros(weight.shape, dtype=torch.float64)
-        for row, values in enumerate(weight):
-            order = sorted(range(16), key=lambda j, values=values: float(values[j].abs() * gram[j, j].sqrt()))
-            for j in order[: round(level * 16)]:
-                removed[row, j] = values[j]
+        scopes = [list(score)] if rows else [[(i, j) for j in range(16)] for i in range(6)]
+        for scope in scopes:
+            for place in sorted(scope, key=score.get)[: round(level * len(scope))]:
+                removed[place] = weight[place]
         form = removed @ gram.double() @ removed.T
         assert cost == pytest.approx(float(form.diagonal() @ gradients.double()), rel=1e-4)
 
@@ -522,12 +527,13 @@ def test_sensitivity_says_what_it_cannot_tell():
     seen = list(seen_of(linears, random.Random(2)))
     seen[2] = ("expert", seen[2][1], 0 * seen[2][2], 0 * seen[2][3])
     with pytest.warns(UserWarning, match="no token of the text came by 1 linears, expert the first"):
-        given = sensitivity(linears, 0.6, iter(seen))
+        given, rows = sensitivity(linears, 0.6, iter(seen))
+    assert rows.keys() == {"a", "b"} and torch.equal(rows["a"], seen[0][3])
     assert given["expert"] == 0.6 and given["a"] != given["b"] and total(given, linears) == pytest.approx(0.6)
     with pytest.raises(ValueError, match="spread is 0"):
         sensitivity(linears, 0.6, iter(seen), spread=0.0)
     with pytest.warns(UserWarning, match="no choice"):
-        assert set(sensitivity(linears, 0.97, iter(seen)).values()) == {0.97}
+        assert set(sensitivity(linears, 0.97, iter(seen)).sparsity.values()) == {0.97}
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Mixtral"])
@@ -563,16 +569,40 @@ def test_curvature_is_that_of_the_whole_model(family):
         torch.testing.assert_close(squares.double(), torch.cat(gradients[name]).square().mean(0), rtol=1e-4, atol=1e-10)
 
 
+def test_rows_count_by_their_importance():
+    """A solver that weighs rows against one another spares those that count; a weight that stays is what it was."""
+    importance = torch.tensor([1.0, 1.0, 400.0, 1.0])
+    pattern = Unstructured(0.5, row_exponents(importance))
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    scaled = weight * pattern.scale(weight)
+    kept = pattern.keep(scaled.abs(), per="matrix")
+    assert int((~kept).sum()) == 64 and kept[2].sum() > 24 and all(kept[row].sum() < 20 for row in (0, 1, 3))
+    assert torch.equal(scaled / pattern.scale(weight), weight)
+    assert str(pattern) == "50%" and Unstructured(0.5).scale(weight) is None
+    assert row_exponents(torch.tensor([0.0, 1.0])) == (-5, 0) and row_exponents(torch.zeros(2)) == (-5, -5)
+
+
+def test_a_rule_may_say_what_rows_count(allocate):
+    def rule(linears, sparsity, curvature):
+        return Allocation(dict.fromkeys(linears, sparsity), {name: torch.ones(4) for name in linears})
+
+    found = allocate("60%", function=rule, seen={"curvature": []})
+    assert {pattern.rows for pattern in found.values()} == {(0, 0, 0, 0)}
+
+
 def test_a_run_by_sensitivity(tmp_path):
     """Its patterns are of the whole, each linear has its own, and it beats one for all on text that it did not see."""
     asked = ["pattern=75%", "stages=[sparsegpt]", "evaluate.perplexity=[{source: python-docs, windows: 6}]"]
     found = {}
     for rule in ("uniform", "sensitivity"):
         (tmp_path / rule).mkdir()
-        done = fit(recipe(tmp_path / rule), "--set", *asked, f"allocation={rule}")
+        done = fit(recipe(tmp_path / rule), "--set", *asked, f"allocation={rule}", "keep=true")
         assert done.returncode == 0, done.stderr
+        stored = tmp_path / rule / "run" / "blocks" / "allocation.json"
         found[rule] = json.loads((tmp_path / rule / "run" / "report.json").read_text())
     assert "for allocation by sensitivity" in done.stdout
+    sizes = {len(rows) for _, *rows in json.loads(stored.read_text())["values"].values()}
+    assert sizes == {64, 32, 160}  # rows of the linears of tiny-llama
     each = {name: value["sparsity"] for name, value in found["sensitivity"]["sparsity"]["per_linear"].items()}
     assert len(set(each.values())) > len(each) / 2
     assert found["sensitivity"]["sparsity"]["total"] == pytest.approx(0.75, abs=2e-3)

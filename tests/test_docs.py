@@ -12,7 +12,7 @@ import pytest
 from sparsekit import registry
 
 ROOT = Path(__file__).parents[1]
-TEXTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "node_modules"} & set(path.relative_to(ROOT).parts))
+TEXTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", ".clients", "node_modules"} & set(path.relative_to(ROOT).parts))
 PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.name.startswith("sparsekit-"))
 
 

@@ -9,6 +9,8 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor
 
+from sparsekit.maths import Allocation
+
 LEVELS = (0.05, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # sparsities at which a linear's cost is computed
 STEP = 0.005  # between them it is read off a curve, at every such sparsity
 
@@ -19,16 +21,20 @@ def sensitivity(
     curvature: Iterable[tuple[str, Tensor, Tensor, Tensor]],
     *,
     spread: Annotated[float, Gt(0), Le(0.5)] = 0.3,
-) -> dict[str, float]:
+    rows: bool = True,
+) -> Allocation:
     """Remove most where the loss rises least: each linear gets its own sparsity, their total cost is the least.
 
     A change D of a linear's weight changes the loss, to second order, by about 1/2 sum_i g_i (D H D^T)_ii, where H is
     the Gram matrix of its inputs and g_i the mean square of the loss's gradient with respect to output i: the Fisher
-    information with inputs and gradients independent (Kronecker-factored). D is what Wanda would remove, at nine
-    sparsities; in between the cost's logarithm is interpolated. The sum of all linears' costs at the total that is
-    asked is made the least by one price for a weight (Lagrange), which is exact where the curves are convex.
+    information with inputs and gradients independent (Kronecker-factored). D are the weights with the least w_ij^2 H_jj
+    g_i, at nine sparsities; in between the cost's logarithm is interpolated. The sum of all linears' costs at the total
+    that is asked is made the least by one price for a weight (Lagrange), which is exact where the curves are convex.
 
     spread: no linear is further from the whole's sparsity, nor beyond 0.05 and 0.95
+    rows: within a linear rows count by their g_i too, where the solver weighs rows against one another (sparsegpt,
+        alps, fista, lamp's, not wanda) and the pattern lets it (a share, not n:m): while it is solved a row is
+        multiplied by the power of two nearest to the root of g_i over its mean. Not where a stage quantizes
 
     Linears of which no token came by (experts) get the whole's sparsity. For text alone.
 
@@ -41,9 +47,14 @@ def sensitivity(
     low, high = max(LEVELS[0], sparsity - spread), min(LEVELS[-1], sparsity + spread)
     if not low < sparsity < high:
         warnings.warn(f"a sparsity of {sparsity} leaves sensitivity no choice: all get the same", stacklevel=2)
-        return dict.fromkeys(linears, sparsity)
+        return Allocation(dict.fromkeys(linears, sparsity), {})
     at = torch.arange(low, high + STEP / 2, STEP, dtype=torch.float64)
-    known = {name: _costs(*rest) for name, *rest in curvature}
+    known: dict[str, Tensor] = {}
+    importance: dict[str, Tensor] = {}
+    for name, weight, gram, gradients in curvature:
+        known[name] = _costs(weight, gram, gradients, rows)
+        if rows and gradients.any():
+            importance[name] = gradients.cpu()
     unknown = [name for name, costs in known.items() if not costs[-1] > 0]
     if unknown:
         warnings.warn(
@@ -52,7 +63,7 @@ def sensitivity(
         )
     names = [name for name in linears if name not in set(unknown)]
     if not names:
-        return dict.fromkeys(linears, sparsity)
+        return Allocation(dict.fromkeys(linears, sparsity), {})
     counts = torch.tensor([linears[name] for name in names], dtype=torch.float64)
     costs = torch.stack([_between(known[name], at) for name in names])  # (linears, sparsities)
     goal = sparsity * float(counts.sum())
@@ -70,22 +81,27 @@ def sensitivity(
     below, above = (float((each * counts).sum()) for each in (fewer, more))
     share = (goal - below) / ((above - below) or 1)
     given = fewer + share * (more - fewer)
-    return dict.fromkeys(linears, sparsity) | dict(zip(names, given.tolist(), strict=True))
+    each = dict.fromkeys(linears, sparsity) | dict(zip(names, given.tolist(), strict=True))
+    return Allocation(each, importance)
 
 
-def _costs(weight: Tensor, gram: Tensor, gradients: Tensor) -> Tensor:
+def _costs(weight: Tensor, gram: Tensor, gradients: Tensor, rows: bool = True) -> Tensor:
     """What the loss rises by, up to a factor that all linears share, at each of LEVELS (levels,), in float64.
 
-    weight: (out, in); gram: (in, in); gradients: (out,)
+    weight: (out, in); gram: (in, in); gradients: (out,); rows: whether rows give up different shares
     """
-    order = (weight.abs() * gram.diagonal().clamp_min(0).sqrt()).argsort(1)
+    score = weight.square() * gram.diagonal().clamp_min(0)
+    order = (score * gradients[:, None]).flatten().argsort() if rows else score.argsort(1)
     found = []
     for level in LEVELS:
-        removed = torch.zeros_like(weight)
-        gone = order[:, : round(level * weight.shape[1])]
-        removed.scatter_(1, gone, weight.gather(1, gone))
-        rows = ((removed @ gram) * removed).sum(1)
-        found.append(float(rows.clamp_min(0).double() @ gradients.double()))
+        kept = weight.clone()
+        if rows:
+            kept.view(-1)[order[: round(level * weight.numel())]] = 0
+        else:
+            kept.scatter_(1, order[:, : round(level * weight.shape[1])], 0)
+        removed = weight - kept
+        errors = ((removed @ gram) * removed).sum(1)
+        found.append(float(errors.clamp_min(0).double() @ gradients.double()))
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -1,5 +1,21 @@
 """The total of an allocation, kept exactly: no rule, but what rules end with."""
 
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Allocation(NamedTuple):
+    """What a rule may give in place of sparsities: these, and what an error in each of a linear's outputs counts.
+
+    sparsity: linear's name -> from 0 to below 1
+    rows: linear's name -> (out,), at least 0, in any unit: where a pattern lets rows give up different shares of their
+        weights, those of rows that count less go first; a linear that is absent has rows that count alike
+    """
+
+    sparsity: dict[str, float]
+    rows: dict[str, Tensor]
+
 
 def conserve(
     wanted: dict[str, float], linears: dict[str, int], sparsity: float, *, lowest: float = 0.01, highest: float = 0.99

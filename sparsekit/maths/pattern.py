@@ -26,9 +26,13 @@ class Unstructured:
     tensor([[False,  True,  True, False]])
     >>> str(Unstructured(0.625))
     '62.5%'
+
+    rows: of a linear's rows, by how many powers of two their weights count more where a solver weighs rows against one
+        another, see `row_exponents`; empty: alike
     """
 
     sparsity: float
+    rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", float(self.sparsity) + 0.0)  # -0.0 becomes 0.0
@@ -36,6 +40,15 @@ class Unstructured:
             raise ValueError(
                 f"sparsity is the fraction removed, from 0 up to but not including 1; {self.sparsity} is not"
             )
+
+    def scale(self, weight: Tensor) -> Tensor | None:
+        """What the rows of a weight (out, in) are multiplied by while it is solved (out, 1); None: by nothing.
+
+        Powers of two, so that a weight which stays is afterwards what it was, bit for bit.
+        """
+        if len(self.rows) != len(weight):
+            return None
+        return torch.tensor(self.rows, device=weight.device, dtype=weight.dtype).exp2()[:, None]
 
     def __str__(self) -> str:
         return f"{(Decimal(repr(self.sparsity)) * 100).normalize():f}%"
@@ -73,6 +86,18 @@ class Unstructured:
 
     def check(self, width: int, name: str) -> None:
         """Every width will do."""
+
+
+def row_exponents(importance: Tensor) -> tuple[int, ...]:
+    """The powers of two nearest to the roots of what an error counts in each row (out,), over their mean; -5 at least.
+
+    A weight times the root of its row's importance has an error, squared, times the importance.
+
+    >>> row_exponents(torch.tensor([1.0, 4.0, 16.0, 0.0]))
+    (-1, 0, 1, -5)
+    """
+    over = importance.double() / importance.double().mean().clamp_min(1e-300)
+    return tuple((over.clamp_min(2.0**-10).log2() / 2).round().int().tolist())
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sparsekit import registry
-from sparsekit.maths import Pattern, Unstructured, mixture, parse
+from sparsekit.maths import Allocation, Pattern, Unstructured, mixture, parse, row_exponents
 from sparsekit.model import Block, hears, meant, sample_image, sample_sound, sees_images
-from sparsekit.recipe import Recipe
+from sparsekit.recipe import Recipe, effect_of
 from sparsekit.run.methods import underscored
 
 DENSE = ("dense", "curvature")  # what rules may ask to see of the dense model, see docs/plugins.md
@@ -66,14 +66,18 @@ def allocate(
     beside = {"groups": [block.groups for block in blocks]} | dict(seen or {})
     asked = {name: beside[name] for name in registry.asks(function)}
     counts = {name: linear.weight.numel() for name, linear in linears.items()}
-    given = function(counts, pattern.sparsity, **asked, **underscored(rule.options))
+    told = function(counts, pattern.sparsity, **asked, **underscored(rule.options))
+    given, rows = told if isinstance(told, Allocation) else Allocation(told, {})
+    if any(effect_of(stage).grid is not None for stage in recipe.stages):
+        rows = {}  # a row's grid of numbers is its own
     if given.keys() != counts.keys() or not all(0 <= value < 1 for value in given.values()):
         raise ValueError(f"allocation `{rule.name}` must give every linear a sparsity from 0 to below 1")
     total = sum(given[name] * counts[name] for name in counts) / sum(counts.values())
     if abs(total - pattern.sparsity) > 1e-6:
         raise ValueError(f"allocation `{rule.name}` gives {total:.4%} in total, {pattern} was asked")
     if isinstance(pattern, Unstructured):
-        return {name: Unstructured(given[name]) for name in counts}
+        each = {name: row_exponents(importance) for name, importance in rows.items()}
+        return {name: Unstructured(given[name], each.get(name, ())) for name in counts}
     mixed = mixture(given, counts, pattern, [list(block.linears) for block in blocks])
     if len(set(given.values())) > 1 and set(mixed.values()) == {pattern}:
         warnings.warn(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from sparsekit.maths import Pattern, parse
+from sparsekit.maths import Pattern, Unstructured, parse
 from sparsekit.measure import (
     FirstToken,
     Ready,
@@ -220,7 +220,7 @@ def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, co
 
     file = output / "blocks" / "allocation.json"
 
-    def measure() -> dict[str, str]:
+    def measure() -> dict[str, list[Any]]:
         console.print(
             f"a pass through the dense model, for allocation by {planned.recipe.allocation.name}", markup=False
         )
@@ -229,12 +229,16 @@ def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, co
             patterns = measured_patterns(planned, model, tokens, output / "activations")
         for warning in said:
             console.print(f"[yellow]warning[/]: {escape(str(warning.message))}", highlight=False)
-        return {name: str(pattern) for name, pattern in patterns.items()}
+        return {name: [str(pattern), *getattr(pattern, "rows", ())] for name, pattern in patterns.items()}
 
     while process_rank() and not file.is_file():
         time.sleep(0.1)  # for the first process
     settings = {key: planned.resolved[key] for key in ("pattern", "allocation")}
-    return {name: parse(text) for name, text in measured_once(file, settings, measure).items()}
+    found = {name: (parse(text), tuple(rows)) for name, (text, *rows) in measured_once(file, settings, measure).items()}
+    return {
+        name: replace(pattern, rows=rows) if isinstance(pattern, Unstructured) else pattern
+        for name, (pattern, rows) in found.items()
+    }
 
 
 def _first_token(planned: Plan, tokenizer: Any, console: Console) -> FirstToken:

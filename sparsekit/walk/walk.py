@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sparsekit.maths import Norms, Pattern, rows_apart
+from sparsekit.maths import Norms, Pattern, Unstructured, rows_apart
 from sparsekit.model import Block, may_rest, settle
 from sparsekit.system import Team, give_back, tight
 from sparsekit.walk.commits import Commits
@@ -167,6 +167,7 @@ class OneShot(Callback):
         dense = [block.linears[name].weight.float() for name in names]
         weight = torch.cat(dense) if len(dense) > 1 else dense[0].contiguous()  # (out, in)
         apart, pattern = self._apart(names[0]), self.patterns[names[0]]
+        scale = None if apart or not isinstance(pattern, Unstructured) else pattern.scale(weight)
         rows = team.rows(len(weight)) if apart else slice(0, len(weight))
         torch.manual_seed(self.seed + zlib.crc32(names[0].encode()))
         started = time.perf_counter()
@@ -175,11 +176,13 @@ class OneShot(Callback):
             if names[0] in self.answers:
                 solved = self.answers[names[0]]
             else:
-                mine = weight[rows]
+                mine = weight[rows] if scale is None else weight * scale
                 given = {"init": mine} if self.continues else {}
                 solved = self.solver_of(names[0])(mine, stats, pattern, **given) if len(mine) else mine
                 if solved.shape == mine.shape and apart:
                     solved = team.join(solved, len(weight))
+                elif solved.shape == mine.shape and scale is not None:
+                    solved = solved / scale
         seconds = time.perf_counter() - started
         sizes = [len(each) for each in dense] if solved.shape == weight.shape else [len(solved)]
         for place, (name, own, answer) in enumerate(zip(names, dense, solved.split(sizes), strict=False)):
