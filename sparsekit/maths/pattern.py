@@ -5,7 +5,7 @@ A pattern turns a score into a mask. Counts are exact, also among equal scores, 
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Literal
@@ -32,7 +32,7 @@ class Unstructured:
     """
 
     sparsity: float
-    rows: tuple[int, ...] = ()
+    rows: tuple[int, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", float(self.sparsity) + 0.0)  # -0.0 becomes 0.0
