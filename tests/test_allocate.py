@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import SETTINGS, build
 from test_run import TINY, bits, fit, process, recipe
+from torch import nn
 
 from sparsekit import registry
 from sparsekit.allocators.depth import depth
@@ -18,12 +19,13 @@ from sparsekit.allocators.rearrange import rearrange
 from sparsekit.allocators.sensitivity import LEVELS, sensitivity
 from sparsekit.allocators.sensitivity import _between as between
 from sparsekit.allocators.sensitivity import _costs as costs
-from sparsekit.maths import NM, Allocation, Unstructured, conserve, mixture, parse, row_exponents
-from sparsekit.model import discover
+from sparsekit.maths import NM, Allocation, Stats, Unstructured, conserve, mixture, parse, row_factors
+from sparsekit.model import Block, discover
 from sparsekit.recipe import load_recipe
 from sparsekit.run.plan import allocate as allocate_patterns
+from sparsekit.system import Team
 from sparsekit.train import curvature
-from sparsekit.walk import weights_and_norms
+from sparsekit.walk import OneShot, weights_and_norms
 
 TOKENS = torch.randint(1, 96, (5, 24), generator=torch.Generator().manual_seed(1))
 BY_OWL = ["--set", "pattern=60%", "allocation={owl: {threshold: 3}}", "stages=[wanda]", "keep=true"]
@@ -503,21 +505,16 @@ def test_sensitivity_is_the_cheapest_of_all_choices():
         assert all(0.2 - 1e-9 <= value <= 0.8 + 1e-9 for value in given.values())
 
 
-@pytest.mark.parametrize("rows", [True, False])
-def test_the_cost_of_a_linear_is_the_quadratic_form(rows):
-    """In float64, weight by weight: the least w^2 H g of the matrix, or of each row, then sum_i g_i (D H D^T)_ii."""
+def test_the_cost_of_a_linear_is_the_quadratic_form():
+    """In float64, weight by weight: Wanda's mask of each row, then sum_i g_i (D H D^T)_ii."""
     [(_, weight, gram, gradients)] = seen_of(["a"], random.Random(7))
-    found = costs(weight, gram, gradients, rows)
-    score = {
-        (i, j): float(weight[i, j]) ** 2 * float(gram[j, j]) * (float(gradients[i]) if rows else 1)
-        for i, j in product(range(6), range(16))
-    }
+    found = costs(weight, gram, gradients)
     for level, cost in zip(LEVELS, found.tolist(), strict=True):
         removed = torch.zeros(weight.shape, dtype=torch.float64)
-        scopes = [list(score)] if rows else [[(i, j) for j in range(16)] for i in range(6)]
-        for scope in scopes:
-            for place in sorted(scope, key=score.get)[: round(level * len(scope))]:
-                removed[place] = weight[place]
+        for row, values in enumerate(weight):
+            order = sorted(range(16), key=lambda j, values=values: float(values[j].abs() * gram[j, j].sqrt()))
+            for j in order[: round(level * 16)]:
+                removed[row, j] = values[j]
         form = removed @ gram.double() @ removed.T
         assert cost == pytest.approx(float(form.diagonal() @ gradients.double()), rel=1e-4)
 
@@ -571,15 +568,22 @@ def test_curvature_is_that_of_the_whole_model(family):
 
 def test_rows_count_by_their_importance():
     """A solver that weighs rows against one another spares those that count; a weight that stays is what it was."""
-    importance = torch.tensor([1.0, 1.0, 400.0, 1.0])
-    pattern = Unstructured(0.5, row_exponents(importance))
-    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    scaled = weight * pattern.scale(weight)
-    kept = pattern.keep(scaled.abs(), per="matrix")
+    pattern = Unstructured(0.5, row_factors(torch.tensor([1.0, 1.0, 4000.0, 1.0])))
+    linear = nn.Linear(32, 4, bias=False)
+    block = Block(0, "block", nn.ModuleDict({"linear": linear}))
+    weight = linear.weight.detach().clone()
+    stats = Stats(32)
+    stats.add(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
+
+    def joint(weight, stats, pattern):
+        return weight * pattern.keep(weight.abs(), per="matrix")
+
+    OneShot(joint, {"block.linear": pattern})._solve(Team(), block, ["block.linear"], stats)
+    kept = linear.weight != 0
     assert int((~kept).sum()) == 64 and kept[2].sum() > 24 and all(kept[row].sum() < 20 for row in (0, 1, 3))
-    assert torch.equal(scaled / pattern.scale(weight), weight)
+    assert torch.equal(linear.weight[kept], weight[kept])
     assert str(pattern) == "50%" and Unstructured(0.5).scale(weight) is None
-    assert row_exponents(torch.tensor([0.0, 1.0])) == (-5, 0) and row_exponents(torch.zeros(2)) == (-5, -5)
+    assert row_factors(torch.zeros(2)) == (0.177, 0.177)
 
 
 def test_a_rule_may_say_what_rows_count(allocate):
@@ -587,7 +591,7 @@ def test_a_rule_may_say_what_rows_count(allocate):
         return Allocation(dict.fromkeys(linears, sparsity), {name: torch.ones(4) for name in linears})
 
     found = allocate("60%", function=rule, seen={"curvature": []})
-    assert {pattern.rows for pattern in found.values()} == {(0, 0, 0, 0)}
+    assert {pattern.rows for pattern in found.values()} == {(1.0, 1.0, 1.0, 1.0)}
 
 
 def test_a_run_by_sensitivity(tmp_path):

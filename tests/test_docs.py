@@ -12,7 +12,8 @@ import pytest
 from sparsekit import registry
 
 ROOT = Path(__file__).parents[1]
-TEXTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", ".clients", "node_modules"} & set(path.relative_to(ROOT).parts))
+OTHERS = {".venv", ".clients", "node_modules"}
+TEXTS = sorted(path for path in ROOT.rglob("*.md") if not OTHERS & set(path.relative_to(ROOT).parts))
 PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.name.startswith("sparsekit-"))
 
 

@@ -19,7 +19,7 @@ from .pattern import Unstructured as Unstructured
 from .pattern import has_pattern as has_pattern
 from .pattern import may_lose as may_lose
 from .pattern import parse as parse
-from .pattern import row_exponents as row_exponents
+from .pattern import row_factors as row_factors
 from .pattern import thinned as thinned
 from .statistics import PANEL as PANEL
 from .statistics import Ridge as Ridge

@@ -27,12 +27,12 @@ class Unstructured:
     >>> str(Unstructured(0.625))
     '62.5%'
 
-    rows: of a linear's rows, by how many powers of two their weights count more where a solver weighs rows against one
-        another, see `row_exponents`; empty: alike
+    rows: factors of a linear's rows, by which their weights count more where a solver weighs rows against one another,
+        see `row_factors`; empty: alike
     """
 
     sparsity: float
-    rows: tuple[int, ...] = field(default=(), repr=False)
+    rows: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", float(self.sparsity) + 0.0)  # -0.0 becomes 0.0
@@ -42,13 +42,10 @@ class Unstructured:
             )
 
     def scale(self, weight: Tensor) -> Tensor | None:
-        """What the rows of a weight (out, in) are multiplied by while it is solved (out, 1); None: by nothing.
-
-        Powers of two, so that a weight which stays is afterwards what it was, bit for bit.
-        """
+        """What the rows of a weight (out, in) are multiplied by while it is solved (out, 1); None: by nothing."""
         if len(self.rows) != len(weight):
             return None
-        return torch.tensor(self.rows, device=weight.device, dtype=weight.dtype).exp2()[:, None]
+        return torch.tensor(self.rows, device=weight.device, dtype=weight.dtype)[:, None]
 
     def __str__(self) -> str:
         return f"{(Decimal(repr(self.sparsity)) * 100).normalize():f}%"
@@ -88,16 +85,17 @@ class Unstructured:
         """Every width will do."""
 
 
-def row_exponents(importance: Tensor) -> tuple[int, ...]:
-    """The powers of two nearest to the roots of what an error counts in each row (out,), over their mean; -5 at least.
+def row_factors(importance: Tensor) -> tuple[float, ...]:
+    """What rows (out,) are multiplied by so that their errors, squared, count by the root of their importance.
 
-    A weight times the root of its row's importance has an error, squared, times the importance.
+    The fourth root of the importance over its mean, at least 0.177. With the square root errors would count by the
+    importance itself, which is an estimate: where it is of few tokens that is worse, and of many no better.
 
-    >>> row_exponents(torch.tensor([1.0, 4.0, 16.0, 0.0]))
-    (-1, 0, 1, -5)
+    >>> row_factors(torch.tensor([1.0, 16.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
+    (0.841, 1.682, 0.841, 0.841, 0.841, 0.177, 0.177, 0.177, 0.177, 0.177)
     """
     over = importance.double() / importance.double().mean().clamp_min(1e-300)
-    return tuple((over.clamp_min(2.0**-10).log2() / 2).round().int().tolist())
+    return tuple(round(factor, 3) for factor in over.clamp_min(2.0**-10).pow(0.25).tolist())
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import registry
-from sparsekit.maths import Allocation, Pattern, Unstructured, mixture, parse, row_exponents
+from sparsekit.maths import Allocation, Pattern, Unstructured, mixture, parse, row_factors
 from sparsekit.model import Block, hears, meant, sample_image, sample_sound, sees_images
 from sparsekit.recipe import Recipe, effect_of
 from sparsekit.run.methods import underscored
@@ -76,7 +76,7 @@ def allocate(
     if abs(total - pattern.sparsity) > 1e-6:
         raise ValueError(f"allocation `{rule.name}` gives {total:.4%} in total, {pattern} was asked")
     if isinstance(pattern, Unstructured):
-        each = {name: row_exponents(importance) for name, importance in rows.items()}
+        each = {name: row_factors(importance) for name, importance in rows.items()}
         return {name: Unstructured(given[name], each.get(name, ())) for name in counts}
     mixed = mixture(given, counts, pattern, [list(block.linears) for block in blocks])
     if len(set(given.values())) > 1 and set(mixed.values()) == {pattern}:

@@ -13,10 +13,12 @@ from sparsekit.run.plan import Plan
 from sparsekit.train import SEQUENCES, curvature
 from sparsekit.walk import weights_and_norms
 
+TOKENS = 32768  # of short sequences as many as this; what enters every block is in memory meanwhile
+
 
 def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: Path) -> dict[str, Pattern]:
     """The patterns by a rule that looks at the dense model: one pass of `tokens` (sequences, length) through it, or a
-    pass there and back of the first SEQUENCES of them.
+    pass there and back of those of the first TOKENS, SEQUENCES at least.
 
     folder: for activations beyond the recipe's budget.
     """
@@ -24,7 +26,7 @@ def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: P
     seen: Iterable[Any]
     if planned.postponed == "curvature":
         with on_device(model, blocks, planned.device):
-            seen = curvature(model, blocks, tokens[:SEQUENCES], planned.device)
+            seen = curvature(model, blocks, tokens[: max(SEQUENCES, TOKENS // tokens.shape[1])], planned.device)
             return allocate(planned.recipe, planned.blocks, {"curvature": seen})
     seen = weights_and_norms(
         model,

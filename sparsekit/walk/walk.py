@@ -182,7 +182,7 @@ class OneShot(Callback):
                 if solved.shape == mine.shape and apart:
                     solved = team.join(solved, len(weight))
                 elif solved.shape == mine.shape and scale is not None:
-                    solved = solved / scale
+                    solved = torch.where(solved == mine, weight, solved / scale)  # what did not change, bit for bit
         seconds = time.perf_counter() - started
         sizes = [len(each) for each in dense] if solved.shape == weight.shape else [len(solved)]
         for place, (name, own, answer) in enumerate(zip(names, dense, solved.split(sizes), strict=False)):
