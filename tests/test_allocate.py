@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from itertools import pairwise, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from sparsekit.allocators.sensitivity import _costs as costs
 from sparsekit.maths import NM, Allocation, Stats, Unstructured, conserve, mixture, parse, row_factors
 from sparsekit.model import Block, discover
 from sparsekit.recipe import load_recipe
+from sparsekit.run.measured import there_and_back
 from sparsekit.run.plan import allocate as allocate_patterns
 from sparsekit.system import Team
 from sparsekit.train import curvature
@@ -622,3 +624,16 @@ def test_who_cannot_have_sensitivity(tmp_path):
     images = ["calibration={source: images, path: x}", "stages=[wanda]", "pattern=50%", "evaluate={}"]
     done = fit(recipe(tmp_path, model=TINY.parent / "tiny-vit"), "--set", "allocation=sensitivity", *images)
     assert done.returncode == 2 and "follows the loss of the next token, and ViT" in done.stderr
+
+
+def test_gradients_go_back_through_as_many_sequences_as_there_is_room_for():
+    one = (
+        64 * 4 * (4 + 4) * 128
+    )  # bytes of a sequence of 128 tokens: width, float32, four blocks and what is on the way
+    settings = {"config": SimpleNamespace(hidden_size=64), "dtype": torch.float32, "blocks": [None] * 4}
+    tokens = torch.zeros(500, 128, dtype=torch.long)
+    for room, expected in ((10**9, 256), (20 * one, 20), (one // 2, 1)):  # 256 x 128 are 32,768 tokens
+        planned = SimpleNamespace(**settings, memory=(room, 0))
+        assert there_and_back(planned, tokens) == expected
+    long = SimpleNamespace(**settings, memory=(10**12, 0))
+    assert there_and_back(long, torch.zeros(40, 4096, dtype=torch.long)) == 16

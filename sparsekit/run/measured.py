@@ -13,12 +13,12 @@ from sparsekit.run.plan import Plan
 from sparsekit.train import SEQUENCES, curvature
 from sparsekit.walk import weights_and_norms
 
-TOKENS = 32768  # of short sequences as many as this; what enters every block is in memory meanwhile
+TOKENS = 32768  # of short sequences as many as this
 
 
 def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: Path) -> dict[str, Pattern]:
     """The patterns by a rule that looks at the dense model: one pass of `tokens` (sequences, length) through it, or a
-    pass there and back of those of the first TOKENS, SEQUENCES at least.
+    pass there and back of its first sequences (`there_and_back`).
 
     folder: for activations beyond the recipe's budget.
     """
@@ -26,7 +26,7 @@ def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: P
     seen: Iterable[Any]
     if planned.postponed == "curvature":
         with on_device(model, blocks, planned.device):
-            seen = curvature(model, blocks, tokens[: max(SEQUENCES, TOKENS // tokens.shape[1])], planned.device)
+            seen = curvature(model, blocks, tokens[: there_and_back(planned, tokens)], planned.device)
             return allocate(planned.recipe, planned.blocks, {"curvature": seen})
     seen = weights_and_norms(
         model,
@@ -38,3 +38,13 @@ def measured_patterns(planned: Plan, model: nn.Module, tokens: Tensor, folder: P
         device=planned.device,
     )
     return allocate(planned.recipe, planned.blocks, {"dense": seen})
+
+
+def there_and_back(planned: Plan, tokens: Tensor) -> int:
+    """How many sequences a backward pass is made of: TOKENS of text, SEQUENCES at least, while there is room for them.
+
+    What enters each block is kept in memory meanwhile, and the recipe's budget of activations is what there is.
+    """
+    wide = planned.config.hidden_size * planned.dtype.itemsize * (len(planned.blocks) + 4)
+    length = tokens.shape[1]
+    return max(1, min(max(SEQUENCES, TOKENS // length), planned.memory[0] // (wide * length)))
