@@ -627,9 +627,7 @@ def test_who_cannot_have_sensitivity(tmp_path):
 
 
 def test_gradients_go_back_through_as_many_sequences_as_there_is_room_for():
-    one = (
-        64 * 4 * (4 + 4) * 128
-    )  # bytes of a sequence of 128 tokens: width, float32, four blocks and what is on the way
+    one = 64 * 4 * (4 + 4) * 128  # bytes of a sequence: width, float32, four blocks and what is on the way, tokens
     settings = {"config": SimpleNamespace(hidden_size=64), "dtype": torch.float32, "blocks": [None] * 4}
     tokens = torch.zeros(500, 128, dtype=torch.long)
     for room, expected in ((10**9, 256), (20 * one, 20), (one // 2, 1)):  # 256 x 128 are 32,768 tokens
