@@ -36,6 +36,7 @@ WALKS = {
     "model": "pattern: 50%\nstages: [sparsegpt]\nerror_correction: model",
     "none": "pattern: 50%\nstages: [sparsegpt]\nerror_correction: none",
     "owl": "pattern: 50%\nstages: [wanda]\nallocation: owl",
+    "sensitivity": "pattern: 50%\nstages: [sparsegpt]\nallocation: sensitivity",
     "sparsellm": "pattern: 50%\nstages: [sparsellm]",
     "lamp": "pattern: '2:4'\nstages: [{lamp: {epochs: 2}}]",
 }
@@ -44,6 +45,7 @@ CUTS = {
     "flap": "stages: [{flap: {remove: 30%}}]",
     "least squares": "stages: [{flap: {remove: 30%, compensate: true}}]",
     "llm-pruner": "stages: [{llm-pruner: {remove: 30%}}]",
+    "fisher": "stages: [{fisher: {remove: 30%, rounds: 2}}]",
     "policy_gradient": "stages: [{policy_gradient: {remove: 30%, steps: 3, masks: 2, batch: 2, length: 32}}]",
     "block-influence": "stages: [{block-influence: {remove: 20%}}]",
     "layer-perplexity": "stages: [{layer-perplexity: {remove: 20%}}]",
