@@ -589,11 +589,18 @@ def test_rows_count_by_their_importance():
 
 
 def test_a_rule_may_say_what_rows_count(allocate):
-    def rule(linears, sparsity, curvature):
-        return Allocation(dict.fromkeys(linears, sparsity), {name: torch.ones(4) for name in linears})
+    def saying(importance):
+        def rule(linears, sparsity, curvature):
+            return Allocation(dict.fromkeys(linears, sparsity), {next(iter(linears)): importance})
 
-    found = allocate("60%", function=rule, seen={"curvature": []})
-    assert {pattern.rows for pattern in found.values()} == {(1.0, 1.0, 1.0, 1.0)}
+        return allocate("60%", function=rule, seen={"curvature": []})
+
+    outputs = SETTINGS["Llama"]["hidden_size"]
+    first, *others = saying(torch.ones(outputs)).values()
+    assert first.rows == (1.0,) * outputs and not any(pattern.rows for pattern in others)
+    for wrong in (torch.ones(outputs + 1), -torch.ones(outputs), torch.full((outputs,), torch.nan)):
+        with pytest.raises(ValueError, match="one number for each of its outputs"):
+            saying(wrong)
 
 
 def test_a_run_by_sensitivity(tmp_path):

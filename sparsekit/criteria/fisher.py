@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sparsekit.contracts import Context, Count, scores
 from sparsekit.model.structure import Units, choose, gating, masking
-from sparsekit.train import backward
+from sparsekit.train import backward, frozen
 
 
 @scores(
@@ -53,12 +53,9 @@ def _curvature(context: Context, units: Units, kept: Tensor) -> Tensor:
     model, device = context.model, context.device
     tokens = context.tokens[context.team.rank :: context.team.size]
     total = torch.zeros(len(units), dtype=torch.float64)
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_(False)
     model.to(device)
     try:
-        with masking(context.blocks, units) as mask, gating(context.blocks, units, device) as gates:
+        with frozen(model), masking(context.blocks, units) as mask, gating(context.blocks, units, device) as gates:
             mask(kept)
             for sequence in tokens.split(1):
                 backward(model, sequence.to(device))
@@ -67,8 +64,6 @@ def _curvature(context: Context, units: Units, kept: Tensor) -> Tensor:
                     gates.grad = None
     finally:
         model.to("cpu")
-        for parameter in asked:
-            parameter.requires_grad_()
     count = torch.tensor(float(len(tokens)))
     context.team.sum([total, count])
     return total / count * kept

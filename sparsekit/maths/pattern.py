@@ -43,7 +43,7 @@ class Unstructured:
 
     def scale(self, weight: Tensor) -> Tensor | None:
         """What the rows of a weight (out, in) are multiplied by while it is solved (out, 1); None: by nothing."""
-        if len(self.rows) != len(weight):
+        if not self.rows:
             return None
         return torch.tensor(self.rows, device=weight.device, dtype=weight.dtype)[:, None]
 

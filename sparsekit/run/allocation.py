@@ -68,6 +68,12 @@ def allocate(
     counts = {name: linear.weight.numel() for name, linear in linears.items()}
     told = function(counts, pattern.sparsity, **asked, **underscored(rule.options))
     given, rows = told if isinstance(told, Allocation) else Allocation(told, {})
+    for name, importance in rows.items():
+        if name not in linears or importance.shape != (linears[name].shape[0],) or not (importance >= 0).all():
+            raise ValueError(
+                f"allocation `{rule.name}` says what the rows of {name} count: it must be a linear of the model, with "
+                "one number for each of its outputs, at least 0"
+            )
     if any(effect_of(stage).grid is not None for stage in recipe.stages):
         rows = {}  # a row's grid of numbers is its own
     if given.keys() != counts.keys() or not all(0 <= value < 1 for value in given.values()):

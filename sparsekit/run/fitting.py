@@ -234,6 +234,7 @@ def _allocated(planned: Plan, model: nn.Module, tokens: Tensor, output: Path, co
     while process_rank() and not file.is_file():
         time.sleep(0.1)  # for the first process
     settings = {key: planned.resolved[key] for key in ("pattern", "allocation")}
+    settings["values"] = "pattern, factors of rows"  # what earlier versions left had the patterns alone
     found = {name: (parse(text), tuple(rows)) for name, (text, *rows) in measured_once(file, settings, measure).items()}
     return {
         name: replace(pattern, rows=rows) if isinstance(pattern, Unstructured) else pattern

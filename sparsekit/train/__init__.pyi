@@ -29,5 +29,6 @@ from .session import recovery_parts as recovery_parts
 from .session import recovery_reads as recovery_reads
 from .session import recovery_text as recovery_text
 from .whole import backward as backward
+from .whole import frozen as frozen
 from .zeros import HoldZeros as HoldZeros
 from .zeros import masked_gradient as masked_gradient

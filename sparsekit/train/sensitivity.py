@@ -14,6 +14,7 @@ from sparsekit.model import Block, Said, filled, first_inputs, passed_over
 from sparsekit.system import ActivationStore, Team, write_atomically, write_tensors
 from sparsekit.train.head import summed
 from sparsekit.train.losses import text_loss
+from sparsekit.train.whole import frozen
 
 SEQUENCES = 16  # of each process; more change the weights little
 
@@ -105,33 +106,37 @@ def _backwards(
     back, so that blocks may rest on disk; what enters each block is kept in CPU memory meanwhile: sequences x length x
     hidden x blocks numbers.
     """
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     store = ActivationStore(budget=2**62)
     try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        with torch.no_grad():
-            for hidden in first_inputs(model, blocks, tokens.to(device), 1):
-                store.append(hidden)
-            entered: list[list[Tensor]] = []
-            for block in blocks:
+        with frozen(model):
+            entered = _entered(model, blocks, tokens, device, store)
+            rows = zip(tokens, store, strict=True)
+            gradients = [_of_head(model, blocks, ids[None].to(device), hidden) for ids, hidden in rows]
+            for block in reversed(blocks):
                 with filled([block], device):
-                    entered.append(list(store))
-                    for index, hidden in enumerate(entered[-1]):
-                        store[index] = block(hidden)
-        rows = zip(tokens, store, strict=True)
-        gradients = [_of_head(model, blocks, ids[None].to(device), hidden) for ids, hidden in rows]
-        for block in reversed(blocks):
-            with filled([block], device):
-                pairs = zip(entered.pop(), gradients, strict=True)
-                with watch(block):
-                    before = [_back(block, hidden, gradient) for hidden, gradient in pairs]
-                yield block, gradients
-            gradients = before
+                    pairs = zip(entered.pop(), gradients, strict=True)
+                    with watch(block):
+                        before = [_back(block, hidden, gradient) for hidden, gradient in pairs]
+                    yield block, gradients
+                gradients = before
     finally:
         store.close()
-        for parameter in asked:
-            parameter.requires_grad_()
+
+
+@torch.no_grad()
+def _entered(
+    model: nn.Module, blocks: list[Block], tokens: Tensor, device: torch.device, store: ActivationStore
+) -> list[list[Tensor]]:
+    """What enters each block, a sequence at a time; what leaves the last one is in the store afterwards."""
+    for hidden in first_inputs(model, blocks, tokens.to(device), 1):
+        store.append(hidden)
+    entered: list[list[Tensor]] = []
+    for block in blocks:
+        with filled([block], device):
+            entered.append(list(store))
+            for index, hidden in enumerate(entered[-1]):
+                store[index] = block(hidden)
+    return entered
 
 
 @torch.enable_grad()

@@ -1,14 +1,29 @@
 """The whole model's loss, and its gradients, without labels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sparsekit.model import Said, features
 from sparsekit.train.head import summed
 from sparsekit.train.losses import text_loss
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """While this lasts, no gradient of any parameter is computed; those of what else is asked for still are."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_()
 
 
 @torch.enable_grad()
