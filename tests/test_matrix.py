@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekit.model import discover
-from sparsekit.model.structure import choose, find_units, masking
+from sparsekit.model import discover, split_experts
+from sparsekit.model.structure import Removal, Shape, find_units, masking
 from sparsekit.model.structure.cutting import cut
 from tests.matrix import families, save, towers
 from tests.matrix.__main__ import RECIPES, cell
@@ -98,19 +98,79 @@ def test_every_tower(task, tmp_path):
         shutil.rmtree(home)
 
 
-@pytest.mark.parametrize("family", ["phi3", "glm4", "gptj", "codegen"])
-def test_channels_of_linears_with_other_names(family):
-    """Gate and up one after another in one linear; GPT-J's own names: the masked model is the cut one."""
+def cut_is_masked(family: str, kind: str, whole: bool) -> None:
+    """What is left computes what the masked model did, and can be built again from its config and its counts.
+
+    whole: every second part goes whole; otherwise one unit of each
+    """
     ids = torch.randint(1, 700, (2, 16), generator=torch.Generator().manual_seed(1))
     model = families.build(family)
+    split_experts(model)
     blocks = discover(model, ids[:1])
-    units = find_units(model, blocks, ["channels"])
-    kept = choose(units, torch.rand(len(units), generator=torch.Generator().manual_seed(2)), 0.1, shape="uniform")
+    units = find_units(model, blocks, [kind])
+    kept = torch.ones(len(units), dtype=torch.bool)
+    for number, each in enumerate(units.split(kept)):
+        if whole and number % 2:
+            each[:] = False
+        elif len(each) > 1:
+            each[len(each) // 2] = False
     with torch.no_grad():
-        whole = model(input_ids=ids).logits
+        dense = model(input_ids=ids).logits
         with masking(blocks, units) as mask:
             mask(kept)
             masked = model(input_ids=ids).logits
         cut(model, blocks, units, kept)
         torch.testing.assert_close(model(input_ids=ids).logits, masked, rtol=1e-4, atol=1e-5)
-    assert (masked - whole).abs().max() > 1e-3
+    assert (masked - dense).abs().max() > 1e-3
+    Shape.of(model, [(units, Removal(units.kinds, kept))])
+
+
+@pytest.mark.parametrize("family", ["phi3", "glm4", "gptj", "codegen"])
+def test_channels_of_linears_with_other_names(family):
+    """Gate and up one after another in one linear; GPT-J's own names."""
+    cut_is_masked(family, "channels", whole=False)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "deepseek_v3",  # made of what is stored of a token
+        "minicpm3",
+        "hy_v4",  # the same, with gates and sinks
+        "gpt_oss",  # sinks
+        "afmoe",  # gates
+        "phi3",  # q, k and v one after another, fewer keys than queries
+        "falcon",  # one key for all, fused
+        "gpt_bigcode",
+        "modernbert-decoder",
+        "xglm",
+        "kimi_linear",  # other blocks attend by a recurrence
+    ],
+)
+def test_heads_of_other_attentions(family):
+    cut_is_masked(family, "heads", whole=False)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gpt_neo", "heads"), ("bloom", "channels"), ("mpt", "channels")])
+def test_whole_parts_of_other_families(family, kind):
+    """BLOOM and MPT add to the residual stream inside their MLPs."""
+    cut_is_masked(family, kind, whole=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["heads", "channels"])
+@pytest.mark.parametrize("family", families.names())
+def test_the_cut_model_is_the_masked_one(family, kind):
+    try:
+        cut_is_masked(family, kind, whole=False)
+    except (ValueError, KeyError, RuntimeError) as reason:  # no such model or units, or refused; see the next test
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("family", ["bloom", "doge"])
+def test_heads_that_something_else_counts_are_refused_in_advance(family, tmp_path):
+    """Slopes of ALiBi and gates over time belong to heads too: said before anything is scored."""
+    families.save(family, tmp_path / "source")
+    found = cell(family, tmp_path / "source", "wanda-sp", tmp_path)
+    assert found["cell"] == "refused"
+    assert "does not run without some of its heads" in found["why"]

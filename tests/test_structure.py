@@ -72,10 +72,7 @@ def _biases_of_lost_parts(family, units, kept):
     norms = {"Qwen3": 2 * 8, "Gemma3": 2 * 8}.get(family, 0)
     biases = 32 if family in ("OPT", "GPT2", "GPTNeoX", "Phi") else 0
     lost = [part.kind for part, each in zip(units.parts, units.split(kept), strict=True) if not each.any()]
-    return sum(
-        (biases if kind in ("heads", "channels") else 0) + (norms if kind in ("heads", "attention") else 0)
-        for kind in lost
-    )
+    return sum((biases if kind in ("heads", "channels") else 0) + (norms if kind == "heads" else 0) for kind in lost)
 
 
 @pytest.mark.parametrize("family", SETTINGS)

@@ -7,6 +7,7 @@ from .naming import CALIBRATION as CALIBRATION
 from .naming import FORMATS as FORMATS
 from .naming import check_length as check_length
 from .naming import corpus as corpus
+from .naming import positions_of as positions_of
 from .naming import resolve as resolve
 from .pictures import SQUARE as SQUARE
 from .pictures import Images as Images

@@ -56,6 +56,12 @@ def corpus(settings: Mapping[str, Any], split: str, known: Sequence[str] = CALIB
     return found
 
 
+def positions_of(config: Any) -> int | None:
+    """The size of a model's position table, of its text's; None where text may be of any length (XLNet says -1)."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def check_length(length: int, positions: int | None, what: str) -> None:
     """Raise ValueError if a sequence of this length does not fit the model's position table."""
     if positions is not None and positions < length:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from sparsekit.data import positions_of
+
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, in a village by the sea,",
@@ -24,7 +26,7 @@ def samples(model: Any, tokenizer: Any, prompts: Sequence[str] = PROMPTS, length
     """
     from transformers import GenerationConfig
 
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     device = next(model.parameters()).device
     own = getattr(model, "generation_config", None) or GenerationConfig()
     training = model.training

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsekit import registry
-from sparsekit.data import check_length, corpus, resolve, windows
+from sparsekit.data import check_length, corpus, positions_of, resolve, windows
 from sparsekit.measure.features import Features
 from sparsekit.measure.first import BOS, beginning, first_token
 from sparsekit.measure.images import accuracy, image_limit, image_set_name, labelled_images
@@ -158,7 +158,7 @@ def get_ready(
     first: the token that stands before every window; None: windows are cut as published
     dense: opens the dense model, which features and embeddings are compared with; None: it is nowhere to be had
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(config)
     common = {key: settings[key] for key in ("length", "batch", "limit") if settings.get(key)}
     preparation = Preparation(tokenizer, config, **common, first=first, dense=dense)
     texts = perplexity_windows(settings, tokenizer, positions, first)

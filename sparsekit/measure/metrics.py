@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekit import registry
 from sparsekit.contracts import Figure
-from sparsekit.data import check_length, corpus, windows
+from sparsekit.data import check_length, corpus, positions_of, windows
 from sparsekit.measure.predictions import surprises
 
 Measures = dict[str, Callable[["Subject"], dict[str, Figure]]]  # by the metric's name
@@ -30,7 +30,7 @@ class Preparation:
     def windows(self, source: str | Mapping[str, Any], length: int | None = None, count: int | None = None) -> Tensor:
         """Test text as token windows (n, length)."""
         settings = {"source": source} if isinstance(source, str) else dict(source)
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(self.config)
         size = length or self.length
         check_length(size, positions, f"the metric's text {settings.get('source')}:")
         return windows(corpus(settings, "test", ()), self.tokenizer, size, count, self.first)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekit.data import positions_of
 from sparsekit.measure import evaluation as evaluate
 from sparsekit.model import Checkpoint, channels_of, image_size, run_model, sees_images
 from sparsekit.model import load as load_model
@@ -84,7 +85,7 @@ def facts_of(spec: Mapping[str, Any], place: Path) -> dict[str, Any]:
 def _memory(model: Any, tokenizer: Any, place: Path, **sizes: int) -> dict[str, int]:
     positions = None
     if not sees_images(model):
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(model.config)
     if positions is not None and positions < sizes["prompt"] + sizes["new"]:
         raise ValueError(
             f"{place} has {positions} positions, and {sizes['prompt']} tokens of prompt and {sizes['new']} new ones "

@@ -35,6 +35,7 @@ from .loading import image_processor as image_processor
 from .loading import load_plain as load_plain
 from .loading import load_tokenizer as load_tokenizer
 from .loading import plain_skeleton as plain_skeleton
+from .loading import read_tokenizer as read_tokenizer
 from .loading import sound_reader as sound_reader
 from .rebuild import build_from as build_from
 from .rebuild import decoded as decoded

@@ -125,7 +125,7 @@ def _converted(name: str, folder: Path, gguf: str | None, spec: dict[str, Any]) 
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32 if gguf else "auto", trust_remote_code=trust, **options
     )
-    load_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, **options)
     if gguf:  # a model read from GGUF refuses to be saved: its weights go into a fresh one of the same shape
         config = model.config
         if hasattr(config, "quantization_config"):
@@ -139,7 +139,7 @@ def _converted(name: str, folder: Path, gguf: str | None, spec: dict[str, Any]) 
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}-"))
     try:
         model.save_pretrained(aside)
-        load_tokenizer.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
         aside.rename(target)
     except OSError:
         if not (target / "config.json").is_file():  # another process may have been quicker

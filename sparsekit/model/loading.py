@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsekit.model.checkpoint import Checkpoint
+from sparsekit.model.checkpoint import Checkpoint, read_json
 from sparsekit.model.hearing import HEARD, SoundReader
 from sparsekit.model.modeling import PREFIX
 from sparsekit.model.rebuild import class_of, unfilled
@@ -96,8 +96,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return image_processor(folder)
     if getattr(opens, "main_input_name", "") in HEARD:
         return sound_reader(folder)
+    kind = read_json(folder / "config.json").get("model_type", "")
+    known = not kind.startswith(PREFIX)  # a type of ours tells transformers nothing of the tokenizer
+    config = None if known else transformers.PreTrainedConfig()
+    return read_tokenizer(folder, config, trust_remote_code=trust_remote_code)
+
+
+def read_tokenizer(folder: Path, config: Any = None, **options: Any) -> Any:
+    """A folder's tokenizer. Told the family by its config, transformers does not read config.json for it.
+
+    Raises:
+        ValueError: there is none that transformers can read.
+    """
+    import transformers
+
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(folder, config=config, **options)
     except Exception as error:  # the tokenizers library raises no other type for a file that is damaged
         raise ValueError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
 

@@ -25,6 +25,7 @@ from sparsekit.model.loading import (
     load_plain,
     plain_skeleton,
     plain_structure,
+    read_tokenizer,
     refuse_lost,
     sound_reader,
 )
@@ -32,8 +33,8 @@ from sparsekit.model.older import tell_older_readers
 from sparsekit.model.resized import build_resized, resized_by
 from sparsekit.model.resting import fill_outside, settle
 from sparsekit.model.semi_structured import make_semi_structured
+from sparsekit.model.structure.heads import BY_QUERY
 from sparsekit.model.structure.shape import Shape
-from sparsekit.model.structure.units import BY_QUERY
 from sparsekit.model.tensors import Tensors, tied_names
 from sparsekit.model.towers import same_tower
 from sparsekit.model.vision import sees_images
@@ -314,17 +315,11 @@ def opened(folder: str | Path, *, trust_remote_code: bool = False) -> Tensors:
 
 
 def _tokenizer(folder: Path, model: Any) -> Any:
-    import transformers
-
     if sees_images(model):
         return image_processor(folder)
     if hears(model):
         return sound_reader(folder)
-
-    try:  # told the family, transformers does not look for a type in config.json that it cannot know
-        return transformers.AutoTokenizer.from_pretrained(folder, config=model.config)
-    except Exception as error:  # the tokenizers library raises no other type for a file that is damaged
-        raise ValueError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+    return read_tokenizer(folder, model.config)
 
 
 def _fill(model: Any, stored: Checkpoint, dtype: torch.dtype | None) -> None:

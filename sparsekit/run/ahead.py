@@ -164,6 +164,8 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block], dtype: tor
                 known.fixed = block.fixed
         units = find_units(model, blocks, kinds)
         mask = choose(units, torch.zeros(len(units)), remove, shape=shape)
+        for each in kinds if not cut and kinds != ["layers"] else ():
+            _try_without(model, blocks, each)
         if not cut:  # of a model that is cut already, what was there before is not known here
             _check_stored(model, blocks, Removal(units.kinds, mask))
         cut = True
@@ -217,6 +219,26 @@ def _fix_layers(model: nn.Module, blocks: list[Block]) -> None:
         )
     for block in fixed:  # only now: what is tried counts all layers
         block.fixed = True
+
+
+def _try_without(model: nn.Module, blocks: list[Block], kind: str) -> None:
+    """Cut a unit out of every part of a kind, or every second part where each is one unit, and run what is left.
+
+    Raises:
+        ValueError: it does not run: something in it, that sparsekit does not know, belongs to those units.
+    """
+    units = find_units(model, blocks, [kind])
+    kept = torch.ones(len(units), dtype=torch.bool)
+    for number, each in enumerate(units.split(kept)):
+        each[-1] = len(each) == 1 and number % 2 == 1
+    left = _check_stored(model, blocks, Removal([kind], kept))
+    try:
+        discover(left, sample_input(left))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run without some of its {kind} ({error}), so none are removed: "
+            "choose other units"
+        ) from error
 
 
 def _check_stored(model: nn.Module, blocks: list[Block], removal: Removal) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from sparsekit.data import Corpus, calibration_tokens, sample
+from sparsekit.data import Corpus, calibration_tokens, positions_of, sample
 from sparsekit.measure import FirstToken, beginning, first_token
 from sparsekit.model import as_linears, with_tower
 from sparsekit.model.structure import Shape
@@ -151,7 +151,7 @@ def _section(calibration: Calibration, model: Any, tokenizer: Any) -> tuple[dict
         )
     if tokenizer is None:
         raise ValueError("calibration is text, which needs a tokenizer; give one, or token ids")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     length = min(2048, positions or 2048)
     return {"samples": 128, "length": length}, Corpus(list(texts), name="the calibration text")
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsekit import registry
-from sparsekit.data import SQUARE
+from sparsekit.data import SQUARE, positions_of
 from sparsekit.maths import Pattern, Quantization
 from sparsekit.model import (
     Block,
@@ -102,8 +102,7 @@ class Plan:
     @property
     def positions(self) -> int | None:
         """The size of the model's position table."""
-        found = getattr(self.config, "max_position_embeddings", None)
-        return found if isinstance(found, int) and found > 0 else None
+        return positions_of(self.config)
 
     @property
     def device(self) -> torch.device:

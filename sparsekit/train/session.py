@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from sparsekit.contracts import Context, Fit
-from sparsekit.data import SQUARE, check_length
+from sparsekit.data import SQUARE, check_length, positions_of
 from sparsekit.model import Block, patches, sees_images
 from sparsekit.train.checkpoints import Checkpoints
 from sparsekit.train.features import FeatureObjective, picture_rows
@@ -83,8 +83,8 @@ def recovery_text(
         images, held_out = picture_rows(context, check_source(source), validation, labelled=labels > 0)
         batches = Batches(images, count=steps * accumulate, batch=batch, seed=context.seed, team=context.team)
         return Text(batches, held_out, steps, accumulate, places)
-    config: Any = context.model.config.get_text_config()  # type: ignore[union-attr,operator]
-    positions = getattr(config, "max_position_embeddings", None)
+    config: Any = context.model.config
+    positions = positions_of(config)
     check_length(length or 1, positions, "recovery")
     length = length or min(LENGTH, positions or LENGTH)
     wide = batch * accumulate * context.team.size
@@ -111,7 +111,7 @@ def recovery_text(
             else f"every record has a row of its own, filled up: in {kind} positions do not keep records apart",
             markup=False,
         )
-    if int(training.ids.max()) >= (vocabulary := config.vocab_size):
+    if int(training.ids.max()) >= (vocabulary := config.get_text_config().vocab_size):
         raise ValueError(f"the tokenizer gives token {int(training.ids.max())}, but the model embeds {vocabulary}")
     batches = Batches(training, count=steps * accumulate, batch=batch, seed=context.seed, team=context.team)
     return Text(batches, held_out, steps, accumulate, length)

@@ -17,7 +17,7 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"^attention_hidden_size$", WIDTH),
     (r"^(shared_expert_|moe_shared_expert_|moe_|shared_|expert_)(intermediate_size|ffn_hidden_size)$", 32),
     (r"^intermediate_size_mlp$", WIDTH),
-    (r"^(intermediate_size|n_inner|ffn_dim|ffn_hidden_size)$", 2 * WIDTH),
+    (r"^(intermediate_size|n_inner|ffn_dim|ffn_hidden_size|dim_ff)$", 2 * WIDTH),
     (r"^(num_hidden_layers|n_layer|n_layers|num_layers|num_blocks)$", BLOCKS),
     (r"^(num_attention_heads|n_head|n_heads|num_heads|attention_heads)$", HEADS),
     (r"^(num_key_value_heads|num_kv_heads|linear_num_key_heads|index_n_heads|indexer_n_heads)$", 2),

@@ -1,6 +1,7 @@
 from .choice import check_shape as check_shape
 from .choice import choose as choose
 from .cutting import NUMBERED as NUMBERED
+from .finding import find_units as find_units
 from .gates import gating as gating
 from .masks import masking as masking
 from .origins import Cuts as Cuts
@@ -17,5 +18,4 @@ from .units import TOGETHER as TOGETHER
 from .units import Part as Part
 from .units import Units as Units
 from .units import check_kinds as check_kinds
-from .units import find_units as find_units
 from .units import kinds_of as kinds_of

@@ -1,5 +1,6 @@
 """Taking units out of a model in memory: fewer rows, columns and layers, equal logits to the masked model's."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from sparsekit.model.blocks import Block, Linear
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.structure.experts import remove_experts
+from sparsekit.model.structure.heads import BY_QUERY, count_heads, head_size
 from sparsekit.model.structure.nothing import Nothing
-from sparsekit.model.structure.units import BY_QUERY, COUNTS, Part, Units, by_query, head_size
+from sparsekit.model.structure.units import Part, Units
 from sparsekit.model.vision import described
 
 PER_LAYER = {  # fields of configs with an entry for each layer
@@ -39,7 +41,7 @@ def cut(model: nn.Module, blocks: Sequence[Block], units: Units, kept: Tensor) -
     by_index = {block.index: block for block in blocks}
     for part, each in zip(units.parts, units.split(kept.bool()), strict=True):
         if part.kind == "heads":
-            setattr(model, BY_QUERY, by_query(part))
+            setattr(model, BY_QUERY, part.one_key)
         if part.experts is not None and not bool(each.all()):
             block = by_index[part.block]
             remove_experts(block, part.home.removeprefix(f"{block.name}."), part.experts, each)
@@ -63,20 +65,28 @@ def _narrow(block: Block, part: Part, kept: Tensor) -> None:
         _remove(block, part, home, attention)
         return
     columns = part.columns[kept].flatten()
-    size = head_size(block.module.get_submodule(home), output.shape[1]) if attention else None
-    for name, rows in part.inputs.items():
-        # in ascending order, so that q, k and v of a fused linear stay one after another
-        _keep(block.linears[name], rows=rows[kept].flatten().sort().values)
+    width = output.shape[1]
+    size = head_size(block.module.get_submodule(home), width) if attention else None
+    for name in part.inputs:
+        _keep(block.linears[name], rows=part.rows_left(name, kept))
+    for name, rows in part.beside.items():
+        module, _, last = name.removeprefix(f"{block.name}.").rpartition(".")
+        parameter = block.module.get_submodule(module).get_parameter(last)
+        left = nn.Parameter(parameter.detach()[rows[kept].flatten().to(parameter.device)], parameter.requires_grad)
+        setattr(block.module.get_submodule(module), last, left)
     _keep(output, columns=columns)
     if size is not None:
-        _count_heads(block.module.get_submodule(home), len(columns) // size, one_key=by_query(part))
+        count_heads(block.module.get_submodule(home), len(columns) // size, size, width, part.one_key)
 
 
 def _remove(block: Block, part: Part, home: str, attention: bool) -> None:
     """Put `Nothing` in the place of a whole part."""
     if home:
-        index = block.module.get_submodule(home).layer_idx if attention else None
-        _replace(block.module, home, Nothing(index))  # type: ignore[arg-type]
+        module = block.module.get_submodule(home)
+        index = getattr(module, "layer_idx", block.index) if attention else None
+        taken = list(inspect.signature(type(module).forward).parameters)
+        residual = taken.index("residual") - 2 if "residual" in taken else None
+        _replace(block.module, home, Nothing(index, residual))  # type: ignore[arg-type]
         return
     for name in part.inputs:  # OPT has no module around its MLP
         _replace(block.module, name.removeprefix(f"{block.name}."), nn.Identity())
@@ -105,19 +115,6 @@ def _keep(linear: Linear, rows: Tensor | None = None, columns: Tensor | None = N
         module.nf, module.nx = out, width
     else:
         module.out_features, module.in_features = out, width
-
-
-def _count_heads(attention: Any, heads: int, one_key: bool) -> None:
-    """Tell an attention how many heads it has now. How many queries share a key changes only where all share one."""
-    for name in COUNTS:
-        if hasattr(attention, name):
-            setattr(attention, name, heads)
-    if one_key and hasattr(attention, "num_key_value_groups"):
-        attention.num_key_value_groups = heads
-    if hasattr(attention, "num_key_value_heads"):
-        attention.num_key_value_heads = heads // getattr(attention, "num_key_value_groups", 1)
-    if hasattr(attention, "split_size"):  # GPT-2
-        attention.split_size = heads * attention.head_dim
 
 
 def _drop_layers(model: nn.Module, blocks: Sequence[Block], gone: set[int]) -> None:

@@ -95,11 +95,14 @@ def _homes(part: Part, block: str) -> set[str]:
 
 
 def _narrow(traced: dict[str, Origin], part: Part, kept: Tensor) -> None:
-    for name, rows in part.inputs.items():
-        chosen = rows[kept].flatten().sort().values
+    for name in part.inputs:
+        chosen = part.rows_left(name, kept)
         for full in (f"{name}.weight", f"{name}.bias"):
             if full in traced:
                 traced[full] = replace(traced[full], rows=_of(traced[full].rows, chosen))
+    for name, rows in part.beside.items():
+        if name in traced:
+            traced[name] = replace(traced[name], rows=_of(traced[name].rows, rows[kept].flatten()))
     full, columns = f"{part.output}.weight", part.columns[kept].flatten()
     if full in traced:
         traced[full] = replace(traced[full], columns=_of(traced[full].columns, columns))

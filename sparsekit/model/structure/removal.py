@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block
 from sparsekit.model.structure.cutting import cut
-from sparsekit.model.structure.units import Units, find_units
+from sparsekit.model.structure.finding import find_units
+from sparsekit.model.structure.units import Units
 from sparsekit.system import commit, committed, write_tensors
 
 FILE = "removal.safetensors"

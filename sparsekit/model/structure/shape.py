@@ -14,8 +14,10 @@ from sparsekit.model.blocks import Linear, is_linear
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.expert_forms import as_linears
 from sparsekit.model.structure.cutting import cut
+from sparsekit.model.structure.finding import find_units
+from sparsekit.model.structure.heads import BY_QUERY
 from sparsekit.model.structure.origins import Cuts, Origin, dropped, trace
-from sparsekit.model.structure.units import BY_QUERY, Units, by_query, find_units
+from sparsekit.model.structure.units import Units
 
 STRUCTURE_FILE = "structure.json"
 VERSION = 1
@@ -199,7 +201,7 @@ def follow_cuts(layers: Sequence[Layer], cuts: Cuts) -> list[Layer]:
 
 def _by_query(model: nn.Module) -> bool:
     try:
-        return any(by_query(part) for part in find_units(model, find_blocks(model), ("heads",)).parts)
+        return any(part.one_key for part in find_units(model, find_blocks(model), ("heads",)).parts)
     except ValueError:
         return False
 
@@ -249,10 +251,10 @@ def _widths(model: nn.Module, full: nn.Module) -> dict[str, list[int | None]]:
                 experts: Any = modules[part.home]
                 found[kind][part.block] = experts.count
                 continue
-            name, rows = next(iter(part.inputs.items()))
+            name = str(part.output)
             module = modules.get(name)
-            width = Linear(name, module).shape[0] if module is not None and is_linear(module) else 0
-            found[kind][part.block] = width // rows.shape[1]
+            width = Linear(name, module).shape[1] if module is not None and is_linear(module) else 0
+            found[kind][part.block] = width // part.columns.shape[1]
     return found
 
 

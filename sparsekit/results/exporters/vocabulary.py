@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsekit.model import skeleton
+from sparsekit.model import read_tokenizer, skeleton
 
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -87,13 +87,7 @@ def _pre(told: dict[str, Any]) -> str:
 
 def transformers_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint as transformers opens it; ValueError where it is none of the fast ones."""
-    import transformers
-
-    config: Any = skeleton(folder).config
-    try:  # told the family, transformers does not look for a type in config.json that it cannot know
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config)
-    except Exception as error:  # the tokenizers library raises no other type for a file that is damaged
-        raise ValueError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+    tokenizer = read_tokenizer(folder, skeleton(folder).config)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ValueError(f"its tokenizer, {type(tokenizer).__name__}, has no tokenizer.json")
     return tokenizer
