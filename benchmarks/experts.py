@@ -1,10 +1,11 @@
 """Mixtures of experts: what their Gram matrices are best made of, and which experts are best removed.
 
-    python -m benchmarks.experts grams [--others 0 0.5 1 2 4 1000] [--seeds 0 1 2]
+    python -m benchmarks.experts grams [--others 0 0.5 1 2 4 1000] [--alike] [--seeds 0 1 2]
     python -m benchmarks.experts units [--seeds 0 1 2]
 
 tests/models/tiny-moe (16 experts, two for each token). grams: SparseGPT at 2:4; others of 0: an expert's own tokens and
-one other of each pass; of 1: as many others as it has inputs; of 1000: all. Calibration: samples x tokens of the
+one other of each pass; of 1: as many others as it has inputs; of 1000: all. A token counts by the router's weight, or
+with --alike like any other. Calibration: samples x tokens of the
 training topics of python-docs; perplexity on 64 windows of 128 tokens of its test topics. units: a quarter of the
 experts (the share of the blocks' parameters that is four of 16), by each criterion, by chance, and by policy gradient
 from REAP.
@@ -91,9 +92,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["grams", "units"])
     parser.add_argument("--others", type=float, nargs="+", default=[0, 0.5, 1, 2, 4, 1000])
+    parser.add_argument("--alike", action="store_true", help="the router's weights count for nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--choosing", action="store_true", help="on other windows than those that are reported")
     given = parser.parse_args()
+    Experts.weighed = not given.alike
     if given.what == "grams":
         grams(given.others, given.seeds, given.choosing)
     else:

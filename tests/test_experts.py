@@ -153,7 +153,7 @@ def test_every_expert_is_a_linear_of_its_block_on_meta_too(family):
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Llama4Text"])
 def test_the_gram_is_that_of_the_experts_tokens_and_of_some_others(family):
-    """Against a float64 loop over what the fused module was given."""
+    """Against a float64 loop over what the fused module was given: each token counts by the router's weight."""
     model = model_of(family)
     blocks = discover(model, TOKENS[:1, :8])
     block, given = blocks[0], []
@@ -171,16 +171,20 @@ def test_the_gram_is_that_of_the_experts_tokens_and_of_some_others(family):
         for tokens, *sent in given:
             if family == "Llama4Text":  # each token as the expert that it is sent to has it
                 parts = tokens.view(4, -1, 32)
-                mine = [row for row in parts[index] if row.any()]
+                mine = [row for row in parts[index] if row.any()]  # the router's score is in them
+                usual = 1.0
                 everyone = [next(row for row in parts[:, place] if row.any()) for place in range(parts.shape[1])]
             else:
                 everyone = list(tokens.reshape(-1, 32))
-                mine = [row for row, chosen in zip(everyone, sent[0], strict=True) if index in chosen]
+                weighed = zip(everyone, *sent, strict=True)
+                mine = [row.double() * w[list(chosen).index(index)] for row, chosen, w in weighed if index in chosen]
+                usual = sent[1].double().square().mean().sqrt()
             count = round(len(everyone) * 32 / TOKENS.numel())  # as many as inputs, of all tokens
             first = index * len(everyone) // 4
-            rows += mine + [everyone[(i * len(everyone) // count + first) % len(everyone)] for i in range(count)]
+            others = [everyone[(i * len(everyone) // count + first) % len(everyone)] for i in range(count)]
+            rows += [row.double() for row in mine] + [row.double() * usual for row in others]
             routed += len(mine)
-        stacked = torch.stack(rows).double()
+        stacked = torch.stack(rows)
         linear = experts.get_submodule(f"{index}.up_proj")
         name = next(name for name, each in block.linears.items() if each.module is linear)
         gram = stacked.t() @ stacked

@@ -212,14 +212,25 @@ class Block:
             experts.watched = watched
 
     @contextmanager
-    def watching(self, groups: Iterable[int], see: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """While this lasts, `see(group, input)` is called when a forward pass reaches each of the groups."""
+    def watching(
+        self, groups: Iterable[int], see: Callable[[int, Tensor], None], *, routed: bool = False
+    ) -> Iterator[None]:
+        """While this lasts, `see(group, input)` is called when a forward pass reaches each of the groups.
+
+        routed: what enters an expert is multiplied by what each row counts in its output (see `Experts.counted`)
+        """
         hooks = []
         for group in groups:
             first = self.linears[self.groups[group][0]].module
 
-            def hook(_: nn.Module, args: tuple[Any, ...], group: int = group) -> None:
-                see(group, args[0])
+            expert = self.expert_of(group) if routed else None
+            experts = None if expert is None else self.experts[expert.rpartition(".")[0]]
+
+            def hook(
+                _: nn.Module, args: tuple[Any, ...], group: int = group, experts: Experts | None = experts
+            ) -> None:
+                counted = None if experts is None else experts.counted
+                see(group, args[0] if counted is None else args[0] * counted[:, None].to(args[0].dtype))
 
             hooks.append(first.register_forward_pre_hook(hook))
         self.watch(True)
@@ -230,8 +241,13 @@ class Block:
                 handle.remove()
             self.watch(False)
 
-    def until(self, hidden: Tensor, groups: list[int], see: Callable[[int, Tensor], None]) -> None:
-        """Run only as far as the last of `groups`: what follows is not needed. Without groups nothing is run."""
+    def until(
+        self, hidden: Tensor, groups: list[int], see: Callable[[int, Tensor], None], *, routed: bool = False
+    ) -> None:
+        """Run only as far as the last of `groups`: what follows is not needed. Without groups nothing is run.
+
+        routed: see `watching`
+        """
         if not groups:
             return
         last = max(groups)
@@ -241,7 +257,7 @@ class Block:
             if group == last:
                 raise _Stop
 
-        with self.watching(groups, see_and_stop):
+        with self.watching(groups, see_and_stop, routed=routed):
             try:
                 self(hidden)
             except _Stop:

@@ -31,13 +31,19 @@ class Experts(nn.Module):
     routed: how many tokens each expert was sent while it was watched
     kept: the experts that tokens can be sent to, by their numbers; None: all. See `structure.experts`
     observer: is told (expert, weights of its tokens, its outputs for them (tokens, hidden)); None: nobody asks
-    leader: while watched, tokens go where they went in these experts; None: where the router sends them
+    leader: while watched, tokens go where they went in these experts, and count as they do there; None: where the
+        router sends them
+    counted: while a watched expert runs, what each row that enters it counts in its output: the router's weight for its
+        own tokens, and for others the root mean square of all; None: not known
     """
 
     fused: Any  # not a child, whose parameters would count twice
     # other tokens that a watched expert is shown, in units of its inputs: where it has far more of its own they count
     # for little, and where it has fewer than inputs for most (benchmarks/experts.py)
     others: ClassVar[float] = 1.0
+    weighed: ClassVar[bool] = (
+        True  # whether tokens count by the router's weights (benchmarks/experts.py)
+    )
     named: ClassVar[str] = ""  # the class of the fused module; empty: whatever has the interface
 
     def __init__(self, fused: nn.Module):
@@ -56,7 +62,9 @@ class Experts(nn.Module):
         self.leader: Experts | None = None
         self.kept: list[int] | None = None
         self.observer: Callable[[int, Tensor, Tensor], None] | None = None
+        self.counted: Tensor | None = None
         self._sent: Any = None
+        self._weights: Tensor | None = None
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -113,13 +121,14 @@ class Experts(nn.Module):
             for index in self.chosen:
                 total = total + self.run(index, rows.clone(), None).to(total.dtype)
             return total.view(hidden_states.shape)
-        sent = self._where(top_k_index)
+        sent = self._where(top_k_index, top_k_weights)
         for number, index in enumerate(self.chosen):
             tokens, place = torch.where(sent == number)
             others = self._others(index, rows)
             if others is None and not len(tokens):
                 continue
             self._count(index, len(tokens))
+            self.counted = self._counting(tokens, place, others)
             out = self.run(index, rows[tokens], others)
             if self.observer is not None:
                 self.observer(index, top_k_weights[tokens, place], out)
@@ -135,11 +144,12 @@ class Experts(nn.Module):
         """The total with what experts add that have no weights."""
         return total
 
-    def _where(self, sent: Tensor) -> Tensor:
-        """Where tokens go, (tokens, experts of each)."""
+    def _where(self, sent: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Where tokens go, (tokens, experts of each). weights: of the same shape, the router's"""
         if self.watched:
-            sent = sent if self.leader is None else self.leader._sent
-            self._sent = sent
+            self._sent = sent if self.leader is None else self.leader._sent
+            self._weights = weights if self.leader is None else self.leader._weights
+            return self._sent
         return sent
 
     def _count(self, index: int, tokens: int) -> None:
@@ -154,6 +164,12 @@ class Experts(nn.Module):
         count = max(1, round(share * len(rows)))
         chosen = torch.arange(count, device=rows.device) * len(rows) // count + index * len(rows) // self.count
         return rows[chosen % len(rows)]
+
+    def _counting(self, tokens: Tensor, place: Tensor, others: Tensor | None) -> Tensor | None:
+        if others is None or self._weights is None or not self.weighed:
+            return None
+        usual = self._weights.square().mean().sqrt()
+        return torch.cat([self._weights[tokens, place], usual.expand(len(others))])
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Experts":
         for piece in self.pieces:

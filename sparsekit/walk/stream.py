@@ -194,17 +194,17 @@ class BlockStream:
         with given.watching():
             for index, chunk in enumerate(self.inputs):
                 if outputs or later:
-                    with block.watching(groups, see):
+                    with block.watching(groups, see, routed=True):
                         out = block(chunk)
                     if outputs:
                         self.inputs[index] = out
                 else:
-                    block.until(chunk, groups, see)
+                    block.until(chunk, groups, see, routed=True)
         self._count(block)
         yield collected
         for groups in later:
             collected.clear()
-            with block.watching(groups, see):
+            with block.watching(groups, see, routed=True):
                 given.again(block.device)
             yield collected
         given.close()
@@ -226,9 +226,10 @@ class BlockStream:
         for chunk in self.inputs:
             mine: dict[int, Tensor] = {}
             dense: dict[int, Tensor] = {}
-            block.until(chunk, [group], mine.__setitem__)
+            block.until(chunk, [group], mine.__setitem__, routed=True)
             if twin is not None and not same:  # second: its experts are given the tokens that the block's were given
-                twin.until(next(dense_chunks) if dense_chunks else chunk, [group], dense.__setitem__)
+                entering = next(dense_chunks) if dense_chunks else chunk
+                twin.until(entering, [group], dense.__setitem__, routed=True)
             self._add(collected, group, mine[group], dense)
         return collected[group]
 
