@@ -106,7 +106,10 @@ def command_line() -> argparse.ArgumentParser:
         "--batch", nargs="+", type=_positive, metavar="N", help="batch sizes (default 1 8; in llama.cpp 1)"
     )
     add.add_argument(
-        "--backend", default="transformers", metavar="NAME", help="transformers (default) or llama.cpp, by xllamacpp"
+        "--backend",
+        default="transformers",
+        metavar="NAME",
+        help="transformers (default), compiled, semi-structured (CUDA), llama.cpp, onnxruntime, openvino",
     )
     add.add_argument(
         "--precision", default="source", metavar="TYPE", help="in llama.cpp: source (default), f16, q8_0 ..."

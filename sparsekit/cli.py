@@ -217,7 +217,7 @@ def bench(given: argparse.Namespace) -> int:
     result = bench(
         models_of(given.path, given.against),
         **{key: getattr(given, key) for key in ("prompt", "new", "repeat", "backend", "precision")},
-        batches=given.batch or ([1, 8] if given.backend == "transformers" else [1]),
+        batches=given.batch or ([1] if given.backend == "llama.cpp" else [1, 8]),
         evaluation={"perplexity": texts, "length": given.length} if texts else None,
         say=lambda line: console.print(line, style="dim"),
     )

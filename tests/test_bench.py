@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,6 +188,31 @@ def test_samples_end_where_positions_do(models: Path) -> None:
     assert len(samples(model, tokenizer, length=2)) == len(PROMPTS)
 
 
+@pytest.mark.parametrize(
+    ("backend", "needs", "times"),
+    [
+        pytest.param("compiled", [], {"prefill", "decode"}, marks=pytest.mark.long),
+        ("onnxruntime", ["onnx", "onnxscript", "onnxruntime"], {"prefill"}),
+        ("openvino", ["openvino"], {"prefill"}),
+    ],
+)
+def test_a_model_is_measured_in_other_runtimes(
+    backend: str, needs: list[str], times: set[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed: make test-clients")
+    if backend == "compiled" and not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    path, file = str(models / "tiny-llama"), tmp_path / "bench.json"
+    sizes = ["--prompt", "8", "--new", "2", "--repeat", "1", "--json", str(file)]
+    assert cli.main(["bench", path, "--against", path, "--backend", backend, "--batch", "1", "2", *sizes]) == 0
+    result = json.loads(file.read_text())
+    assert set(result["faster"]) == times
+    assert all(model["prefill_seconds"]["2"] > 0 and model["file_bytes"] > 0 for model in result["models"])
+    assert all(name in result["versions"] for name in needs)
+    assert f"in {backend} on cpu" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp (llama.cpp) is not installed")
 def test_a_model_is_measured_in_llama_cpp(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
@@ -206,7 +232,10 @@ def test_a_model_is_measured_in_llama_cpp(models: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--backend", "llamacpp"], "backend is 'llamacpp'; it can be transformers, llama.cpp"),
+        (
+            ["--backend", "llamacpp"],
+            "backend is 'llamacpp'; it can be transformers, compiled",
+        ),
         (["--backend", "llama.cpp", "--precision", "q9"], "precision is 'q9'; it can be source, f32"),
         (["--precision", "f16"], "precision f16 is for llama.cpp: give --backend llama.cpp"),
         (["--backend", "llama.cpp", "--batch", "2"], "one sequence at a time is measured: give --batch 1"),

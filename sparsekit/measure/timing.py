@@ -19,23 +19,34 @@ from sparsekit.system import Meter
 SEED = 0  # of the tokens that are fed: what they are does not change the time
 
 
-def serve(pipe: Any, spec: dict[str, Any], place: Path, device: str, threads: int) -> None:
+def serve(
+    pipe: Any,
+    spec: dict[str, Any],
+    place: Path,
+    device: str,
+    threads: int,
+    prepare: Callable[[Any], Any] = lambda model: model,
+) -> None:
     """The process of one model: load it at the first task, answer one task after another until the pipe is closed.
 
-    pipe: see `attend`. spec: a recipe's `model`; place: the folder of its checkpoint.
+    pipe: see `attend`. spec: a recipe's `model`; place: the folder of its checkpoint. prepare: makes of the model what
+    runs, once it has told its facts
     """
     torch.set_num_threads(threads)
     opened: list[tuple[Any, Any]] = []
+    facts: dict[str, Any] = {}
 
     def operation(do: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         def run(**arguments: Any) -> dict[str, Any]:
             if not opened:
-                opened.append(load(spec, place, device))
+                model, tokenizer = load(spec, place, device)
+                facts.update(_facts(model, tokenizer, place))
+                opened.append((prepare(model), tokenizer))
             return do(*opened[0], place, **arguments)
 
         return run
 
-    attend(pipe, {name: operation(do) for name, do in OPERATIONS.items()})
+    attend(pipe, {name: operation(do) for name, do in OPERATIONS.items()} | {"facts": operation(lambda *_: facts)})
 
 
 def attend(pipe: Any, operations: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
@@ -136,7 +147,6 @@ def _evaluate(model: Any, tokenizer: Any, place: Path, settings: dict[str, Any])
 
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "facts": _facts,
     "memory": _memory,
     "latency": lambda model, tokenizer, place, **sizes: latency(model, **sizes),
     "evaluate": _evaluate,

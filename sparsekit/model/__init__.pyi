@@ -54,6 +54,7 @@ from .resting import unsettle as unsettle
 from .selecting import KINDS as KINDS
 from .selecting import kind_of as kind_of
 from .selecting import meant as meant
+from .semi_structured import make_semi_structured as make_semi_structured
 from .semi_structured import two_of_four as two_of_four
 from .shards import Shards as Shards
 from .storage import GENERATION as GENERATION

@@ -41,9 +41,7 @@ class Experts(nn.Module):
     # other tokens that a watched expert is shown, in units of its inputs: where it has far more of its own they count
     # for little, and where it has fewer than inputs for most (benchmarks/experts.py)
     others: ClassVar[float] = 1.0
-    weighed: ClassVar[bool] = (
-        True  # whether tokens count by the router's weights (benchmarks/experts.py)
-    )
+    weighed: ClassVar[bool] = True  # whether tokens count by the router's weights (benchmarks/experts.py)
     named: ClassVar[str] = ""  # the class of the fused module; empty: whatever has the interface
 
     def __init__(self, fused: nn.Module):

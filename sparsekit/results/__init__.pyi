@@ -1,3 +1,4 @@
+from .backends import BACKENDS as BACKENDS
 from .backends import check_backend as check_backend
 from .benchmark import bench as bench
 from .benchmark import bench_table as bench_table

@@ -16,8 +16,7 @@ import torch
 
 from sparsekit.measure import check_evaluation
 from sparsekit.model import auto_class, locate, sees_images, skeleton
-from sparsekit.results.backends import check_backend, server
-from sparsekit.results.exporters.llamacpp import PACKAGE
+from sparsekit.results.backends import BACKENDS, check_backend
 from sparsekit.results.figures import figures_of, label, shown
 from sparsekit.results.folder import source_of
 from sparsekit.system import hardware, human_size, versions
@@ -42,8 +41,10 @@ def bench(
 
     prompt, new: tokens of the prompt and tokens generated after it. repeat: turns, after one that does not count.
     device: where to run, None for the accelerator where there is one
-    backend: transformers, or llama.cpp (on the CPU, one sequence at a time), which is given the models as GGUF files of
-        this `precision` (see the exporter `gguf`)
+    backend: transformers; compiled, the same by torch.compile; semi-structured, with torch's tensors for 2:4 on CUDA;
+        llama.cpp (on the CPU, one sequence at a time), which is given the models as GGUF files of this `precision` (see
+        the exporter `gguf`); onnxruntime or openvino (on the CPU), a forward pass over the prompt alone, with the
+        logits of all its tokens
     evaluation: as `evaluate.evaluate` takes it
     say: is called with a line of progress.
 
@@ -74,15 +75,16 @@ def bench(
             raise ValueError(
                 f"{place} neither writes text nor sees images alone; bench measures models that do one of the two"
             )
-        if images and backend != "transformers":
+        if images and backend in BACKENDS and not BACKENDS[backend].torch:
             raise ValueError(f"{place} sees images, and {backend} is for language models here: leave the backend out")
     if len(set(seen.values())) > 1:
         raise ValueError(
             f"{folders[0]} and {folders[1]} are not given the same, one sees images: compare like with like"
         )
-    keys = ("images",) if seen[folders[0]] else ("prefill", "decode")
-    device = device or str((backend == "transformers" and torch.accelerator.current_accelerator()) or "cpu")
+    own = backend in BACKENDS and BACKENDS[backend].torch
+    device = device or str((own and torch.accelerator.current_accelerator()) or "cpu")
     check_backend(backend, folders, list(batches), device, precision)
+    keys = ("images",) if seen[folders[0]] else BACKENDS[backend].times
     if evaluation and backend != "transformers":
         raise ValueError(f"quality is measured in transformers, not in {backend}: leave it out")
     tasks = [
@@ -112,11 +114,11 @@ def bench(
                 batch: median(turn[index][key] for turn in turns) for batch, turns in times.items()
             }
     settings = {"batches": list(batches), "prompt": prompt, "new": new, "repeat": repeat, "device": device}
-    settings |= {"backend": backend} | ({"precision": precision} if backend != "transformers" else {})
+    settings |= {"backend": backend} | ({"precision": precision} if backend == "llama.cpp" else {})
     result: dict[str, Any] = {
         "settings": settings,
         "hardware": hardware(),
-        "versions": versions((PACKAGE,) if backend == "llama.cpp" else ()),
+        "versions": versions(BACKENDS[backend].packages),
     }
     result["models"] = found
     if len(models) == 2:
@@ -156,7 +158,7 @@ def _workers(
         for spec, place in zip(specs, folders, strict=True):
             ours, theirs = context.Pipe()
             arguments = (theirs, spec, place, device, torch.get_num_threads(), precision)
-            process = context.Process(target=server(backend), args=arguments, daemon=True)
+            process = context.Process(target=BACKENDS[backend].serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)

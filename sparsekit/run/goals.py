@@ -13,7 +13,7 @@ from torch import nn
 from sparsekit.contracts import goal
 from sparsekit.model import Block, adopt, filled, save_model
 from sparsekit.model.structure import Cuts, Removal, Shape, choose, find_units
-from sparsekit.results import bench, check_backend
+from sparsekit.results import BACKENDS, bench, check_backend
 from sparsekit.system import commit, committed, human_size
 
 FILE = "goal.json"
@@ -32,7 +32,7 @@ def counted(asked: dict[str, Any], model: nn.Module, blocks: Sequence[Block], dt
         ValueError: the blocks do not hold so much, the model is small enough as it is, or a backend is not there.
     """
     if "speedup" in asked:
-        check_backend(asked["backend"], [], [asked["batch"]], "cpu")  # before anything heavy starts
+        check_backend(asked["backend"], [], [asked["batch"]], "cpu", on=asked["on"])  # before anything heavy starts
         return NOMINAL
     total = sum(parameter.numel() for parameter in model.parameters())
     inside = sum(parameter.numel() for block in blocks for parameter in block.module.parameters())
@@ -133,7 +133,7 @@ def decided(
             with tempfile.TemporaryDirectory() as aside:
                 _save_cut(model, blocks, kinds, shape, share, tokenizer, cuts, Path(aside) / "cut")
                 options = {key: asked[key] for key in ("backend", "prompt", "new")}
-                where = device if asked["backend"] == "transformers" else "cpu"
+                where = device if BACKENDS[asked["backend"]].torch else "cpu"
                 found = bench(
                     [f"{aside}/cut", str(before)], batches=[asked["batch"]], repeat=TURNS, device=where, **options
                 )

@@ -28,12 +28,13 @@ def onnx(*, precision: Literal["f32", "f16"] = "f32") -> Exporter:
     """
     return Exporter(
         lambda finished: why_no_forward(finished, PACKAGES),
-        lambda finished, target: _write(finished, target, precision),
+        lambda finished, target: write_onnx(finished, target, precision),
         lambda finished, target: logits_apart(finished, target, precision, "onnxruntime", _client(target)),
     )
 
 
-def _write(finished: Finished, target: Path, precision: str) -> None:
+def write_onnx(finished: Finished, target: Path, precision: str) -> None:
+    """Write the file into a folder that is made."""
     model, given, free = forward_of(finished, precision)
     target.mkdir(parents=True)
     with warnings.catch_warnings():
@@ -52,16 +53,20 @@ def _write(finished: Finished, target: Path, precision: str) -> None:
 
 
 def _client(target: Path) -> Callable[[Tensor, Tensor], Tensor] | None:
-    if not installed("onnxruntime"):
-        return None
+    return open_onnx(target) if installed("onnxruntime") else None
+
+
+def open_onnx(target: Path, threads: int = 0) -> Callable[[Tensor, Tensor], Tensor]:
+    """ONNX Runtime with the file: ids and mask (sequences, length) -> logits. threads: 0 leaves it to the runtime"""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(target / FILE), options, providers=["CPUExecutionProvider"])
 
     def run(ids: Tensor, mask: Tensor) -> Tensor:
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(target / FILE), providers=["CPUExecutionProvider"])
-        found: Tensor = torch.from_numpy(
-            session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
-        )
+        given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        found: Tensor = torch.from_numpy(session.run(None, given)[0])
         return found
 
     return run

@@ -27,12 +27,13 @@ def openvino(*, precision: Literal["f32", "f16"] = "f32") -> Exporter:
     """
     return Exporter(
         lambda finished: why_no_forward(finished, ["openvino"]),
-        lambda finished, target: _write(finished, target, precision),
-        lambda finished, target: logits_apart(finished, target, precision, "openvino", _client(target)),
+        lambda finished, target: write_openvino(finished, target, precision),
+        lambda finished, target: logits_apart(finished, target, precision, "openvino", open_openvino(target, 0, "f32")),
     )
 
 
-def _write(finished: Finished, target: Path, precision: str) -> None:
+def write_openvino(finished: Finished, target: Path, precision: str) -> None:
+    """Write the files into a folder that is made."""
     import openvino as vendor
 
     model, given, free = forward_of(finished, "f32")  # the file's precision is made where it is written
@@ -47,12 +48,18 @@ def _write(finished: Finished, target: Path, precision: str) -> None:
     vendor.save_model(made, target / FILE, compress_to_fp16=precision == "f16")
 
 
-def _client(target: Path) -> Callable[[Tensor, Tensor], Tensor]:
-    def run(ids: Tensor, mask: Tensor) -> Tensor:
-        import openvino as vendor
+def open_openvino(target: Path, threads: int = 0, hint: str = "") -> Callable[[Tensor, Tensor], Tensor]:
+    """OpenVINO with the file: ids and mask (sequences, length) -> logits.
 
-        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # else bfloat16 where the processor has it
-        compiled = vendor.Core().compile_model(str(target / FILE), "CPU", exact)
+    threads: 0 leaves it to the runtime. hint: what it computes in; empty: bfloat16 where the processor has it
+    """
+    import openvino as vendor
+
+    told = {"INFERENCE_PRECISION_HINT": hint} if hint else {}
+    told |= {"INFERENCE_NUM_THREADS": str(threads)} if threads else {}
+    compiled = vendor.Core().compile_model(str(target / FILE), "CPU", told)
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
         found: Tensor = torch.from_numpy(compiled({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})["logits"])
         return found
 
