@@ -17,7 +17,7 @@ from sparsekit.maths import parse
 from sparsekit.model import discover, find_blocks, load_plain
 from sparsekit.model import load as load_model
 from sparsekit.run.allocation import sample_input
-from sparsekit.stages.lora import lora, select
+from sparsekit.stages.lora import computes_linear, lora, select
 from sparsekit.testing import begin, context
 from sparsekit.train import Checkpoints, attach_updates, detach_updates, recovery_text, save_adapter
 from sparsekit.train.adapter import load_adapter
@@ -420,6 +420,23 @@ def test_targets_biases_and_norms(models, tmp_path):
     k_biases = {name for name in changed if name.endswith("k_proj.bias")}  # a softmax does not see them
     assert changed - weights - k_biases == {f"{name}.bias" for name in names if not name.endswith("k_proj")}
     assert {f"{block.name}.{inner}" for block in work.blocks for inner in block.trained} >= changed - weights
+
+
+def test_a_class_of_linears_that_computes_the_same_is_taken():
+    """Falcon's has a forward pass of its own; one that scales its input is no linear that LoRA knows."""
+
+    class Same(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    state = torch.random.get_rng_state()
+    assert computes_linear(nn.Linear) and computes_linear(Same)
+    assert not computes_linear(Scaled) and not computes_linear(nn.Module)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_part_of_a_name_is_a_whole_part():

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Annotated, Any, Literal
 
+import torch
 from annotated_types import Ge, Le
 from torch import nn
 
@@ -209,4 +211,18 @@ def select(blocks: Sequence[Block], targets: list[str] | None) -> list[Linear]:
 
 def _plain(linear: Linear) -> bool:
     """Whether a linear computes x W' + b; some families have classes that read their input in groups."""
-    return linear.transposed or type(linear.module).forward is nn.Linear.forward
+    return linear.transposed or computes_linear(type(linear.module))  # type: ignore[arg-type]
+
+
+@cache
+def computes_linear(kind: type[nn.Module]) -> bool:
+    """Whether a class of linears computes x W' + b, whatever it calls it: a small one is tried (Falcon's does)."""
+    if getattr(kind, "forward", None) is nn.Linear.forward:
+        return True
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            small: Any = kind(4, 3)
+            x = torch.randn(2, 4)
+            return torch.allclose(small(x), nn.functional.linear(x, small.weight, small.bias), atol=1e-6)
+    except (TypeError, RuntimeError, AttributeError):  # not made of two numbers
+        return False
