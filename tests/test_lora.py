@@ -11,6 +11,7 @@ import torch
 from families import build
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
+from torch import nn
 from torch.nn.functional import linear as product
 
 from sparsekit.maths import parse
