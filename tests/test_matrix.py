@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsekit.model import discover, split_experts
+from sparsekit.model import discover, first_inputs, split_experts
 from sparsekit.model.structure import Removal, Shape, find_units, masking
 from sparsekit.model.structure.cutting import cut
+from sparsekit.system import ActivationStore
+from sparsekit.walk import BlockStream
 from tests.matrix import families, save, towers
 from tests.matrix.__main__ import RECIPES, cell
 
@@ -21,6 +23,7 @@ FEW = {
     "jetmoe": ("sparsegpt",),
     "gpt_neo": ("wanda-sp",),
     "glm4": ("channels",),  # gate and up in one linear
+    "zaya": ("lamp",),  # a linear that runs twice
 }
 RIGHT = {"works", "own", "refused"}
 
@@ -28,7 +31,7 @@ RIGHT = {"works", "own", "refused"}
 def outcome(family: str, recipe: str, home: Path, source: Path) -> dict:
     found = cell(family, source, recipe, home)
     assert found["cell"] in RIGHT, found
-    assert found.get("share", 1.0) > 0.97, found
+    assert found.get("share", 1.0) > (0.95 if family == "zaya" else 0.97), found  # three of its sides are odd
     return found
 
 
@@ -46,6 +49,33 @@ def source(request, tmp_path):
 def test_a_few_families(source, family, tmp_path):
     for recipe in FEW[family]:
         assert outcome(family, recipe, tmp_path, source)["cell"] == "works"
+
+
+@pytest.mark.parametrize("mode", ["prefix", "none", "block"])
+def test_a_linear_that_runs_twice_is_solved_for_both_inputs(mode):
+    """Zaya's values of the token before: the Gram matrix is that of all that enters, against float64."""
+    model = families.build("zaya")
+    split_experts(model)
+    ids = torch.randint(1, 700, (3, 16), generator=torch.Generator().manual_seed(1))
+    blocks = discover(model, ids[:1])
+    [name] = blocks[0].calls
+    entered: list[torch.Tensor] = []
+    linear = blocks[0].linears[name].module
+    store = ActivationStore(10**9)
+    for hidden in first_inputs(model, blocks, ids, batch=3):
+        store.append(hidden)
+    stream = BlockStream(blocks, store, error_correction=mode)
+    for names, stats in stream.statistics(blocks[0]):
+        if names == [name]:
+            found = stats
+    hook = linear.register_forward_pre_hook(lambda _, args: entered.append(args[0].flatten(0, -2).double()))
+    with torch.no_grad():
+        model(input_ids=ids)
+    hook.remove()
+    assert len(entered) == 2 and not torch.equal(*entered)
+    rows = torch.cat(entered)
+    gram = rows.t() @ rows
+    assert (found.gram.double() - gram).norm() < 1e-6 * gram.norm()
 
 
 @pytest.mark.long

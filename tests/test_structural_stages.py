@@ -267,7 +267,7 @@ def test_fisher_by_hand(family, kinds):
     model = build(family)
     work = worked(model)
     units = find_units(model, work.blocks, kinds)
-    given = fisher._curvature(work, units, torch.ones(len(units), dtype=torch.bool))
+    given = fisher.gate_curvature(work, units, torch.ones(len(units), dtype=torch.bool))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     slopes = []
     for sequence in TOKENS:
@@ -289,10 +289,10 @@ def test_fisher_looks_again_in_every_round():
     work = worked(model)
     units = find_units(model, work.blocks, FINE)
     found = fisher.fisher(work, units, remove=0.4, rounds=2)
-    first = fisher._curvature(work, units, torch.ones(len(units), dtype=torch.bool)) / units.parameters
+    first = fisher.gate_curvature(work, units, torch.ones(len(units), dtype=torch.bool)) / units.parameters
     half = choose(units, first, 0.2, budgets="joint")
     assert found[~half].max() < 2 <= found[half].min()
-    second = (fisher._curvature(work, units, half) / units.parameters)[half]
+    second = (fisher.gate_curvature(work, units, half) / units.parameters)[half]
     assert found[half].argsort(stable=True).tolist() == second.argsort(stable=True).tolist()
     assert second.argsort(stable=True).tolist() != first[half].argsort(stable=True).tolist()
 

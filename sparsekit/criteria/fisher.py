@@ -39,7 +39,7 @@ def fisher(context: Context, units: Units, *, remove: float, rounds: Count = 10)
     found = torch.zeros(len(units))
     kept = torch.ones(len(units), dtype=torch.bool)
     for number in range(rounds):
-        curvature = _curvature(context, units, kept) / units.parameters
+        curvature = gate_curvature(context, units, kept) / units.parameters
         ranks = torch.empty(len(units))
         ranks[curvature.argsort(stable=True)] = torch.arange(len(units)) / len(units)
         found = torch.where(kept, number + 1 + ranks, found)  # what went earlier is below
@@ -48,7 +48,7 @@ def fisher(context: Context, units: Units, *, remove: float, rounds: Count = 10)
     return found
 
 
-def _curvature(context: Context, units: Units, kept: Tensor) -> Tensor:
+def gate_curvature(context: Context, units: Units, kept: Tensor) -> Tensor:
     """The Fisher information of the gates of the model under a mask (units,), float64, on the CPU; 0 of what is out."""
     model, device = context.model, context.device
     tokens = context.tokens[context.team.rank :: context.team.size]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class Block:
     """One repeated unit of a model. A plain class: under bf16-true Lightning rebuilds dataclasses and loses updates.
 
     groups: names of the linears that read the same tensor, in call order (q,k,v | o | gate,up | down)
+    calls: linears that run several times in a forward pass -> how often; each is a group of its own
     linears: name -> Linear
     experts: name inside the module -> a module of experts, whose linears are among these
     skipped: name -> why sparsekit leaves it as it is
@@ -106,6 +108,7 @@ class Block:
         self.module = module
         self.linears = {f"{name}.{inner}": Linear(f"{name}.{inner}", m) for inner, m in linears_of(module)}
         self.groups: list[list[str]] = []
+        self.calls: dict[str, int] = {}
         self.experts = experts_of(module)
         self.skipped: dict[str, str] = {}
         self.masks: dict[str, Tensor] = {}
@@ -217,21 +220,16 @@ class Block:
     ) -> Iterator[None]:
         """While this lasts, `see(group, input)` is called when a forward pass reaches each of the groups.
 
+        Of a linear that runs several times, once it has, with the inputs of all one after another.
+
         routed: what enters an expert is multiplied by what each row counts in its output (see `Experts.counted`)
         """
         hooks = []
         for group in groups:
             first = self.linears[self.groups[group][0]].module
-
             expert = self.expert_of(group) if routed else None
             experts = None if expert is None else self.experts[expert.rpartition(".")[0]]
-
-            def hook(
-                _: nn.Module, args: tuple[Any, ...], group: int = group, experts: Experts | None = experts
-            ) -> None:
-                counted = None if experts is None else experts.counted
-                see(group, args[0] if counted is None else args[0] * counted[:, None].to(args[0].dtype))
-
+            hook = partial(_shown, see, group, experts, self.calls.get(self.groups[group][0], 1), [])
             hooks.append(first.register_forward_pre_hook(hook))
         self.watch(True)
         try:
@@ -262,6 +260,27 @@ class Block:
                 self(hidden)
             except _Stop:
                 return
+
+
+def _shown(
+    see: Callable[[int, Tensor], None],
+    group: int,
+    experts: Experts | None,
+    calls: int,
+    earlier: list[Tensor],
+    _: nn.Module,
+    args: tuple[Any, ...],
+) -> None:
+    """What a hook does with what enters a group."""
+    counted = None if experts is None else experts.counted
+    inputs = args[0] if counted is None else args[0] * counted[:, None].to(args[0].dtype)
+    if calls > 1:
+        earlier.append(inputs)
+        if len(earlier) < calls:
+            return
+        inputs = torch.cat(earlier, -2)
+        earlier.clear()
+    see(group, inputs)
 
 
 # parts of names; gate_proj, half of a feed-forward part, is none

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -225,6 +226,7 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
     for block in blocks:
         if runs[block.index] != 1:
             raise ValueError(f"{block.name} runs {runs[block.index]} times in a forward pass; it must run exactly once")
+        _alone_if_repeated(block)
         found = {name for group in block.groups for name in group}
         for name in block.linears.keys() - found:
             block.skipped[name] = "not reached by the forward pass that looks for linears"
@@ -243,13 +245,26 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
     return blocks
 
 
+def _alone_if_repeated(block: Block) -> None:
+    """Give linears that run several times in a block, on different inputs, groups of their own, where they run last."""
+    runs = Counter(name for group in block.groups for name in group)
+    block.calls = {name: count for name, count in runs.items() if count > 1}
+    alone = []
+    for group in reversed(block.groups):
+        mine = [name for name in group if name in block.calls]
+        alone += [[name] for name in mine if [name] not in alone]
+        group[:] = [name for name in group if name not in block.calls]
+        alone += [group] if group else []
+    block.groups = alone[::-1]
+
+
 def adopt(model: nn.Module, known: list[Block]) -> list[Block]:
     """The blocks of `model` with the groups that were discovered in another copy of it, such as its skeleton."""
     split_experts(model)
     blocks = find_blocks(model)
     for block, other in zip(blocks, known, strict=True):
         block.linears = {name: block.linears[name] for name in other.linears}
-        block.groups, block.skipped = other.groups, other.skipped
+        block.groups, block.calls, block.skipped = other.groups, other.calls, other.skipped
         block.tuple_length, block.passes = other.tuple_length, other.passes
         block.fixed, block.scale, block.bridged = other.fixed, other.scale, other.bridged
     return blocks
