@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from sparsekit import registry
 from sparsekit.contracts import Decision
-from sparsekit.criteria import block_influence, fisher, flap, layer_perplexity, llm_pruner, wanda_sp
+from sparsekit.criteria import block_influence, fisher, flap, gumbel, layer_perplexity, llm_pruner, wanda_sp
 from sparsekit.data import calibration_tokens
 from sparsekit.measure import perplexity, perplexity_windows
 from sparsekit.model import discover, load_plain, load_tokenizer
@@ -25,6 +25,7 @@ from sparsekit.recipe import Stage
 from sparsekit.run.removing import remove_by
 from sparsekit.system import Team
 from sparsekit.testing import context
+from sparsekit.train import backward
 from sparsekit.walk import Moments
 
 TOKENS = torch.randint(1, 96, (7, 12), generator=torch.Generator().manual_seed(1))
@@ -297,6 +298,59 @@ def test_fisher_looks_again_in_every_round():
     assert second.argsort(stable=True).tolist() != first[half].argsort(stable=True).tolist()
 
 
+def test_gumbel_by_hand(monkeypatch):
+    """One step: the slopes of gates at the drawn mask, by finite differences, carried over a sigmoid to the numbers."""
+    model = build("Llama")
+    work = worked(model)
+    units = find_units(model, work.blocks, FINE)
+    masks, seen = [], []
+    with monkeypatch.context() as patched:
+        patched.setattr(gumbel, "choose", lambda *args, **options: masks.append(choose(*args, **options)) or masks[-1])
+        patched.setattr(gumbel, "backward", lambda model, rows: seen.append(rows) or backward(model, rows))
+        found = gumbel.gumbel(work, units, remove=0.3, steps=1, batch=2, learning_rate=0.1, temperature=0.5)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    start = fisher.gate_curvature(work, units, torch.ones(len(units), dtype=torch.bool)) / units.parameters
+    order = start.argsort(stable=True)
+    first = torch.empty(len(units), dtype=torch.float64)
+    first[order] = torch.special.ndtri((torch.arange(len(units), dtype=torch.float64) + 0.5) / len(units))
+    [kept], rows = masks, torch.cat(seen)
+    assert rows.shape == (2, 12) and 0 <= units.removed(kept) - 0.3 < 0.05
+    slope = torch.zeros(len(units), dtype=torch.float64)
+    model.double()
+    with torch.no_grad(), gating(work.blocks, units, torch.device("cpu")) as gates:
+        for unit in range(len(units)):
+            losses = []
+            for step in (1e-3, -1e-3):
+                gates.copy_(kept)
+                gates[unit] += step
+                logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+                losses.append(cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) * len(rows))
+            slope[unit] = (losses[0] - losses[1]) / 2e-3
+    uniform = torch.rand(len(units), generator=torch.Generator().manual_seed(work.seed), dtype=torch.float64)
+    noisy = first + 0.5 * torch.logit(uniform)
+    assert torch.equal(kept, choose(units, noisy, 0.3, budgets="joint"))
+    open_by = torch.sigmoid((noisy - (noisy[kept].min() + noisy[~kept].max()) / 2) / 0.5)
+    change = slope * open_by * (1 - open_by) / units.parameters
+    expected = -0.1 * change / change.square().mean().sqrt()
+    torch.testing.assert_close(found - first, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_gumbel_learns_is_better_than_where_it_begins(seed):
+    """On other topics than it learned on; the start is the curvature of the whole model."""
+    tokens, tests = texts("tiny-llama")
+    found = {}
+    for steps in (1, 100):
+        model, _ = load_plain(MODELS / "tiny-llama")
+        work = context(model, tokens, Path(), seed=seed)
+        units = find_units(model, work.blocks, FINE)
+        kept = choose(units, gumbel.gumbel(work, units, remove=0.5, steps=steps), 0.5, budgets="joint")
+        with masking(work.blocks, units) as mask:
+            mask(kept)
+            found[steps] = perplexity(model, tests, batch=16)
+    assert found[100] < 0.95 * found[1]
+
+
 def test_a_gate_of_zero_is_a_mask(tmp_path):
     """Whatever the kind: the model under gates of 0 and 1 gives what it gives under the mask."""
     for kinds in (FINE, ["layers"]):
@@ -416,6 +470,7 @@ STAGES = {
     "flap": (flap.flap, FINE, {}),
     "llm-pruner": (llm_pruner.llm_pruner, FINE, {}),
     "fisher": (fisher.fisher, FINE, {"rounds": 3}),
+    "gumbel": (gumbel.gumbel, FINE, {"steps": 20}),
     "layer-perplexity": (layer_perplexity.layer_perplexity, ["layers"], {}),
     "parts": (layer_perplexity.layer_perplexity, PARTS, {"units": "parts"}),
     "block-influence": (block_influence.block_influence, ["layers"], {}),

@@ -235,9 +235,10 @@ def _try_without(model: nn.Module, blocks: list[Block], kind: str) -> None:
     try:
         discover(left, sample_input(left))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ValueError(
-            f"{type(model).__name__} does not run without some of its {kind} ({error}), so none are removed: "
-            "choose other units"
+            f"{type(model).__name__} does not run without some of its {kind} ({reason}), so none are removed: choose "
+            "other units"
         ) from error
 
 

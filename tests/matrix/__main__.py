@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -215,7 +216,8 @@ def table(known: dict[tuple[str, str], dict[str, Any]]) -> str:
             entry = known.get((family, recipe), {"cell": ""})
             said = entry["cell"] + (f" {entry['share']:.0%}" if "share" in entry else "")
             if "why" in entry:
-                reasons.setdefault(entry["why"].replace(family, "..."), []).append(f"{family}/{recipe}")
+                why = re.sub(r"\w+(ForCausalLM|LMHeadModel)", "...", entry["why"].replace(family, "..."))
+                reasons.setdefault(why, []).append(f"{family}/{recipe}")
             cells.append(said)
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     lines += ["", *(f"- {', '.join(who)}: {why}" for why, who in sorted(reasons.items()))]

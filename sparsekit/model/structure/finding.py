@@ -50,7 +50,8 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
         raise ValueError(f"no layer of {type(model).__name__} can be dropped: its config could not say that it is gone")
     for kind, first in lacking.items():
         if not any(part.kind == kind for part in parts):
-            raise first
+            there = next((part.kind for part in parts), "")
+            raise NoPart(f"{first}; its {there} can go alone: give `units: {there}`" if there else str(first))
     return Units(tuple(parts), sum(p.numel() for block in blocks for p in block.module.parameters()))
 
 
