@@ -212,7 +212,7 @@ def test_a_mixture_of_experts_has_heads_to_give():
     split_experts(model)
     blocks = discover(model, torch.arange(5, 13)[None])
     with pytest.raises(
-        ValueError, match="no MLP whose linears sparsekit knows.*its heads can go alone: give `units: h"
+        ValueError, match=r"no MLP whose linears sparsekit knows.*its heads can go alone: give `units: h"
     ):
         find_units(model, blocks, ["heads", "channels"])
     assert find_units(model, blocks, ["heads"]).kinds == ["heads"]
