@@ -80,8 +80,8 @@ def evaluate(
       metrics: others, each a name or {name: options}; their figures are under "figures", by name
     ready: what `get_ready` gave for these settings, where it was called before.
     dense: opens the dense model, which `features` are compared with where ready is None
-    walked: how to go through a model whose blocks rest on disk: texts block by block; tasks, and metrics that generate,
-        with all blocks filled meanwhile. None: the model is in memory
+    walked: how to go through a model whose blocks rest on disk: texts, and what tasks ask the likelihood of, block by
+        block; what generates, and metrics, with all blocks filled meanwhile. None: the model is in memory
     """
     check_evaluation(settings)
     batch, limit = settings.get("batch") or 1, settings.get("limit")
@@ -100,10 +100,12 @@ def evaluate(
     found = ready.texts
     walked = walked or Walked()
     seen = {name: losses(model, tokens, batch=batch, walked=walked) for name, tokens in found.items()}
-    more = ready.measures or settings.get("tasks") or settings.get("accuracy")
+    more = ready.measures or settings.get("accuracy")
     with filled(walked.blocks if more else (), walked.device):
         found_figures = measured(ready.measures, Subject(model, tokenizer, batch))
-        said = _tasks(model, tokenizer, settings, batch, limit)
+        of_images = _accuracies(model, tokenizer, settings, batch, limit)
+    named = settings.get("tasks")
+    said = tasks(model, tokenizer, named, limit=limit, batch=batch, walked=walked) if named else {}
     return {
         "perplexity": {name: float(each.mean().exp()) for name, each in seen.items()},
         # of the mean loss, carried over to its exponential (delta method); windows are not independent, so it is rough
@@ -121,17 +123,18 @@ def evaluate(
             }
             for name, tokens in found.items()
         },
-        "tasks": said,
+        "tasks": said | of_images,
         **({"figures": found_figures} if found_figures else {}),
         **({"bos": {"used": first.used, "why": first.why}} if first is not None else {}),
     }
 
 
-def _tasks(model: Any, tokenizer: Any, settings: Mapping[str, Any], batch: int, limit: int | None) -> dict[str, Any]:
-    """Figures of tasks over text and over images."""
-    named, images = settings.get("tasks"), settings.get("accuracy") or []
-    found: dict[str, Any] = tasks(model, tokenizer, named, limit=limit, batch=batch) if named else {}
-    for entry in images:
+def _accuracies(
+    model: Any, tokenizer: Any, settings: Mapping[str, Any], batch: int, limit: int | None
+) -> dict[str, Any]:
+    """Figures of tasks over images."""
+    found: dict[str, Any] = {}
+    for entry in settings.get("accuracy") or []:
         count = image_limit(entry) or limit
         found[image_set_name(entry)] = accuracy(model, tokenizer, labelled_images(entry), batch=batch, limit=count)
     return found

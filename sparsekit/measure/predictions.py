@@ -42,11 +42,32 @@ def surprises(
     time where the model can do that (`logits_to_keep`).
     walked: where its blocks rest on disk, all tokens go through one of them after another, so that each is read once
     """
+    for row in _each(model, tokens, tokens[:, 1:], batch, walked, likeliest=False):
+        yield row[0]
+
+
+@torch.no_grad()
+def answers(
+    model: Any, tokens: Tensor, following: Tensor, *, batch: int = 1, walked: "Walked | None" = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sequence by sequence the log-probability (length,) of what follows each token, and whether it is the likeliest.
+
+    tokens, following: (n, length). batch, walked: as in `surprises`
+    """
+    for loss, likeliest in _each(model, tokens, following, batch, walked, likeliest=True):
+        yield -loss, likeliest.bool()
+
+
+def _each(
+    model: Any, tokens: Tensor, following: Tensor, batch: int, walked: "Walked | None", *, likeliest: bool
+) -> Iterator[Tensor]:
+    """Of each sequence (1 or 2, places): the cross-entropy of what follows, and 1 where that is the likeliest."""
     known = list(walked.blocks) if walked else []
+    chunks = list(zip(tokens.split(batch), following.split(batch), strict=True))
     if walked is None or not any(map(rests, known)):
         device = next(model.parameters()).device
-        for chunk in track(tokens.split(batch), "measuring"):
-            yield from _of_chunk(model, chunk.to(device))
+        for chunk, after in track(chunks, "measuring"):
+            yield from _of_chunk(model, chunk.to(device), after.to(device), likeliest)
         return
     device = walked.device
     store = ActivationStore(walked.activations)
@@ -57,18 +78,19 @@ def surprises(
             with filled([block], device):
                 for index, hidden in enumerate(store):
                     store[index] = block(hidden)
-        for chunk, hidden in zip(tokens.split(batch), store, strict=True):
+        for (chunk, after), hidden in zip(chunks, store, strict=True):
             with passed_over(known, hidden.to(device)):
-                found = list(_of_chunk(model, chunk.to(device)))
+                found = list(_of_chunk(model, chunk.to(device), after.to(device), likeliest))
             yield from found  # whoever gets it may run the model
     finally:
         store.close()
 
 
-def _of_chunk(model: Any, chunk: Tensor) -> Iterator[Tensor]:
+def _of_chunk(model: Any, chunk: Tensor, following: Tensor, likeliest: bool) -> Iterator[Tensor]:
     said, parts = Said(model, chunk), []
-    for places in said.places(numbers=LOGITS):
-        for each, following in zip(said.logits(places), chunk, strict=True):
-            parts.append(cross_entropy(each.float(), following[places + 1], reduction="none"))
+    for places in said.places(last=following.shape == chunk.shape, numbers=LOGITS):
+        for each, after in zip(said.logits(places), following[:, places], strict=True):
+            loss = cross_entropy(each.float(), after, reduction="none")
+            parts.append(torch.stack([loss, (each.argmax(-1) == after).float()] if likeliest else [loss]))
     for row in range(len(chunk)):
-        yield torch.cat(parts[row :: len(chunk)])
+        yield torch.cat(parts[row :: len(chunk)], -1)

@@ -9,6 +9,8 @@ from typing import Any
 
 from sparsekit import registry
 from sparsekit.data import no_bars
+from sparsekit.measure.harness import harness_for
+from sparsekit.measure.predictions import Walked
 from sparsekit.measure.templates import check_task_file, check_template, sandboxed
 
 TASK = {"name", "path", "prompt", "choices", "label"}  # keys a local task must have; `limit` it may have
@@ -31,7 +33,13 @@ def check_named(entries: Sequence[Any]) -> None:
 
 
 def tasks(
-    model: Any, tokenizer: Any, entries: list[str | Mapping[str, Any]], *, limit: int | None = None, batch: int = 1
+    model: Any,
+    tokenizer: Any,
+    entries: list[str | Mapping[str, Any]],
+    *,
+    limit: int | None = None,
+    batch: int = 1,
+    walked: Walked | None = None,
 ) -> dict[str, dict[str, float]]:
     """Zero-shot figures through lm-eval: {task: {metric: value, metric_stderr: value, "n": documents}}.
 
@@ -39,13 +47,12 @@ def tasks(
     {name, path, prompt, choices, label, limit} that describes multiple choice over a local JSON-lines file: `prompt`,
     `choices` (or a list) and `label` (an index from 0, or the text of the right choice) are Jinja templates over the
     record. An answer follows the prompt after one blank. `acc` takes the likeliest answer, `acc_norm` the likeliest
-    per character.
+    per character. walked: where the model's blocks rest on disk, see `harness.harness_for`
     """
     for entry in entries:
         check_task(entry)
     with _quiet():
         from lm_eval import evaluator
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
         # Reading lm-eval's own 14,000 tasks takes a quarter of a minute: only where one of them is named.
@@ -53,7 +60,7 @@ def tasks(
         manager = TaskManager(include_defaults=named)
         loaded = [_task(manager, entry) for entry in entries]
         training = model.training
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        harness = harness_for(model, tokenizer, batch, walked or Walked())
         found: dict[str, dict[str, float]] = {}
         for entry, task in zip(entries, loaded, strict=True):
             own = entry.get("limit") if isinstance(entry, Mapping) else None
