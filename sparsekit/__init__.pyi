@@ -12,6 +12,7 @@ from .results import verify as verify
 from .run import evaluate as evaluate
 from .run import export_run as export_run
 from .run import fit as fit
+from .run import fit_each as fit_each
 from .run import prune as prune
 from .system import ActivationStore as ActivationStore
 from .train import HoldZeros as HoldZeros

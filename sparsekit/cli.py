@@ -55,11 +55,11 @@ def _silence() -> Iterator[None]:
 
 def fit(given: argparse.Namespace) -> int:
     """`sparsekit fit`: the recipe is checked in full before a model is looked at."""
-    from sparsekit.recipe import RecipeError, check_options, load_recipe
+    from sparsekit.recipe import RecipeError, check_options, load_recipes
 
-    recipe = load_recipe(given.recipe, given.set)
+    recipes = load_recipes(given.recipe, given.set)
     print(f"{given.recipe}: looking at its methods and its model", flush=True)  # their libraries take seconds
-    if problems := check_options(recipe):
+    if problems := list(dict.fromkeys(each for recipe in recipes.values() for each in check_options(recipe))):
         raise RecipeError(problems)
     key = None
     if given.sign:
@@ -68,10 +68,10 @@ def fit(given: argparse.Namespace) -> int:
         from sparsekit.results import private_key, sign
 
         key = private_key(Path(given.sign))  # so that a wrong one is said now
-    from sparsekit.run import run_recipe
+    from sparsekit.run import run_each
 
-    status = run_recipe(recipe, resume=given.resume, dry_run=given.dry_run)
-    if key is not None and status == 0 and not given.dry_run:
+    status = run_each(recipes, resume=given.resume, dry_run=given.dry_run)
+    for recipe in recipes.values() if key is not None and status == 0 and not given.dry_run else ():
         sign(Path(str(recipe.output)), key)
     return status
 

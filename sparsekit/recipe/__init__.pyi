@@ -11,6 +11,7 @@ from .effects import group_of as group_of
 from .effects import kind as kind
 from .effects import options_of as options_of
 from .load import load_recipe as load_recipe
+from .load import load_recipes as load_recipes
 from .methods import Stage as Stage
 from .schema import Recipe as Recipe
 from .starting import QUESTIONS as QUESTIONS

@@ -5,6 +5,7 @@ imports the named methods alone and checks their options. Both report every prob
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,50 @@ def load_recipe(given: str | Path | Mapping[str, Any], overrides: Sequence[str] 
 
     Raises RecipeError with all problems of structure, types and names. Imports neither torch nor any method.
     """
+    tree = _tree(given, overrides)
+    if isinstance(tree.value.get("pattern"), list):
+        raise RecipeError(
+            [
+                f"{tree.place(('pattern',))}: `pattern` is a list, and each entry of it is a run of its own: "
+                "`sparsekit fit` runs them one after another, and sparsekit.fit_each from Python"
+            ]
+        )
+    return _recipe(tree, given)
+
+
+def load_recipes(given: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+    """The recipes of a file, by their patterns: where `pattern` is a list, one for each entry, else one, called "".
+
+    Each of several writes into a folder of its own in the `output` of the file. given, overrides: as in `load_recipe`
+
+    Raises RecipeError as `load_recipe` does, and for a list that is empty or names a pattern twice.
+    """
+    tree = _tree(given, overrides)
+    patterns = tree.value.get("pattern")
+    if not isinstance(patterns, list):
+        return {"": _recipe(tree, given)}
+    names = [_named(each) for each in patterns]
+    if not names or len(set(names)) < len(names):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        said = "is an empty list, give a pattern or several" if twice is None else f"has {twice} twice"
+        raise RecipeError([f"{tree.place(('pattern',))}: `pattern` {said}"])
+    found = {}
+    for name, pattern in zip(names, patterns, strict=True):
+        recipe = _recipe(replace(tree, value=tree.value | {"pattern": pattern}), given)
+        folder = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+        found[name] = recipe.model_copy(update={"output": f"{recipe.output}/{folder}"})
+        found[name]._tree = recipe._tree
+    return found
+
+
+def _named(pattern: Any) -> str:
+    """What a pattern is called: 0.5 is 50%, a mapping its keys and values."""
+    if isinstance(pattern, Mapping):
+        return ", ".join(f"{target} {of}" for target, of in pattern.items())
+    return f"{pattern:.4%}".rstrip("0%").rstrip(".") + "%" if isinstance(pattern, float) else str(pattern)
+
+
+def _tree(given: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Tree:
     tree = Tree("the recipe", dict(given)) if isinstance(given, Mapping) else yamltree.read(given)
     if tree.value is None:
         raise RecipeError(tree.problems)
@@ -35,6 +80,10 @@ def load_recipe(given: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     if not isinstance(tree.value, dict):
         raise RecipeError([*tree.problems, f"{tree.place(())}: a recipe is a mapping with {', '.join(_required())}"])
     _model_of_run(tree.value)
+    return tree
+
+
+def _recipe(tree: Tree, given: str | Path | Mapping[str, Any]) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree.value)
     except ValidationError as error:

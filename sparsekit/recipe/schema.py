@@ -17,6 +17,8 @@ from sparsekit.recipe.texts import Calibration
 from sparsekit.recipe.trainer import ClassPath, TrainerOptions
 from sparsekit.recipe.yaml_tree import Tree, dotted
 
+Asked = str | float | dict[str, str | float]  # a pattern as it may be written
+
 
 class Model(Section):
     """What to prune."""
@@ -64,11 +66,12 @@ class Recipe(Section):
     ]
     pattern: Annotated[
         str | dict[str, str] | None,
-        BeforeValidator(values.patterns, json_schema_input_type=str | float | dict[str, str | float]),
+        BeforeValidator(values.patterns, json_schema_input_type=Asked | list[Asked]),
     ] = Field(
         default=None,
         description='"50%" removed, or "2:4": keep 2 of 4; or what each target gets, the first that means a linear: '
-        '{attention: "50%", mlp: "2:4"}; stages that remove structures need none',
+        '{attention: "50%", mlp: "2:4"}; a list of such: a run for each, into folders of its own; stages that remove '
+        "structures need none",
     )
     prune: Literal["text", "vision", "encoder", "decoder", "all"] | None = Field(
         default=None,

@@ -4,12 +4,14 @@ from .doctor import examine as examine
 from .doctor import report_of as report_of
 from .door import evaluate as evaluate
 from .door import fit as fit
+from .door import fit_each as fit_each
 from .exporting import export_run as export_run
 from .exporting import said_of as said_of
 from .fitting import run_recipe as run_recipe
 from .measuring import evaluate_path as evaluate_path
 from .memory import prune as prune
 from .needs import memory_needs as memory_needs
+from .patterns import run_each as run_each
 from .plan import BATCH_TOKENS as BATCH_TOKENS
 from .plan import Plan as Plan
 from .plan import make_plan as make_plan

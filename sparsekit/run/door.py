@@ -8,9 +8,10 @@ from rich.console import Console
 
 from sparsekit.contracts import Figure
 from sparsekit.measure import evaluate as measured
-from sparsekit.recipe import Recipe, load_recipe
+from sparsekit.recipe import Recipe, load_recipe, load_recipes
 from sparsekit.results import figures_of
 from sparsekit.run.fitting import run_recipe
+from sparsekit.run.patterns import run_each
 from sparsekit.run.pruned import Result
 from sparsekit.system import session
 
@@ -39,6 +40,25 @@ def fit(
     checked = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
     run_recipe(checked, resume=resume, console=Console(quiet=True) if quiet else None)
     return Result(str(checked.output))
+
+
+def fit_each(
+    recipe: Mapping[str, Any] | str | Path,
+    *,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    quiet: bool = False,
+) -> dict[str, Result]:
+    """Run a recipe whose `pattern` is a list: a run for each entry, into folders of its own in `output`.
+
+    The texts are read and the dense model is measured once. Arguments and errors are those of `fit`.
+
+    Returns:
+        the finished runs by their patterns, {"50%": ..., "2:4": ...}; patterns.html beside them compares them
+    """
+    recipes = load_recipes(recipe, settings)
+    run_each(recipes, resume=resume, console=Console(quiet=True) if quiet else None)
+    return {name: Result(str(each.output)) for name, each in recipes.items()}
 
 
 def evaluate(model: Any, tokenizer: Any, *, dense: Any = None, **settings: Any) -> dict[str, Figure]:

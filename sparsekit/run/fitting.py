@@ -49,14 +49,24 @@ from sparsekit.run.measured import measured_patterns
 from sparsekit.run.measuring import measure_model, ready_for, settings_of, side_by_side
 from sparsekit.run.plan import Plan
 from sparsekit.run.preview import left_as_is
+from sparsekit.run.shared import Shared
 from sparsekit.system import Meter, hardware, session, versions, write_atomically, write_json
 from sparsekit.walk import count_committed
 
 BESIDE = "of the model without the update in adapter/, which was not merged"
 
 
-def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None) -> int:
+def run_recipe(
+    recipe_: Recipe,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+    shared: Shared | None = None,
+) -> int:
     """Run a recipe. Returns 0 when everything asked for is true, 1 when verification failed.
+
+    shared: of several runs that differ in their pattern alone, what they have in common; None: it is the only one
 
     Raises:
         ValueError: the recipe, the model, the text or the output folder cannot be used; nothing was overwritten.
@@ -82,10 +92,10 @@ def run_recipe(recipe_: Recipe, *, resume: bool = False, dry_run: bool = False, 
         check_classes(recipe_.trainer)
         divide_threads(recipe_.trainer.devices)
         with locked(output) if leads else nullcontext():
-            return _run(planned, output, leads, console)
+            return _run(planned, output, leads, console, shared or Shared())
 
 
-def _run(planned: Plan, output: Path, leads: bool, console: Console) -> int:
+def _run(planned: Plan, output: Path, leads: bool, console: Console, shared: Shared) -> int:
     """Go through with a plan, or say that it is finished. leads: of several processes, this one writes and talks"""
     recipe_ = planned.recipe
     with Meter() as meter:
@@ -93,15 +103,15 @@ def _run(planned: Plan, output: Path, leads: bool, console: Console) -> int:
             console.print("reading the texts and the source's digests", style="dim")
             tokenizer = planned.source.tokenizer() if planned.source.tokenizer else None
             _kept(planned, tokenizer)  # missing files are told now
-            first = _first_token(planned, tokenizer, console)
-            tokens = calibration_of(planned, tokenizer, first.token)
-            ready = ready_for(planned, tokenizer, first.token)
+            first = shared.once("first", lambda: _first_token(planned, tokenizer, console))
+            tokens = shared.once("tokens", lambda: calibration_of(planned, tokenizer, first.token))
+            ready = shared.once("ready", lambda: ready_for(planned, tokenizer, first.token))
             fingerprint = fingerprint_of(planned, tokens)
             finished = claim_output(output, fingerprint) if leads else (output / REPORT).is_file()
         if finished:
             return _already(output, recipe_, console) if leads else 0
         try:
-            return _fit(planned, tokenizer, tokens, ready, first, fingerprint, output, meter, console)
+            return _fit(planned, tokenizer, tokens, ready, first, fingerprint, output, meter, console, shared.folder)
         except OSError as error:
             done = count_committed(output / "blocks")
             raise OSError(
@@ -135,6 +145,7 @@ def _fit(
     output: Path,
     meter: Meter,
     console: Console,
+    common: Path | None,
 ) -> int:
     from sparsekit.run.sequence import run_stages
     from sparsekit.system import leave_group, process_rank
@@ -158,7 +169,7 @@ def _fit(
                 dense = load_resting(planned.dense, like=planned.model, dtype=dtype, trust_remote_code=trust)
                 known = plan.blocks_in(planned.dense, planned.model, trust_remote_code=trust)
             measure = partial(measure_model, planned, dense, known, tokenizer, settings, ready)
-            evaluation["dense"] = measured_once(output / "blocks" / "dense.json", settings, measure)
+            evaluation["dense"] = measured_once((common or output / "blocks") / "dense.json", settings, measure)
             del measure, dense, known
     if planned.postponed:
         with meter.stage("allocate"):

@@ -1,0 +1,87 @@
+"""`pattern` as a list: a run for each entry, of one reading and one measurement of the dense model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sparsekit
+from sparsekit import cli
+from sparsekit.recipe import RecipeError, load_recipe, load_recipes
+from sparsekit.run import fitting
+
+RECIPE = {
+    "calibration": {"source": "python-docs", "samples": 8, "length": 32},
+    "stages": ["wanda"],
+    "evaluate": {"perplexity": [{"source": "python-docs", "windows": 2}], "length": 32},
+    "loggers": [],
+}
+
+
+@pytest.fixture
+def recipe(models, tmp_path):
+    return RECIPE | {"model": str(models / "tiny-llama"), "output": str(tmp_path / "runs")}
+
+
+def test_each_is_the_run_of_its_pattern_alone(recipe, tmp_path, monkeypatch):
+    """The same weights and figures as one at a time; texts are read, and the dense model is measured, once."""
+    counted = {"calibration_of": 0, "ready_for": 0, "measure_model": 0}
+    for name in counted:
+        original = getattr(fitting, name)
+
+        def counting(*args, name=name, original=original):
+            counted[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(fitting, name, counting)
+    found = sparsekit.fit_each(recipe | {"pattern": ["50%", 0.3, "2:4"]}, quiet=True)
+    assert list(found) == ["50%", "30%", "2:4"]
+    assert counted == {"calibration_of": 1, "ready_for": 1, "measure_model": 4}  # the dense one, and three
+    for name, pattern, folder in (("50%", "50%", "50"), ("30%", 0.3, "30"), ("2:4", "2:4", "2-4")):
+        assert found[name].verified
+        assert found[name].folder == tmp_path / "runs" / folder
+        alone = sparsekit.fit(recipe | {"pattern": pattern, "output": str(tmp_path / f"alone-{folder}")}, quiet=True)
+        assert alone.report["evaluation"] == found[name].report["evaluation"]
+        weights = [each / "model" / "model.safetensors" for each in (tmp_path / f"alone-{folder}", found[name].folder)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    page = (tmp_path / "runs" / "patterns.html").read_text()
+    assert "2-4" in page and "<script" not in page
+    board = json.loads((tmp_path / "runs" / "patterns.json").read_text())
+    assert {Path(row["run"]).name for row in board["runs"]} == {"50", "30", "2-4"}
+
+
+def test_it_goes_on_where_it_was(recipe, tmp_path, capsys):
+    file = tmp_path / "several.yaml"
+    file.write_text(json.dumps(recipe | {"pattern": ["50%", "2:4"]}))
+    assert cli.main(["fit", "--recipe", str(file), "--dry-run"]) == 0
+    assert not (tmp_path / "runs").exists()
+    assert cli.main(["fit", "--recipe", str(file), "--set", 'pattern=["50%"]']) == 0
+    assert cli.main(["fit", "--recipe", str(file)]) == 2  # the first is there
+    capsys.readouterr()
+    assert cli.main(["fit", "--recipe", str(file), "--resume"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is finished, nothing to do" in said and "2 patterns, 50%, 2:4: the texts are read" in said
+    assert cli.main(["verify", str(tmp_path / "runs" / "2-4")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ([], "`pattern` is an empty list"),
+        (["50%", 0.5], "`pattern` has 50% twice"),
+        (["50%", "150%"], "150%"),
+        (["50%", ["2:4"]], "pattern"),
+    ],
+)
+def test_mistakes(pattern, said, recipe):
+    with pytest.raises(RecipeError) as raised:
+        load_recipes(recipe | {"pattern": pattern})
+    assert said in str(raised.value)
+
+
+def test_one_run_is_not_several(recipe):
+    with pytest.raises(RecipeError, match="each entry of it is a run of its own"):
+        load_recipe(recipe | {"pattern": ["50%", "2:4"]})
+    with pytest.raises(ValueError, match=r"several patterns run in one process, and trainer.devices is 2"):
+        sparsekit.fit_each(recipe | {"pattern": ["50%", "2:4"], "trainer": {"devices": 2, "accelerator": "cpu"}})
+    assert list(load_recipes(recipe | {"pattern": [{"mlp": "2:4", "attention": "50%"}]})) == ["mlp 2:4, attention 50%"]
