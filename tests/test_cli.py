@@ -38,13 +38,13 @@ def fake_run(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     fake = SimpleNamespace(calls=[], answer=0)
 
-    def fit(recipe: Any, **options: Any) -> int:
-        fake.calls.append((recipe, options))
+    def fit(recipes: Any, **options: Any) -> int:
+        fake.calls.append((recipes[""], options))
         if isinstance(fake.answer, BaseException):
             raise fake.answer
         return fake.answer
 
-    fake.run_recipe = fit
+    fake.run_each = fit
     monkeypatch.setitem(sys.modules, "sparsekit.run", fake)
     monkeypatch.setattr(sparsekit, "run", fake, raising=False)
     return fake
