@@ -91,7 +91,7 @@ def count_heads(attention: Any, heads: int, size: int, width: int, one_key: bool
     size: of a head; width: of all heads before
     """
     before = next((getattr(attention, name) for name in COUNTS if hasattr(attention, name)), None)
-    if before is None and "heads" not in vars(attention) and hasattr(attention, "qkv_proj"):
+    if before is None and hasattr(attention, "qkv_proj"):
         attention.config = copy(attention.config)  # Phi-3 asks its config where q ends
         attention.config.num_attention_heads = heads
     for name in COUNTS:
