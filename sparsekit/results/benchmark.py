@@ -70,18 +70,18 @@ def bench(
     names = [str(spec["path"]) for spec in specs]
     folders = [locate(spec) for spec in specs]
     seen = {place: _sees(place) for place in folders}
+    own = backend not in BACKENDS or BACKENDS[backend].torch  # one that is unknown is refused below
     for place, images in seen.items():
         if images is None:
             raise ValueError(
                 f"{place} neither writes text nor sees images alone; bench measures models that do one of the two"
             )
-        if images and backend in BACKENDS and not BACKENDS[backend].torch:
+        if images and not own:
             raise ValueError(f"{place} sees images, and {backend} is for language models here: leave the backend out")
     if len(set(seen.values())) > 1:
         raise ValueError(
             f"{folders[0]} and {folders[1]} are not given the same, one sees images: compare like with like"
         )
-    own = backend in BACKENDS and BACKENDS[backend].torch
     device = device or str((own and torch.accelerator.current_accelerator()) or "cpu")
     check_backend(backend, folders, list(batches), device, precision)
     keys = ("images",) if seen[folders[0]] else BACKENDS[backend].times
