@@ -208,6 +208,7 @@ def test_a_model_is_measured_in_other_runtimes(
     assert cli.main(["bench", path, "--against", path, "--backend", backend, "--batch", "1", "2", *sizes]) == 0
     result = json.loads(file.read_text())
     assert set(result["faster"]) == times
+    assert all(("memory_bytes" in model) == (backend == "compiled") for model in result["models"])
     assert all(model["prefill_seconds"]["2"] > 0 and model["file_bytes"] > 0 for model in result["models"])
     assert all(name in result["versions"] for name in needs)
     assert f"in {backend} on cpu" in " ".join(capsys.readouterr().out.split())
@@ -238,6 +239,10 @@ def test_a_model_is_measured_in_llama_cpp(models: Path, tmp_path: Path, capsys: 
         ),
         (["--backend", "llama.cpp", "--precision", "q9"], "precision is 'q9'; it can be source, f32"),
         (["--precision", "f16"], "precision f16 is for llama.cpp: give --backend llama.cpp"),
+        (
+            ["--backend", "semi-structured"],
+            "is for CUDA, whose tensor cores multiply 2:4, and not for cpu",
+        ),
         (["--backend", "llama.cpp", "--batch", "2"], "one sequence at a time is measured: give --batch 1"),
         (["--backend", "llama.cpp", "--perplexity", "python-docs"], "quality is measured in transformers"),
     ],

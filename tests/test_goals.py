@@ -89,6 +89,7 @@ def test_a_speed_is_measured_beside_the_source_and_kept_for_a_resume(
         ({"speedup": 2, "parameters": 7}, "must be a share such as"),
         ({"parameters": "many"}, "must be a share such as"),
         ({"speedup": 2, "new": 0}, "whole numbers above 0"),
+        ({"speedup": 2, "backend": "onnxruntime"}, "without a cache here, so there is no decode: give `on: prefill`"),
         ({"speedup": 2, "backend": "llamacpp"}, "backend is 'llamacpp'; it can be transformers, compiled"),
     ],
 )

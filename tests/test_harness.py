@@ -57,6 +57,12 @@ def test_likelihoods_are_lm_evals_own(both, monkeypatch):
     assert all(map(rests, blocks))
 
 
+def test_an_answer_longer_than_the_positions_is_refused(both):
+    _, ours, _ = both
+    with pytest.raises(ValueError, match="an answer of 9000 tokens, and the model has"):
+        ours._loglikelihood_tokens([(("a", "b"), [5], [6] * 9000)])
+
+
 def test_of_whole_texts_and_what_is_generated(both):
     theirs, ours, blocks = both
     texts = asked("loglikelihood_rolling", [("The module has two classes, " * 40,), ("import os",)])

@@ -1,6 +1,7 @@
 """`pattern` as a list: a run for each entry, of one reading and one measurement of the dense model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_it_goes_on_where_it_was(recipe, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "is finished, nothing to do" in said and "2 patterns, 50%, 2:4: the texts are read" in said
     assert cli.main(["verify", str(tmp_path / "runs" / "2-4")]) == 0
+
+
+def test_the_dense_figures_are_of_the_model_that_is_asked(recipe, models, tmp_path):
+    """Also where an earlier model's figures lie in the same output, and its runs are gone."""
+    first = sparsekit.fit_each(recipe | {"pattern": ["50%"]}, quiet=True)["50%"].report["evaluation"]["dense"]
+    shutil.rmtree(tmp_path / "runs" / "50")
+    other = recipe | {"pattern": ["50%"], "model": str(models / "tiny-opt")}
+    found = sparsekit.fit_each(other, quiet=True)["50%"].report["evaluation"]["dense"]
+    alone = sparsekit.fit(other | {"pattern": "50%", "output": str(tmp_path / "alone")}, quiet=True)
+    assert found == alone.report["evaluation"]["dense"] != first
 
 
 @pytest.mark.parametrize(

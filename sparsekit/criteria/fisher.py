@@ -7,8 +7,8 @@ from sparsekit.contracts import Context, Count, scores
 from sparsekit.model.structure import Units, choose, gating, masking
 from sparsekit.train import backward, frozen
 
-
-@scores(
+# whatever has a gate, and is compared with all else that has one: see `gating`
+by_gates = scores(
     "heads",
     "channels",
     "attention",
@@ -19,6 +19,9 @@ from sparsekit.train import backward, frozen
     gradients=True,
     reads=("text", "images"),
 )
+
+
+@by_gates
 def fisher(context: Context, units: Units, *, remove: float, rounds: Count = 10) -> Tensor:
     """Remove the units whose gates the loss bends least in, a few at a time.
 

@@ -3,23 +3,13 @@
 import torch
 from torch import Tensor
 
-from sparsekit.contracts import Context, Count, Positive, scores
-from sparsekit.criteria.fisher import gate_curvature
+from sparsekit.contracts import Context, Count, Positive
+from sparsekit.criteria.fisher import by_gates, gate_curvature
 from sparsekit.model.structure import Units, choose, gating
 from sparsekit.train import backward, frozen
 
 
-@scores(
-    "heads",
-    "channels",
-    "attention",
-    "mlp",
-    "layers",
-    removes=("heads", "channels"),
-    budgets="joint",
-    gradients=True,
-    reads=("text", "images"),
-)
+@by_gates
 def gumbel(
     context: Context,
     units: Units,
@@ -45,7 +35,7 @@ def gumbel(
 
     Source: the straight-through Gumbel estimator: Jang, Gu and Poole 2017, arXiv:1611.01144, sections 2.1 and 2.2, with
     the sigmoid of Maddison et al. 2017, arXiv:1611.00712, appendix B. Exact budgets, one size for all slopes, and the
-    start are ours: Adam, which gives every unit the same size of step, leaves nothing to tell them apart.
+    start are ours.
     Cost: a forward and a backward pass of `batch` sequences for each step, and of the text for the start. Memory: the
     activations of one sequence, as in training; `policy_gradient` needs no backward pass.
     """
@@ -64,7 +54,7 @@ def gumbel(
                 kept = choose(units, noisy, remove, budgets="joint")
                 with torch.no_grad():
                     gates.copy_(kept)
-                for row in _rows(context, step, batch, generator):
+                for row in _rows(context, step, batch):
                     backward(model, row[None].to(device))
                 slope = torch.zeros_like(found) if gates.grad is None else gates.grad.double().cpu()
                 gates.grad = None
@@ -79,7 +69,7 @@ def gumbel(
     return found
 
 
-def _rows(context: Context, step: int, batch: int, generator: torch.Generator) -> list[Tensor]:
+def _rows(context: Context, step: int, batch: int) -> list[Tensor]:
     """The sequences of a step that this process takes: all of the text in a new order, again and again."""
     count = len(context.tokens)
     first = step * batch

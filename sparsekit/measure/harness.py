@@ -25,6 +25,15 @@ def harness_for(model: Any, tokenizer: Any, batch: int, walked: Walked) -> Any:
         def _loglikelihood_tokens(
             self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:
+            if self.backend != "causal":  # what is filled up behind an end would be seen
+                with filled(walked.blocks, walked.device):
+                    whole: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+                return whole
+            longest = max(len(ending) for _, _, ending in requests)
+            if longest > self.max_length:
+                raise ValueError(
+                    f"a task asks for an answer of {longest} tokens, and the model has {self.max_length} positions"
+                )
             rows = [tuple((context + ending)[-(self.max_length + 1) :]) for _, context, ending in requests]
             found: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
             for alike in _by_length(set(rows)):

@@ -25,28 +25,27 @@ def serve(
     place: Path,
     device: str,
     threads: int,
-    prepare: Callable[[Any], Any] = lambda model: model,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> None:
     """The process of one model: load it at the first task, answer one task after another until the pipe is closed.
 
     pipe: see `attend`. spec: a recipe's `model`; place: the folder of its checkpoint. prepare: makes of the model what
-    runs, once it has told its facts
+    runs; its facts are then those of the model as it is stored
     """
     torch.set_num_threads(threads)
     opened: list[tuple[Any, Any]] = []
-    facts: dict[str, Any] = {}
 
     def operation(do: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         def run(**arguments: Any) -> dict[str, Any]:
             if not opened:
                 model, tokenizer = load(spec, place, device)
-                facts.update(_facts(model, tokenizer, place))
-                opened.append((prepare(model), tokenizer))
+                opened.append((prepare(model) if prepare else model, tokenizer))
             return do(*opened[0], place, **arguments)
 
         return run
 
-    attend(pipe, {name: operation(do) for name, do in OPERATIONS.items()} | {"facts": operation(lambda *_: facts)})
+    facts = operation(_facts) if prepare is None else partial(facts_of, spec, place)
+    attend(pipe, {name: operation(do) for name, do in OPERATIONS.items()} | {"facts": facts})
 
 
 def attend(pipe: Any, operations: Mapping[str, Callable[..., dict[str, Any]]]) -> None:

@@ -51,7 +51,8 @@ def bench(
     Returns:
         {"settings", "hardware", "versions", "models"}, and with two models "faster" and "spread".
         models: name, class, dtype, parameters, nonzero; file_bytes, the files of weights that are loaded; weights_bytes
-            in memory; memory_bytes, the peak of the process while it generates at the largest batch, and on
+            in memory; memory_bytes, the peak of the process while it generates at the largest batch (not of onnxruntime
+            and openvino, whose process has written their file too), and on
             accelerators that count it device_bytes, the peak there; by batch size, as text, the medians of
             prefill_seconds (one forward pass over the prompt as generation makes it, logits of the last token alone)
             and decode_seconds (one token with the KV cache), of a vision model images_seconds (a forward pass of the
@@ -198,7 +199,9 @@ def bench_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The result as lines of text: what, one value for each model, and with two how they relate."""
     models = result["models"]
     two = len(models) == 2
-    there = {key for key in ("weights_bytes", "device_bytes") if all(key in model for model in models)}  # not of all
+    some = ("weights_bytes", "memory_bytes", "device_bytes")
+    there = {key for key in some if all(key in model for model in models)}  # not every backend tells
+    doing = "seeing" if "images_seconds" in models[0] else "generating"
 
     def line(what: str, key: str, show: Callable[[Any], str], relation: str) -> tuple[str, ...]:
         quotient = models[0][key] / models[1][key] if two and models[1][key] else None
@@ -209,11 +212,10 @@ def bench_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
         line("of them not zero", "nonzero", "{:,}".format, "{:.3f}"),
         line("weights on disk", "file_bytes", human_size, "{:.3f}"),
         *([line("weights in memory", "weights_bytes", human_size, "{:.3f}")] if "weights_bytes" in there else []),
-        line(
-            "peak memory of the process, " + ("seeing" if "images_seconds" in models[0] else "generating"),
-            "memory_bytes",
-            human_size,
-            "{:.3f}",
+        *(
+            [line(f"peak memory of the process, {doing}", "memory_bytes", human_size, "{:.3f}")]
+            if "memory_bytes" in there
+            else []
         ),
         *([line("peak memory on the device", "device_bytes", human_size, "{:.3f}")] if "device_bytes" in there else []),
         ("dtype", *(model["dtype"] for model in models), *([""] if two else [])),

@@ -165,7 +165,7 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block], dtype: tor
         units = find_units(model, blocks, kinds)
         mask = choose(units, torch.zeros(len(units)), remove, shape=shape)
         for each in kinds if not cut and kinds != ["layers"] else ():
-            _try_without(model, blocks, each)
+            try_without(model, blocks, each)
         if not cut:  # of a model that is cut already, what was there before is not known here
             _check_stored(model, blocks, Removal(units.kinds, mask))
         cut = True
@@ -221,7 +221,7 @@ def _fix_layers(model: nn.Module, blocks: list[Block]) -> None:
         block.fixed = True
 
 
-def _try_without(model: nn.Module, blocks: list[Block], kind: str) -> None:
+def try_without(model: nn.Module, blocks: list[Block], kind: str) -> None:
     """Cut a unit out of every part of a kind, or every second part where each is one unit, and run what is left.
 
     Raises:

@@ -1,5 +1,6 @@
 """`sparsekit fit`: from a checked recipe to a model on disk that is verified, measured and reported."""
 
+import json
 import time
 import warnings
 from contextlib import nullcontext
@@ -169,7 +170,11 @@ def _fit(
                 dense = load_resting(planned.dense, like=planned.model, dtype=dtype, trust_remote_code=trust)
                 known = plan.blocks_in(planned.dense, planned.model, trust_remote_code=trust)
             measure = partial(measure_model, planned, dense, known, tokenizer, settings, ready)
-            evaluation["dense"] = measured_once((common or output / "blocks") / "dense.json", settings, measure)
+            file, of = output / "blocks" / "dense.json", settings
+            if common is not None:  # in no run's own folder, which its fingerprint guards: it says what it is of
+                same = fingerprint | {"recipe": {**fingerprint["recipe"], "pattern": None}}
+                file, of = common / "dense.json", json.loads(json.dumps(settings | {"of": same}))
+            evaluation["dense"] = measured_once(file, of, measure)
             del measure, dense, known
     if planned.postponed:
         with meter.stage("allocate"):

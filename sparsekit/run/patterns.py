@@ -20,8 +20,7 @@ def run_each(
 ) -> int:
     """Run recipes that differ in their pattern, one after another, and write a page that compares them.
 
-    Texts are read and the dense model is measured once. What enters a block depends on how those before it were pruned,
-    so each pattern has its own walk; that is said at the start.
+    Texts are read and the dense model is measured once. Each pattern has its own walk, and why is said at the start.
 
     recipes: as `load_recipes` gives them; one alone, called "", is just run
 
@@ -42,9 +41,12 @@ def run_each(
         )
     home = Path(str(first.output)).parent
     shared, statuses = Shared(home / COMMON), []
+    why = "since what enters a block depends on how those before it were pruned"
+    if first.error_correction == "none":
+        why = "though without error correction one capture would do, which is not shared yet"
     console.print(
         f"{len(recipes)} patterns, {', '.join(recipes)}: the texts are read and the dense model is measured once; each "
-        "has a walk of its own, since what enters a block depends on how those before it were pruned",
+        f"has a walk of its own, {why}",
         markup=False,
         highlight=False,
     )

@@ -19,7 +19,7 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
 
     Raises:
         ValueError: kinds that are unknown or cannot be removed together, or a block whose linears have other roles
-            than in LLaMA, Mistral, Qwen, Gemma, Phi, OPT, GPT-2 and GPT-NeoX; or layers that know their number.
+            than are known (`roles`, `heads`); or layers that know their number.
     """
     check_kinds(kinds)
     config: Any = getattr(model, "config", None)

@@ -70,7 +70,7 @@ def heads_of(model: nn.Module, block: Block, kind: str) -> Part:
         rows = {inputs[0].name: _fused(inputs[0], module, queries, groups, size)}
     else:
         rows = {linear.name: ranges(groups, linear.shape[0] // groups) for linear in inputs}
-    _refuse_norms(block, home, rows, output, size)
+    _refuse_norms(block, home, {queries * size, groups * size} | {block.linears[n].shape[0] for n in rows}, size)
     for linear in _gates(block, home, inputs, queries):
         rows[linear.name] = ranges(count, linear.shape[0] // count)
     beside = {  # sinks: a number for each query
@@ -142,9 +142,8 @@ def _gates(block: Block, home: str, inputs: list[Linear], queries: int) -> list[
     ]
 
 
-def _refuse_norms(block: Block, home: str, rows: dict[str, Tensor], output: Linear, size: int) -> None:
-    """Raise ValueError where a norm reads all heads at once."""
-    wide = {block.linears[name].shape[0] for name in rows} | {output.shape[1]}
+def _refuse_norms(block: Block, home: str, wide: set[int], size: int) -> None:
+    """Raise ValueError where a norm reads all heads at once. wide: the widths of all heads; size: of one"""
     for name, norm in block.module.get_submodule(home).named_parameters():
         if "norm" in name and norm.numel() in wide and norm.numel() != size:
             raise ValueError(f"{block.name}.{home}.{name} normalises all heads together, so none can be removed alone")
