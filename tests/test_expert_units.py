@@ -170,7 +170,7 @@ def test_policy_gradient_removes_whole_experts(tmp_path):
         ({"reap": {"remove": "10%", "shape": "free"}}, "one number of experts for all blocks"),
         ({"reap": {"remove": "80%"}}, "can give up"),
         ({"reap": {"remove": "10%", "units": "channels"}}, "scores experts, not channels"),
-        ({"reap": {"remove": "10%", "compensate": True}}, "compensate: true makes up for heads and channels"),
+        ({"reap": {"remove": "10%", "compensate": True}}, "compensate: true makes up for heads, channels"),
     ],
 )
 def test_what_cannot_be_is_said_in_advance(stage, said):

@@ -193,7 +193,9 @@ def test_what_a_part_needs_in_half_precision(family):
 )
 def test_kinds_that_cannot_be_removed_together_are_refused(kinds):
     model = families.build("Llama", "meta")
-    with pytest.raises(ValueError, match="they can be heads and channels, attention and mlp, layers, or experts"):
+    with pytest.raises(
+        ValueError, match="they can be heads, channels and mamba, attention and mlp, layers, or experts"
+    ):
         find_units(model, find_blocks(model), kinds)
 
 
@@ -204,18 +206,6 @@ def test_families_whose_roles_are_not_known_are_refused():
     assert len(find_units(model, blocks, ("heads",))) == 6 and len(find_units(model, blocks, ("layers",))) == 3
     with pytest.raises(ValueError, match=r"model.layers.0 has no MLP whose linears sparsekit knows: it has self_attn"):
         find_units(model, blocks, ("channels",))
-
-
-def test_norms_over_all_heads_are_refused():
-    """OLMo 2 normalises queries over all heads together, so that none can go alone; layers can."""
-    import transformers
-
-    config = transformers.Olmo2Config(**families.GROUPED)
-    with torch.device("meta"):
-        model = transformers.Olmo2ForCausalLM(config)
-    with pytest.raises(ValueError, match=r"q_norm.* normalises all heads together"):
-        find_units(model, find_blocks(model), ("heads",))
-    assert len(find_units(model, find_blocks(model), ("layers",))) == 3
 
 
 def test_an_mlp_that_does_not_read_what_is_made_is_refused():

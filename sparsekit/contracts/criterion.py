@@ -26,7 +26,7 @@ class Scoring:
     """What a criterion declares.
 
     kinds: of units that it can score: heads (KV groups, or queries that all share one key), channels (of the MLP),
-        attention, mlp (whole parts), layers, experts
+        mamba (channels of a Mamba, heads of a Mamba 2), attention, mlp (whole parts), layers, experts
     removes: the kinds that it removes as a stage of its own unless the recipe says otherwise
     shape, budgets: how units compete then: "free" in the whole model or "uniform" within each block; with "separate"
         budgets for heads and channels, or one that is "joint"
@@ -54,7 +54,7 @@ def scores(*kinds: str, **rest: Any) -> Callable[[F], F]:
     return mark
 
 
-Kinds = Literal["heads-and-channels", "heads", "channels", "parts", "attention", "mlp", "layers", "experts"]
+Kinds = Literal["heads-and-channels", "heads", "channels", "mamba", "parts", "attention", "mlp", "layers", "experts"]
 
 
 def removing(
@@ -69,8 +69,8 @@ def removing(
     """The options that every criterion has as a stage, beside its own; one that it declares itself is given to it.
 
     remove: share of the blocks' parameters, such as "30%"
-    units: what is removed: heads-and-channels, parts (whole attentions and MLPs), layers, experts, or a list of kinds;
-        null: what the criterion is made for
+    units: what is removed: heads-and-channels, mamba (channels of a Mamba, heads of a Mamba 2), parts (whole attentions
+        and MLPs), layers, experts, or a list of kinds; null: what the criterion is made for
     shape: free, units of all blocks compete; uniform, the same number in each block, which plain transformers loads;
         null: as published for the criterion
     compensate: make up for what is removed by least squares

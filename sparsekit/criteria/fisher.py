@@ -11,6 +11,7 @@ from sparsekit.train import backward, frozen
 by_gates = scores(
     "heads",
     "channels",
+    "mamba",
     "attention",
     "mlp",
     "layers",

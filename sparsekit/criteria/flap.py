@@ -13,7 +13,15 @@ from sparsekit.model.structure import Part, Units
 from sparsekit.walk import Moments, walked
 
 
-@scores("heads", "channels", budgets="joint", bias=True, reads=("text", "images"))
+@scores(
+    "heads",
+    "channels",
+    "mamba",
+    removes=("heads", "channels"),
+    budgets="joint",
+    bias=True,
+    reads=("text", "images"),
+)
 @torch.no_grad()
 def flap(context: Context, units: Units, *, remove: float) -> Decision:
     """Remove the KV groups and MLP channels that fluctuate least, and put their mean into a bias.

@@ -21,6 +21,7 @@ Blocks = Annotated[int, Ge(0)]
 @scores(
     "heads",
     "channels",
+    "mamba",
     "attention",
     "mlp",
     removes=("heads", "channels"),

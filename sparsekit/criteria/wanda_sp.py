@@ -9,7 +9,7 @@ from sparsekit.model.structure import Part, Units, choose, masking
 from sparsekit.walk import Moments, walked
 
 
-@scores("heads", "channels", shape="uniform", reads=("text", "images"))
+@scores("heads", "channels", "mamba", removes=("heads", "channels"), shape="uniform", reads=("text", "images"))
 @torch.no_grad()
 def wanda_sp(context: Context, units: Units, *, remove: float) -> Tensor:
     """Remove the KV groups and MLP channels whose outputs weigh least, the same share in every block.

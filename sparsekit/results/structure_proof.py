@@ -140,7 +140,7 @@ def _told_cuts(shape: Shape, dense: nn.Module) -> Cuts:
     blocks = find_blocks(dense)
     left = {layer.index: layer for layer in shape.layers}
     cuts = []
-    for together in (["heads", "channels"], ["experts"]):
+    for together in (["heads", "channels", "mamba"], ["experts"]):
         kinds = [kind for kind in together if any(getattr(layer, kind) is not None for layer in shape.layers)]
         if not kinds:
             continue

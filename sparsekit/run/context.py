@@ -16,7 +16,7 @@ from sparsekit.contracts import Decision, share
 from sparsekit.maths import Pattern, chain
 from sparsekit.measure import perplexity
 from sparsekit.model import Block, Weights, same_tower
-from sparsekit.model.structure import Units, find_units, kinds_of
+from sparsekit.model.structure import FINE, Units, find_units, kinds_of
 from sparsekit.recipe import named_solvers
 from sparsekit.run.methods import configured, timed
 from sparsekit.system import Meter, Team, unpack
@@ -200,9 +200,9 @@ class Context:
         of range or would have no effect, and for units that this model does not have.
         """
         kinds = kinds_of(units)
-        if compensate and not set(kinds) <= {"heads", "channels"}:
+        if compensate and not set(kinds) <= FINE:
             raise ValueError(
-                f"compensate: true makes up for heads and channels, not for {', '.join(kinds)}; leave it out"
+                f"compensate: true makes up for heads, channels and mamba, not for {', '.join(kinds)}; leave it out"
             )
         if compensate and bias and self.error_correction in ("block", "model"):
             raise ValueError(

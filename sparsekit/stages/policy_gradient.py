@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from sparsekit import registry
 from sparsekit.contracts import Amount, Context, Count, Effect, Fit, Fraction, Kinds, Positive, declares, share
 from sparsekit.model import patches, sees_images
-from sparsekit.model.structure import Units, check_shape, choose, kinds_of, masking
+from sparsekit.model.structure import FINE, Units, check_shape, choose, kinds_of, masking
 from sparsekit.train import Checkpoints, PolicyGradient
 from sparsekit.walk import Remove
 
@@ -61,7 +61,8 @@ def policy_gradient(
     forward passes; the paper's are in recipes/papers/policy_gradient_llama2.yaml.
 
     remove: share of the blocks' parameters, such as "30%"
-    units: heads-and-channels, parts (whole attentions and MLPs), layers, experts, or a list of the kinds
+    units: heads-and-channels, mamba (channels of a Mamba, heads of a Mamba 2), parts (whole attentions and MLPs),
+        layers, experts, or a list of the kinds
     shape: free, or uniform: as many units in each block, which plain transformers loads; null: free, but of experts
         uniform, since their config has one number for all blocks
     budgets: separate for heads and channels, as in the paper, or joint, weighed by parameters
@@ -175,7 +176,7 @@ policy_gradient.check = _check  # type: ignore[attr-defined]  # what options mea
 
 
 def _fine(kinds: list[str]) -> bool:
-    return set(kinds) <= {"heads", "channels"}
+    return set(kinds) <= FINE
 
 
 def _initial(kinds: list[str], images: bool = False) -> str:

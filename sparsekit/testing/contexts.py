@@ -1,6 +1,6 @@
 """A small real context: what a run would give a stage or a criterion, around a model in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsekit.maths import Pattern, parse
 from sparsekit.model import discover, split_experts
+from sparsekit.model.structure import TOGETHER
 from sparsekit.run import Context
 
 
@@ -57,6 +58,28 @@ def tiny_experts(seed: int = 0) -> nn.Module:
                 parameter.mul_(10)
     split_experts(model)
     return model
+
+
+def tiny_mamba(seed: int = 0) -> nn.Module:
+    """A random Mamba of two layers of width 32."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.MambaConfig(
+        hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=4, vocab_size=96, bos_token_id=0
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "A_log" not in name:
+                parameter.mul_(5)
+    return model
+
+
+def kinds_in_one_model(kinds: Iterable[str]) -> list[list[str]]:
+    """Kinds of units that can be removed together, and that one of the tiny models has together."""
+    sets = [together & set(kinds) - {"mamba"} for together in TOGETHER] + [{"mamba"} & set(kinds)]
+    return [sorted(each) for each in sets if each]
 
 
 def tiny_tokens(sequences: int = 8, length: int = 16, seed: int = 1) -> Tensor:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from sparsekit.contracts import Decision, Scoring, share
-from sparsekit.model.structure import TOGETHER, choose, find_units
-from sparsekit.testing.contexts import context, tiny_experts, tiny_model, tiny_tokens
+from sparsekit.model.structure import COUNTED, choose, find_units
+from sparsekit.testing.contexts import context, kinds_in_one_model, tiny_experts, tiny_mamba, tiny_model, tiny_tokens
 from sparsekit.walk import digests
+
+MODELS = {"experts": tiny_experts, "mamba": tiny_mamba}  # others: tiny_model
 
 
 def check_criterion(criterion: Callable[..., Any], *, remove: str | float = "30%", **options: Any) -> None:
@@ -34,15 +36,14 @@ def check_criterion(criterion: Callable[..., Any], *, remove: str | float = "30%
         assert parameter.name == "remove" or parameter.default is not parameter.empty, (
             f"option {parameter.name} has no default"
         )
-    for kinds in TOGETHER:
-        if known := kinds & set(scoring.kinds):
-            _check_kinds(criterion, sorted(known), scoring, share(remove), options)
+    for kinds in kinds_in_one_model(scoring.kinds):
+        _check_kinds(criterion, kinds, scoring, share(remove), options)
 
 
 def _check_kinds(
     criterion: Callable[..., Any], kinds: list[str], scoring: Scoring, remove: float, options: dict[str, Any]
 ) -> None:
-    model = tiny_model() if kinds != ["experts"] else tiny_experts()
+    model = MODELS.get(kinds[0], tiny_model)()
     before, hooks = digests(model), _hooks(model)
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +61,7 @@ def _check_kinds(
     assert torch.equal(scores, found[1].scores), f"{where}: two calls on one model gave different scores"
     assert digests(model) == before, f"{where}: the criterion changed the model"
     assert _hooks(model) == hooks, f"{where}: hooks of the criterion are left in the model"
-    shape = scoring.shape if {"heads", "channels", "experts"} & set(kinds) else "free"
+    shape = scoring.shape if set(COUNTED) & set(kinds) else "free"
     kept = found[0].kept
     if kept is None:
         budgets = scoring.budgets if shape == "free" else "separate"

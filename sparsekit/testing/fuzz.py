@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sparsekit.contracts import Decision
 from sparsekit.maths import NM, Pattern, Stats, Unstructured, has_pattern
-from sparsekit.model.structure import TOGETHER, find_units
-from sparsekit.testing.contexts import context, tiny_experts, tiny_model, tiny_tokens
+from sparsekit.model.structure import find_units
+from sparsekit.testing.contexts import context, kinds_in_one_model, tiny_experts, tiny_mamba, tiny_model, tiny_tokens
 from sparsekit.testing.solver import solved_twice
 from sparsekit.testing.stage import run_stage
 
@@ -92,14 +92,13 @@ def layers(seed: int = 0) -> Iterator[tuple[str, Tensor, Stats]]:
 def fuzz_criterion(criterion: Callable[..., Any], **options: Any) -> None:
     """Raise AssertionError unless a criterion scores hostile models by finite numbers, or refuses them in a sentence.
 
-    Models: one KV head for all queries, weights that are all alike, and one whose activations overflow; for experts,
-    alike ones, zeros, and such as overflow.
+    Models: one KV head for all queries, weights that are all alike, and one whose activations overflow; for experts
+    and Mambas, alike ones, zeros, and such as overflow.
     """
     scoring = criterion.scoring  # type: ignore[attr-defined]
-    for kinds in TOGETHER:
-        known = sorted(kinds & set(scoring.kinds))
-        hostile = expert_models if known == ["experts"] else models
-        for case, model in hostile() if known else ():
+    for known in kinds_in_one_model(scoring.kinds):
+        hostile = {"experts": expert_models, "mamba": mamba_models}.get(known[0], models)
+        for case, model in hostile():
             with TemporaryDirectory() as folder:
                 here = context(model, tiny_tokens(), folder, batch=2, index=1)
                 units = find_units(model, here.blocks, known)
@@ -123,6 +122,17 @@ def fuzz_stage(stage: Callable[..., Any], *, pattern: str = "2:4", tokenizer: An
                 continue
         finite = all(parameter.isfinite().all() for parameter in model.parameters())
         assert finite, f"{case}: weights are not finite afterwards"
+
+
+def mamba_models() -> Iterator[tuple[str, nn.Module]]:
+    """Hostile Mambas: a name, and the model."""
+    for case, value in {"channels that are all alike": 0.02, "channels that overflow": 3e38, "zeros": 0.0}.items():
+        model = tiny_mamba()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "_proj" in name:
+                    parameter.fill_(value)
+        yield case, model
 
 
 def expert_models() -> Iterator[tuple[str, nn.Module]]:

@@ -30,7 +30,7 @@ class Groups:
         number, count = torch.empty(len(units), dtype=torch.long), 0
         for index, part in enumerate(units.parts):
             mine = (units.part == index).nonzero().flatten()
-            each = size if part.kind == "channels" else 1
+            each = size if part.columns.shape[1] == 1 else 1  # single channels
             order = torch.argsort(scores[mine], stable=True)
             number[mine[order]] = count + torch.arange(part.count) // each
             count += -(-part.count // each)

@@ -39,6 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsellm": {"pattern": "50%", "stages": [{"sparsellm": {"epochs": 1}}]},
     "wanda-sp": {"stages": [{"wanda-sp": {"remove": "10%"}}]},
     "channels": {"stages": [{"wanda-sp": {"remove": "5%", "units": "channels"}}]},
+    "mamba": {"stages": [{"wanda-sp": {"remove": "5%", "units": "mamba"}}]},
     "layers": {"stages": [{"block-influence": {"remove": "20%"}}]},
     "lora": {"pattern": "2:4", "stages": ["magnitude", {"lora": {"rank": 2, **SHORT}}]},
     "reap": {"stages": [{"reap": {"remove": "5%"}}]},

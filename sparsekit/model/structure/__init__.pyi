@@ -14,6 +14,7 @@ from .shape import Layer as Layer
 from .shape import Shape as Shape
 from .shape import follow_cuts as follow_cuts
 from .shape import whole_layers as whole_layers
+from .units import FINE as FINE
 from .units import TOGETHER as TOGETHER
 from .units import Part as Part
 from .units import Units as Units

@@ -11,6 +11,7 @@ from sparsekit.model.blocks import Block, Linear
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.structure.experts import remove_experts
 from sparsekit.model.structure.heads import BY_QUERY, count_heads, head_size
+from sparsekit.model.structure.mamba import count_mamba
 from sparsekit.model.structure.nothing import Nothing
 from sparsekit.model.structure.units import Part, Units
 from sparsekit.model.vision import described
@@ -69,14 +70,16 @@ def _narrow(block: Block, part: Part, kept: Tensor) -> None:
     size = head_size(block.module.get_submodule(home), width) if attention else None
     for name in part.inputs:
         _keep(block.linears[name], rows=part.rows_left(name, kept))
-    for name, rows in part.beside.items():
+    for name in part.beside:
         module, _, last = name.removeprefix(f"{block.name}.").rpartition(".")
-        parameter = block.module.get_submodule(module).get_parameter(last)
-        left = nn.Parameter(parameter.detach()[rows[kept].flatten().to(parameter.device)], parameter.requires_grad)
-        setattr(block.module.get_submodule(module), last, left)
+        _keep_beside(block.module.get_submodule(module), last, part.rows_left(name, kept))
+    for name, each in part.readers.items():
+        _keep(block.linears[name], columns=each[kept].flatten())
     _keep(output, columns=columns)
     if size is not None:
         count_heads(block.module.get_submodule(home), len(columns) // size, size, width, part.one_key)
+    if part.kind == "mamba":
+        count_mamba(block.module.get_submodule(home), len(columns), width)
 
 
 def _remove(block: Block, part: Part, home: str, attention: bool) -> None:
@@ -115,6 +118,19 @@ def _keep(linear: Linear, rows: Tensor | None = None, columns: Tensor | None = N
         module.nf, module.nx = out, width
     else:
         module.out_features, module.in_features = out, width
+
+
+def _keep_beside(module: Any, name: str, rows: Tensor) -> None:
+    """Only these rows of a parameter that is no linear's, or these places of a buffer's last dimension."""
+    tensor = getattr(module, name)
+    if not isinstance(tensor, nn.Parameter):
+        setattr(module, name, tensor[..., rows.to(tensor.device)])
+        return
+    setattr(module, name, nn.Parameter(tensor.detach()[rows.to(tensor.device)], tensor.requires_grad))
+    if name == "weight" and isinstance(module, nn.Conv1d):  # one filter for each channel
+        module.in_channels = module.out_channels = module.groups = len(rows)
+    elif name == "weight" and isinstance(module, nn.Linear):
+        module.out_features = len(rows)
 
 
 def _drop_layers(model: nn.Module, blocks: Sequence[Block], gone: set[int]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from sparsekit.model.blocks import Block
 from sparsekit.model.structure.experts import ExpertCount, count_experts
 from sparsekit.model.structure.heads import heads_of
+from sparsekit.model.structure.mamba import mamba_of
 from sparsekit.model.structure.nothing import Nothing
 from sparsekit.model.structure.roles import NoPart, channels_of
 from sparsekit.model.structure.units import KINDS, Part, Units, check_kinds
@@ -41,9 +42,9 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
                 continue
             if kind == "layers":
                 parts.append(Part(block.index, kind, 1, parameters, {}, None, torch.empty(1, 0, dtype=torch.long)))
-            elif not _gone(block, attention := kind in ("heads", "attention")):
+            elif not _gone(block, attention=kind in ("heads", "attention")):
                 try:
-                    parts.append(heads_of(model, block, kind) if attention else channels_of(block, kind))
+                    parts.append(_part(model, block, kind))
                 except NoPart as reason:  # a mixture of experts, a Mamba block: others may have them
                     lacking.setdefault(kind, reason)
     if "layers" in kinds and not parts:
@@ -53,6 +54,12 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
             there = next((part.kind for part in parts), "")
             raise NoPart(f"{first}; its {there} can go alone: give `units: {there}`" if there else str(first))
     return Units(tuple(parts), sum(p.numel() for block in blocks for p in block.module.parameters()))
+
+
+def _part(model: nn.Module, block: Block, kind: str) -> Part:
+    if kind == "mamba":
+        return mamba_of(block)
+    return heads_of(model, block, kind) if kind in ("heads", "attention") else channels_of(block, kind)
 
 
 def _experts(block: Block, home: str, counted: ExpertCount) -> Part:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, put_forward
-from sparsekit.model.structure.units import Part, Units
+from sparsekit.model.structure.units import Units
 
 
 @contextmanager
@@ -36,8 +36,9 @@ def gating(blocks: Sequence[Block], units: Units, device: torch.device) -> Itera
             around = partial(_around, gates, mine, block.module.forward)
             undo.append(put_forward(block.module, around))
             continue
-        linear = block.linears[str(part.output)].module
-        undo.append(linear.register_forward_pre_hook(partial(_multiplied, gates, mine, part)).remove)
+        for name, columns in {str(part.output): part.columns, **part.readers}.items():
+            hook = partial(_multiplied, gates, mine, columns)
+            undo.append(block.linears[name].module.register_forward_pre_hook(hook).remove)
     try:
         yield gates
     finally:
@@ -45,9 +46,9 @@ def gating(blocks: Sequence[Block], units: Units, device: torch.device) -> Itera
             each()
 
 
-def _multiplied(gates: Tensor, mine: slice, part: Part, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The input of a part's output linear, its units' columns multiplied by their gates."""
-    columns = part.columns.to(gates.device)
+def _multiplied(gates: Tensor, mine: slice, columns: Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The input of a linear that reads units, their columns (units, columns of each) multiplied by their gates."""
+    columns = columns.to(gates.device)
     factors = gates.new_ones(columns.numel()).scatter(
         0, columns.flatten(), gates[mine].repeat_interleave(columns.shape[1])
     )

@@ -1,14 +1,13 @@
 """The heads of attentions: which rows and columns are theirs, and how an attention is told how many it has."""
 
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, Linear
-from sparsekit.model.structure.roles import NoPart, Roles, part_of, roles
+from sparsekit.model.structure.roles import NoPart, Roles, norms_of, part_of, ranges, roles
 from sparsekit.model.structure.units import Part
 
 # what attention modules call the number of their query heads, that of their keys, and the width of all heads together
@@ -70,7 +69,9 @@ def heads_of(model: nn.Module, block: Block, kind: str) -> Part:
         rows = {inputs[0].name: _fused(inputs[0], module, queries, groups, size)}
     else:
         rows = {linear.name: ranges(groups, linear.shape[0] // groups) for linear in inputs}
-    _refuse_norms(block, home, {queries * size, groups * size} | {block.linears[n].shape[0] for n in rows}, size)
+    wide = {block.linears[name].shape[0]: each for name, each in rows.items()}
+    wide |= {queries * size: ranges(count, queries // count * size), groups * size: ranges(groups, size)}
+    norms = norms_of(block, home, wide, size)
     for linear in _gates(block, home, inputs, queries):
         rows[linear.name] = ranges(count, linear.shape[0] // count)
     beside = {  # sinks: a number for each query
@@ -78,11 +79,10 @@ def heads_of(model: nn.Module, block: Block, kind: str) -> Part:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() and parameter.shape[0] == queries
     }
-    part = part_of(block, kind, "heads", rows, output, ranges(count, output.shape[1] // count))
-    if kind != "heads":
-        return part
-    own = part.parameters + len(beside) * queries // count
-    return replace(part, parameters=own, beside=beside, staying=staying, one_key=one_key)
+    columns = ranges(count, output.shape[1] // count)
+    return part_of(
+        block, kind, "heads", rows, output, columns, beside=beside, norms=norms, staying=staying, one_key=one_key
+    )
 
 
 def count_heads(attention: Any, heads: int, size: int, width: int, one_key: bool) -> None:
@@ -140,15 +140,3 @@ def _gates(block: Block, home: str, inputs: list[Linear], queries: int) -> list[
         for name, linear in inside.items()
         if name in GATES and linear.name not in made and linear.shape[0] % queries == 0
     ]
-
-
-def _refuse_norms(block: Block, home: str, wide: set[int], size: int) -> None:
-    """Raise ValueError where a norm reads all heads at once. wide: the widths of all heads; size: of one"""
-    for name, norm in block.module.get_submodule(home).named_parameters():
-        if "norm" in name and norm.numel() in wide and norm.numel() != size:
-            raise ValueError(f"{block.name}.{home}.{name} normalises all heads together, so none can be removed alone")
-
-
-def ranges(count: int, width: int) -> Tensor:
-    """Numbers from 0 on, (count, width)."""
-    return torch.arange(count * width).view(count, width)

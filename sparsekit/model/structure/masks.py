@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, put_forward
 from sparsekit.model.structure.experts import with_fewer
-from sparsekit.model.structure.units import Part, Units
+from sparsekit.model.structure.units import Units
 
 
 class Masked:
@@ -50,14 +50,25 @@ class Masked:
         while self._undo:
             self._undo.pop()()
 
-    def silence(self, number: int, part: Part, inputs: Tensor) -> Tensor | None:
-        """The input of a part's output linear with the columns of removed units set to zero; None: as it is."""
+    def silence(self, number: int, columns: Tensor, inputs: Tensor) -> Tensor | None:
+        """What reads a part's units has those of removed ones set to zero in its input; None: as it is.
+
+        columns: of the input, (units, columns of each)
+        """
         kept = self.kept[number]
         if kept is None or not kept.any():
             return None
-        columns = torch.zeros(part.columns.numel(), device=inputs.device, dtype=inputs.dtype)
-        columns[part.columns[kept.to(part.columns.device)].flatten().to(inputs.device)] = 1
-        return inputs * columns
+        factors = torch.zeros(inputs.shape[-1], device=inputs.device, dtype=inputs.dtype)
+        factors[columns[kept.to(columns.device)].flatten().to(inputs.device)] = 1
+        return inputs * factors
+
+    def size(self, number: int) -> float:
+        """What a norm over all units multiplies its input by, and then divides its result by.
+
+        So it gives what it would give if it read those that are left alone: its mean would be over fewer entries.
+        """
+        kept = self.kept[number]
+        return 1.0 if kept is None or not kept.any() else (len(kept) / float(kept.sum())) ** 0.5
 
 
 @contextmanager
@@ -79,8 +90,13 @@ def masking(blocks: Sequence[Block], units: Units) -> Iterator[Masked]:
             continue
         assert part.output is not None
         linear = block.linears[part.output].module
-        undo.append(linear.register_forward_pre_hook(_columns(masked, number, part)).remove)
         undo.append(linear.register_forward_hook(_silent(masked, number)).remove)
+        for name, columns in {part.output: part.columns, **part.readers, **part.norms}.items():
+            module = block.module.get_submodule(name.removeprefix(f"{block.name}."))
+            norm = name in part.norms
+            undo.append(module.register_forward_pre_hook(_columns(masked, number, columns, norm)).remove)
+            if norm:
+                undo.append(module.register_forward_hook(_normalised(masked, number)).remove)
         home = part.output.removeprefix(f"{block.name}.").rpartition(".")[0]
         if home:  # a module of its own: the attention, the MLP
             undo.append(_replaced(block.module.get_submodule(home), _Around(masked, number)))
@@ -155,8 +171,16 @@ class _Around:
         return out
 
 
-def _columns(masked: Masked, number: int, part: Part) -> Any:
-    return lambda _, args: masked.silence(number, part, args[0])
+def _columns(masked: Masked, number: int, columns: Tensor, norm: bool) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        silenced = masked.silence(number, columns, args[0])
+        return None if silenced is None else (silenced * masked.size(number) if norm else silenced, *args[1:])
+
+    return hook
+
+
+def _normalised(masked: Masked, number: int) -> Any:
+    return lambda _, args, out: out if masked.size(number) == 1 else out / masked.size(number)
 
 
 def _silent(masked: Masked, number: int) -> Any:

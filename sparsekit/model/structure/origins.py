@@ -100,12 +100,12 @@ def _narrow(traced: dict[str, Origin], part: Part, kept: Tensor) -> None:
         for full in (f"{name}.weight", f"{name}.bias"):
             if full in traced:
                 traced[full] = replace(traced[full], rows=_of(traced[full].rows, chosen))
-    for name, rows in part.beside.items():
+    for name in part.beside:
         if name in traced:
-            traced[name] = replace(traced[name], rows=_of(traced[name].rows, rows[kept].flatten()))
-    full, columns = f"{part.output}.weight", part.columns[kept].flatten()
-    if full in traced:
-        traced[full] = replace(traced[full], columns=_of(traced[full].columns, columns))
+            traced[name] = replace(traced[name], rows=_of(traced[name].rows, part.rows_left(name, kept)))
+    for name, columns in {str(part.output): part.columns, **part.readers}.items():
+        if (full := f"{name}.weight") in traced:
+            traced[full] = replace(traced[full], columns=_of(traced[full].columns, columns[kept].flatten()))
 
 
 def _of(before: Tensor | None, chosen: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from sparsekit.model.structure.units import Units
 
 STRUCTURE_FILE = "structure.json"
 VERSION = 1
-COUNTED = ("heads", "channels", "experts")
+COUNTED = ("heads", "channels", "mamba", "experts")
 PARTS = {"attention": "heads", "mlp": "channels"}  # whole parts -> the units that go with them
 LAYERS = "@layers"  # stands for the lines of layers while the rest is written
 
@@ -47,12 +47,14 @@ class Layer:
     heads: KV groups, or query heads where there is no GQA, or one key for all; None: what does what is not known for
         this family
     channels: of the MLP; None as with heads
+    mamba: channels of a Mamba, or heads, or groups of heads; None as with heads
     experts: None where there are none
     """
 
     index: int
     heads: Count | None = None
     channels: Count | None = None
+    mamba: Count | None = None
     experts: Count | None = None
 
 

@@ -1,4 +1,4 @@
-"""What can be removed from a model: heads, MLP channels, whole attention or MLP parts, whole layers, experts."""
+"""What can be removed: heads, MLP channels, channels or heads of Mambas, whole attentions, MLPs or layers, experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sparsekit.model.structure.experts import ExpertCount
 
-KINDS = ("heads", "channels", "attention", "mlp", "layers", "experts")
-TOGETHER = ({"heads", "channels"}, {"attention", "mlp"}, {"layers"}, {"experts"})  # kinds that may be removed together
+KINDS = ("heads", "channels", "mamba", "attention", "mlp", "layers", "experts")
+FINE = {"heads", "channels", "mamba"}  # parts of parts: an output linear has columns for each
+TOGETHER = (FINE, {"attention", "mlp"}, {"layers"}, {"experts"})  # kinds that may be removed together
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +23,14 @@ class Part:
     output: the linear whose columns read them, o or down; None for a whole layer
     columns: of `output` (units, columns of each)
     parameters: that go with one unit, rows' biases included
-    beside: parameters of no linear -> the rows (units, rows of each) that belong to each unit: an attention's sinks
-    staying: of `inputs`, rows that belong to no unit and stay: one key and value for all queries, in a fused linear
+    readers: other linears that read the units -> their columns (units, columns of each): a Mamba's x_proj
+    beside: parameters of no linear -> the rows (units, rows of each) that belong to each unit: an attention's sinks;
+        of buffers places in the last dimension
+    norms: modules that normalise what all units give together -> the entries (units, entries of each) of their input
+    staying: of `inputs` and `beside`, rows that belong to no unit and stay: one key and value for all queries, in a
+        fused linear
     one_key: whether heads are queries that all share one key, which stays
+    fewest: units that must stay, whatever the scores
     home: of experts, the name of their module, and what else has a place for each of them; of others empty
     """
 
@@ -35,21 +41,24 @@ class Part:
     inputs: dict[str, Tensor]
     output: str | None
     columns: Tensor
+    readers: dict[str, Tensor] = field(default_factory=dict)
     beside: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
     staying: dict[str, Tensor] = field(default_factory=dict)
     one_key: bool = False
+    fewest: int = 0
     home: str = ""
     experts: ExpertCount | None = None
 
     def rows_left(self, name: str, kept: Tensor) -> Tensor:
-        """The rows of a linear in `inputs` that are left, in ascending order: q, k and v of a fused one stay so."""
-        rows = self.inputs[name][kept].flatten()
+        """What is left of `inputs` or `beside`, in ascending order: q, k and v of a fused linear stay so."""
+        rows = (self.inputs | self.beside)[name][kept].flatten()
         return torch.cat([rows, self.staying.get(name, rows[:0])]).sort().values
 
     @property
     def least(self) -> int:
-        """How many must stay, whatever the scores: as many experts as each token is sent to."""
-        return 0 if self.experts is None else self.experts.least
+        """How many must stay, whatever the scores: of experts as many as each token is sent to."""
+        return self.fewest if self.experts is None else self.experts.least
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,6 @@ def check_kinds(kinds: Sequence[str]) -> None:
     """Raise ValueError unless these kinds of units exist and can be removed together."""
     if not kinds or not any(set(kinds) <= each for each in TOGETHER):
         raise ValueError(
-            f"units are {', '.join(kinds) or 'none'}; they can be heads and channels, attention and mlp, layers, "
-            "or experts"
+            f"units are {', '.join(kinds) or 'none'}; they can be heads, channels and mamba, attention and mlp, "
+            "layers, or experts"
         )

@@ -7,7 +7,13 @@ from sparsekit.results.page.charts import columns
 from sparsekit.results.page.heat import percent
 from sparsekit.results.page.templating import section
 
-KINDS = {"parameters": "Parameters", "heads": "Heads (KV groups)", "channels": "MLP channels", "experts": "Experts"}
+KINDS = {
+    "parameters": "Parameters",
+    "heads": "Heads (KV groups)",
+    "channels": "MLP channels",
+    "mamba": "Mamba channels or heads",
+    "experts": "Experts",
+}
 NAMED = 6  # layers; of more, their number is told
 
 
