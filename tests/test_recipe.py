@@ -141,7 +141,7 @@ def test_yaml_is_1_2_in_the_file_and_on_the_command_line(write: Write, text: str
         (GOOD + "output: !!python/object:os.system ls\n", ["x.yaml:6: python/object:os.system is not a value"]),
         (GOOD + "memory: 4GB\n", ['x.yaml:6: `memory` is "4GB", must be a mapping']),
         (GOOD + "memory:\n  activations: 4 G\n", ['x.yaml:7: `memory.activations` is "4 G", must be']),
-        (GOOD + "trainer: {strategy: fsdp}\n", ["x.yaml:6: `trainer.strategy` is \"fsdp\", and can be auto or ddp"]),
+        (GOOD + "trainer: {strategy: zero}\n", ["x.yaml:6: `trainer.strategy` is \"zero\", and can be auto or ddp"]),
         (GOOD + "trainer: {devices: []}\n", ["x.yaml:6: `trainer.devices` is [], must be how many"]),
         (GOOD + "allocation: owll\n", ["x.yaml:6: unknown allocator `owll`, did you mean `owl`? (valid: dep"]),
         (GOOD + "evaluate: {tasks: [a,\n  1]}\n", ["x.yaml:7: `evaluate.tasks.1` is 1, must be a text"]),
@@ -411,7 +411,7 @@ def test_every_key_is_documented() -> None:
     [
         ("{max_epochs: 3}", "`trainer.max_epochs` would end a walk before its last block"),
         ("{limit_train_batches: 2}", "`trainer.limit_train_batches` would leave blocks out"),
-        ("{strategy: fsdp}", '`trainer.strategy` is "fsdp", and can be auto or ddp'),
+        ("{strategy: deepspeed}", '`trainer.strategy` is "deepspeed", and can be auto or ddp'),
         ("{precision: 16}", "`trainer.precision` is 16, valid: 16-mixed, 32-true, bf16-mixed"),
         ("{gradient_clip_val: 0.0}", "`trainer.gradient_clip_val` is 0.0, must be greater than 0"),
         ("{callbacks: [{class_path: Timer}]}", '`trainer.callbacks.0.class_path` is "Timer", must be package'),

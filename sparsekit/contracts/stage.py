@@ -44,6 +44,7 @@ class Effect:
     unmerged: the stage leaves its update beside the model, so nothing may come after it
     reads: what it can be given: "text", "images"
     processes: "many" if it shares its work with other processes, "one" if it runs alone
+    divides: what it trains can be divided among processes, where `context.sharded` asks for it
     gradients: it needs gradients with respect to the model's own parameters
     corrections: the values of the recipe's `error_correction` that it works with; all where it says none
     walks: it touches weights only while `context.stream()` is at their block; so that all others can stay on disk. Else
@@ -59,6 +60,7 @@ class Effect:
     unmerged: bool = False
     reads: tuple[Literal["text", "images"], ...] = ("text",)
     processes: Literal["one", "many"] = "one"
+    divides: bool = False
     gradients: bool = False
     corrections: tuple[str, ...] = ()
     walks: bool = False
@@ -108,7 +110,7 @@ class Context(Protocol):
     activations: bytes of activations that may be in memory; the rest goes to `scratch`, a folder of this process
     statistics: bytes of a block's Gram matrices that may be in memory
     output: the folder of the run; checkpoints: where Lightning's checkpoints of this stage go
-    team: the processes that work together
+    team: the processes that work together; sharded: whether each is to have a share of what is trained (`fsdp`)
     notes: a stage's name -> what it saw, for the report; JSON
     calibration: the settings that the tokens were made from; base: what the source is called
     bos: the token that stands before every window of text; None: windows are cut as published
@@ -120,6 +122,7 @@ class Context(Protocol):
     output: Path
     meter: "Meter"
     team: "Team"
+    sharded: bool
     console: "Console"
     notes: dict[str, Any]
     calibration: Mapping[str, Any]

@@ -30,10 +30,11 @@ def _dotted(path: str) -> str:
 
 
 def _strategy(name: str) -> str:
-    if name not in ("auto", "ddp"):
+    if name not in ("auto", "ddp", "fsdp"):
         raise ValueError(
             f'is "{name}", and can be auto or ddp, which are the same: every process has the whole model, walks share '
-            "out blocks, and stages that train average their gradients"
+            "out blocks, and stages that train average their gradients; or fsdp: each process has a share of what lora "
+            "and finetune train"
         )
     return name
 
@@ -54,7 +55,8 @@ class TrainerOptions(Section):
     )
     num_nodes: int = Field(default=1, gt=0, description="machines, each started by torchrun on a shared folder")
     strategy: Annotated[str, AfterValidator(_strategy)] = Field(
-        default="auto", description="auto or ddp, the same: with several devices, the whole model in every process"
+        default="auto",
+        description="auto or ddp, the same: with several devices, the whole model in every process; or fsdp",
     )
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] | None = Field(
         default=None, description="of stages that train the model; null: bf16-mixed where the accelerator has it"
@@ -64,6 +66,12 @@ class TrainerOptions(Section):
     )
     callbacks: list[ClassPath] = Field(default_factory=list, description="of Lightning, for stages that a Trainer runs")
     logger: list[ClassPath] = Field(default_factory=list, description="of Lightning, beside those of `loggers`")
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several processes, as far as is said."""
+        devices = self.devices
+        return self.num_nodes > 1 or (len(devices) > 1 if isinstance(devices, list) else devices not in (1, "auto"))
 
     @model_validator(mode="before")
     @classmethod

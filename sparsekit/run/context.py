@@ -58,6 +58,7 @@ class Context:
     bos: int | None = None
     meter: Meter = field(default_factory=Meter)
     team: Team = field(default_factory=Team)
+    sharded: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
     console: Console = field(default_factory=Console)
 

@@ -166,7 +166,7 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
     """
     problems = check_options(recipe)
     problems += _machine(recipe) + _nodes(recipe) + missing_loggers(recipe.loggers) + _unmerged(recipe)
-    problems = problems or _alone(recipe)
+    problems = problems or _alone(recipe) or _undivided(recipe)
     if problems:
         raise RecipeError(problems)
     dense = folder = Path(IN_MEMORY)  # there is no such folder
@@ -304,15 +304,22 @@ def _check_room(planned: Plan, output: str | None) -> None:
 
 def _alone(recipe: Recipe) -> list[str]:
     """Stages that cannot share their work with other processes, where there are to be some."""
-    devices = recipe.trainer.devices
-    several = recipe.trainer.num_nodes > 1 or (
-        len(devices) > 1 if isinstance(devices, list) else devices not in (1, "auto")
-    )
     return [
         f"stage {index + 1}, `{stage.name}`, runs in one process: give 1 as trainer.devices and trainer.num_nodes"
         for index, stage in enumerate(recipe.stages)
-        if several and effect_of(stage).processes == "one"
+        if recipe.trainer.several and effect_of(stage).processes == "one"
     ]
+
+
+def _undivided(recipe: Recipe) -> list[str]:
+    """A strategy that divides what is trained, where there is nothing, or nobody, to divide it among."""
+    if recipe.trainer.strategy != "fsdp":
+        return []
+    if not recipe.trainer.several:
+        return ["trainer.strategy is fsdp, which divides a model among processes: give 2 or more as trainer.devices"]
+    if not any(effect_of(stage).divides for stage in recipe.stages):
+        return ["trainer.strategy is fsdp, which is for lora and finetune, and no stage is one: leave it out"]
+    return []
 
 
 def _unmerged(recipe: Recipe) -> list[str]:

@@ -32,7 +32,7 @@ from sparsekit.run.plan import Plan
 from sparsekit.run.removing import remove_by
 from sparsekit.run.segments import NOTES, RESIZED, commits_of, forget_from, last_whole
 from sparsekit.run.selection import found_blocks
-from sparsekit.run.together import Together, start
+from sparsekit.run.together import Sharded, Together, start
 from sparsekit.run.zeros import SourceZeros
 from sparsekit.system import Meter, bars, commit, committed, meet, write_tensors
 from sparsekit.train import last_checkpoint, make_loggers
@@ -115,6 +115,7 @@ def run_stages(
             bos=bos,
             meter=meter,
             team=team,
+            sharded=recipe.trainer.strategy == "fsdp",
             console=console,
         )
         if effect.resizes or effect.cuts:
@@ -256,7 +257,9 @@ def _fit(
         callbacks = [Inspect(inspector), *callbacks, Commit(context.commits, inspector), WalkProgress(context.console)]
     asked = planned.recipe.trainer
     given = {"accelerator": asked.accelerator, "devices": asked.devices, "num_nodes": asked.num_nodes, "max_epochs": 1}
-    given |= {"strategy": Together() if context.team.size > 1 else "auto"} | getattr(module, "trainer_options", {})
+    shares = context.sharded and getattr(module, "sharding", None) is not None
+    together = Sharded(context.team.size) if shares else Together() if context.team.size > 1 else "auto"
+    given |= {"strategy": together} | getattr(module, "trainer_options", {})
     if effect.gradients and not walk:  # a stage that trains the model as a whole
         wanted = {"precision": asked.precision, "gradient_clip_val": asked.gradient_clip_val}
         given |= {key: value for key, value in wanted.items() if value is not None}
@@ -272,7 +275,7 @@ def _fit(
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    last = None if walk else last_checkpoint(context.checkpoints)
+    last = None if walk else last_checkpoint(context.checkpoints, context.team if shares else None)
     with _interrupts(), bars(False):  # a stage shows its own
         if last is None:
             trainer.fit(module, data)

@@ -25,7 +25,9 @@ from sparsekit.train import (
 RATES = {"all": 1e-4, "norms-and-biases": 2e-3}
 
 
-@declares(lambda options: Effect(moves=True, processes="many", gradients=True, reads=recovery_reads(options)))
+@declares(
+    lambda options: Effect(moves=True, processes="many", divides=True, gradients=True, reads=recovery_reads(options))
+)
 def finetune(
     context: Context,
     *,
@@ -107,6 +109,12 @@ def finetune(
         hidden=hidden,
         cache=cache,
         labels=labels,
+        masks={
+            f"{linear.name}.weight": linear.stored(masks[linear.name])
+            for block in context.blocks
+            for linear in block.linears.values()
+            if linear.name in masks
+        },
     )
 
 

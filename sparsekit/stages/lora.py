@@ -31,7 +31,7 @@ from sparsekit.train import (
 def _effect(options: Mapping[str, Any]) -> Effect:
     """An update that is not merged stays beside the model, which is then what it was."""
     merged = bool(options["merge"])  # an adapter of peft is for language models
-    found = Effect(moves=merged, unmerged=not merged, processes="many", gradients=True)
+    found = Effect(moves=merged, unmerged=not merged, processes="many", divides=True, gradients=True)
     return replace(found, reads=recovery_reads(options)) if merged else found
 
 
@@ -142,9 +142,9 @@ def lora(
     leaves = {name: p for name, p in context.model.named_parameters() if p.requires_grad}
 
     def switch(training: bool) -> None:
-        for layer in layers.values():
-            layer.train(training)
-        stored.rounded(not training, free)
+        for name in layers:  # by name: what runs may be a share of the layer
+            context.model.get_submodule(name).train(training)
+        stored.rounded(not training, {name: leaves[name] for name in free})
 
     def finish() -> None:
         if not merge and context.team.rank == 0:

@@ -12,6 +12,7 @@ from sparsekit.train.features import FeatureObjective
 from sparsekit.train.losses import Objective
 from sparsekit.train.rows import Rows
 from sparsekit.train.schedule import cosine
+from sparsekit.train.sharded import Sharding, local
 from sparsekit.train.step import mean_gradients
 
 
@@ -22,6 +23,7 @@ class Recovery(LightningModule):
     steps: of the optimizer; warmup: share of them. weight_decay: of parameters with two dimensions
     switch: called with True before a training step and with False before validation, where layers differ between them
     seed: with the batch's number added, of what is random in a step (dropout), so that a resumed run repeats it
+    sharding: divides the blocks among the processes; None: every process has the whole model
 
     The model stays in eval mode. `trainer_options` is what it asks of the Trainer.
     """
@@ -41,14 +43,21 @@ class Recovery(LightningModule):
         switch: Callable[[bool], Any] = lambda _: None,
         seed: int = 0,
         team: Team = Team(),  # noqa: B008 (frozen)
+        sharding: Sharding | None = None,
     ):
         super().__init__()
+        self.sharding = sharding
         self.model, self.leaves, self.objective, self.switch = model.eval(), leaves, objective, switch
         self.steps, self.learning_rate, self.warmup, self.weight_decay = steps, learning_rate, warmup, weight_decay
         self.seed, self.team = seed, team
         self.text, self.predicted = 0.0, 0  # cross-entropy and number of the tokens since it was last asked for
         self.weight = 0  # tokens predicted since the last step of the optimizer
         self.trainer_options: dict[str, Any] = {}
+
+    def configure_model(self) -> None:
+        """Divide the blocks, before anything is made of their parameters."""
+        if self.sharding is not None:
+            self.sharding.divide(self.device_mesh["data_parallel"])  # type: ignore[index]
 
     def configure_optimizers(self) -> Any:
         """AdamW, and its rate step by step."""
@@ -69,7 +78,10 @@ class Recovery(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The gradient of the mean over all tokens of a step, over batches and processes."""
-        mean_gradients(self.leaves.values(), self.weight, self.team)
+        if self.sharding is None:
+            mean_gradients(self.leaves.values(), self.weight, self.team)
+        else:
+            self.sharding.mean_gradients(self.weight)
         self.weight = 0
 
     @torch.no_grad()
@@ -79,12 +91,17 @@ class Recovery(LightningModule):
         sums = torch.zeros(2, dtype=torch.float64)
         mine = rows[self.team.rank :: self.team.size]
         with self.trainer.precision_plugin.val_step_context():
-            for start in range(0, len(mine.ids), batch):  # a process may have no rows
-                part = mine[start : start + batch].to(self.device)
-                total, count = self.objective.validation(self.model, part)
-                sums += torch.tensor([float(total), count], dtype=torch.float64)
+            for start in range(0, self._longest(len(rows), len(mine)), batch):  # a process may have no rows
+                part = mine[start : start + batch]
+                total, count = self.objective.validation(self.model, (part if len(part) else rows[:1]).to(self.device))
+                if len(part):
+                    sums += torch.tensor([float(total), count], dtype=torch.float64)
         self.team.sum([sums])
         return float(sums[0] / sums[1].clamp_min(1))
+
+    def _longest(self, rows: int, mine: int) -> int:
+        """The rows of the process that has most: with shares of the blocks, all must run as often."""
+        return mine if self.sharding is None else -(-rows // self.team.size)
 
     def mean_loss(self) -> float:
         """The mean text loss since it was last asked for, over all processes."""
@@ -94,5 +111,12 @@ class Recovery(LightningModule):
         return float(sums[0] / sums[1].clamp_min(1))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Only what is trained."""
-        checkpoint["state_dict"] = {f"model.{name}": leaf.detach() for name, leaf in self.leaves.items()}
+        """Only what is trained; with shares of the blocks, this process's."""
+        checkpoint["state_dict"] = {f"model.{name}": local(leaf.detach()) for name, leaf in self.leaves.items()}
+
+    @torch.no_grad()
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Shares are read here; a whole model's parameters Lightning reads."""
+        if self.sharding is not None:
+            for name, leaf in self.leaves.items():
+                local(leaf).copy_(checkpoint["state_dict"][f"model.{name}"])

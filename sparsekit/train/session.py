@@ -18,6 +18,7 @@ from sparsekit.train.losses import Objective
 from sparsekit.train.recovery import Recovery
 from sparsekit.train.rows import Batches, Rows, keeps_apart, training_rows
 from sparsekit.train.rows import check_training_source as check_source
+from sparsekit.train.sharded import Sharding
 from sparsekit.train.teacher import Cached, Running
 from sparsekit.train.watch import Best, RecoveryProgress
 
@@ -231,14 +232,20 @@ def recovery_parts(
     hidden: float,
     cache: int,
     labels: float = 0.0,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Fit:
-    """What Trainer.fit takes; the record of the training goes to `context.notes[name]`."""
+    """What Trainer.fit takes; the record of the training goes to `context.notes[name]`.
+
+    masks: leaf's name -> kept, of leaves whose gradients are masked by hooks, which shares of them do not have
+    """
 
     def dense() -> nn.Module:
         model = context.dense()
         return model.float() if kind == "32-true" else model
 
     def end() -> None:
+        if sharding is not None:
+            sharding.join()
         recompute(context.blocks, False)
         objective.forget()
         finish()
@@ -257,6 +264,7 @@ def recovery_parts(
         objective = FeatureObjective(dense, labels)
     else:
         objective = Objective(teacher, distill=distill, hidden=hidden, temperature=temperature)
+    sharding = Sharding(context.model, context.blocks, leaves, context.team, masks) if context.sharded else None
     module = Recovery(
         context.model,
         leaves,
@@ -268,6 +276,7 @@ def recovery_parts(
         switch=switch,
         seed=context.seed,
         team=context.team,
+        sharding=sharding,
     )
     module.trainer_options = {
         "max_epochs": 1,
@@ -293,5 +302,9 @@ def recovery_parts(
         note=note,
     )
     callbacks: list[Any] = [teacher] if isinstance(teacher, Cached) else []
-    callbacks += [best, Checkpoints(context.checkpoints), RecoveryProgress(context.console, best, reading.tokens)]
+    callbacks += [
+        best,
+        Checkpoints(context.checkpoints, team=context.team if sharding else None),
+        RecoveryProgress(context.console, best, reading.tokens),
+    ]
     return Fit(module, reading.batches, callbacks)

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsekit.system import human_size, resident_memory
 from sparsekit.train.recovery import Recovery
 from sparsekit.train.rows import Rows
+from sparsekit.train.sharded import local
 from sparsekit.train.step import Progress
 
 PAUSE = 30.0  # seconds between checkpoints at least, and as many times what writing one took
@@ -83,7 +84,7 @@ class Best(Callback):
         self._add(trainer, (trainer.global_step, loss, validated))
         if self.progress.better(validated):
             self.step = trainer.global_step
-            self.state = {name: leaf.detach().to("cpu", copy=True) for name, leaf in module.leaves.items()}
+            self.state = {name: local(leaf.detach()).to("cpu", copy=True) for name, leaf in module.leaves.items()}
         module.switch(True)  # a checkpoint of this very step must hold what is trained, not what was validated
 
     def _add(self, trainer: Trainer, now: Step) -> None:
@@ -94,7 +95,7 @@ class Best(Callback):
     def on_train_end(self, trainer: Trainer, module: Recovery) -> None:  # type: ignore[override]
         """Put the best state into the model."""
         for name, leaf in module.leaves.items():
-            leaf.copy_(self.state[name])
+            local(leaf).copy_(self.state[name])
         self.state = {}
         self.note |= {
             "before": self.curve[0][2],

@@ -206,6 +206,9 @@ def main() -> int:
     return 0
 
 
+NONE = re.compile("has no Mamba|has no experts that sparsekit knows")  # a family without such units
+
+
 def table(known: dict[tuple[str, str], dict[str, Any]]) -> str:
     """The results as a table, and below it the sentences of what is refused."""
     rows = sorted({family for family, _ in known})
@@ -216,7 +219,9 @@ def table(known: dict[tuple[str, str], dict[str, Any]]) -> str:
         for recipe in RECIPES:
             entry = known.get((family, recipe), {"cell": ""})
             said = entry["cell"] + (f" {entry['share']:.0%}" if "share" in entry else "")
-            if "why" in entry:
+            if NONE.search(entry.get("why", "")):
+                said = "none"
+            elif "why" in entry:
                 why = re.sub(r"\w+(ForCausalLM|LMHeadModel)", "...", entry["why"].replace(family, "..."))
                 reasons.setdefault(why, []).append(f"{family}/{recipe}")
             cells.append(said)
