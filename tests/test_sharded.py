@@ -37,7 +37,7 @@ STAGES = {
 }
 # a checkpoint after every step; the process ends at once, as by kill -9, after the step that STOP says
 STOPPING = """\
-import os, sys
+import os, sys, time
 from sparsekit.cli import main
 from sparsekit.train import Checkpoints, checkpoints
 
@@ -49,6 +49,7 @@ def stopping(self, trainer, *rest):
     print("at step", trainer.global_step, flush=True)
     begin(self, trainer, *rest)
     if trainer.global_step == end:
+        time.sleep(3)  # the other has its checkpoint too
         os._exit(9)
 
 Checkpoints.on_train_batch_end = stopping

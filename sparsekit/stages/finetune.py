@@ -1,14 +1,13 @@
 """Fine-tuning on text with pruned weights staying zero: all that is left of the blocks, or norms and biases alone."""
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from sparsekit.contracts import Context, Count, Effect, Fit, Fraction, NotNegative, Positive, declares
-from sparsekit.model import Block
+from sparsekit.model import Block, Linear
 from sparsekit.train import (
     Stored,
     TrainingSource,
@@ -83,7 +82,10 @@ def finetune(
     for parameter in leaves.values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_()
-    hooks = [hook for block in context.blocks for hook in masked(block, masks)]
+    held = {f"{linear.name}.weight": (linear, kept) for linear, kept in _pruned(context.blocks, masks)}
+    hooks = []
+    if not context.sharded:
+        hooks = [masked_gradient(linear.module.weight, kept) for linear, kept in held.values()]  # type: ignore[arg-type]
 
     def finish() -> None:
         for hook in hooks:
@@ -109,27 +111,22 @@ def finetune(
         hidden=hidden,
         cache=cache,
         labels=labels,
-        masks={
-            f"{linear.name}.weight": linear.stored(masks[linear.name])
-            for block in context.blocks
-            for linear in block.linears.values()
-            if linear.name in masks
-        },
+        masks={name: kept for name, (_, kept) in held.items()},
     )
 
 
 finetune.check = check_distillation  # type: ignore[attr-defined]  # what options mean together
 
 
-def masked(block: Block, masks: Mapping[str, Tensor]) -> Iterator[RemovableHandle]:
-    """Have the gradients of the block's weights be zero outside their masks (linear's name -> kept, (out, in)).
+def _pruned(blocks: Iterable[Block], masks: Mapping[str, Tensor]) -> Iterator[tuple[Linear, Tensor]]:
+    """The linears that have masks (linear's name -> kept, (out, in)), each with its own as its weight is stored.
 
     Raises:
-        ValueError: a weight is not zero there already.
+        ValueError: a weight is not zero outside its mask.
     """
-    for name, linear in block.linears.items():
-        if name in masks:
-            if linear.weight.masked_select(~masks[name].to(linear.weight.device)).count_nonzero():
-                raise ValueError(f"the weight of {name} is not zero outside its mask, so there is no mask to keep")
-            weight: Any = linear.module.weight
-            yield masked_gradient(weight, linear.stored(masks[name]))
+    for block in blocks:
+        for name, linear in block.linears.items():
+            if name in masks:
+                if linear.weight.masked_select(~masks[name].to(linear.weight.device)).count_nonzero():
+                    raise ValueError(f"the weight of {name} is not zero outside its mask, so there is no mask to keep")
+                yield linear, linear.stored(masks[name])

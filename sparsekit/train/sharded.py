@@ -93,7 +93,7 @@ class Sharding:
     def _mine(self, kept: Tensor) -> Tensor:
         """The rows of a mask that this process has: as many in every process, as far as they go."""
         parts = kept.chunk(self.team.size)
-        return parts[self.team.rank] if self.team.rank < len(parts) else kept[:0]
+        return (parts[self.team.rank] if self.team.rank < len(parts) else kept[:0]).clone()
 
 
 def local(tensor: Tensor) -> Tensor:
