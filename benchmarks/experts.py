@@ -80,6 +80,7 @@ def units(seeds: Sequence[int]) -> None:
         "expert-activation": {"expert-activation": options},
         "by chance": {"policy-gradient": learn | {"initial": "random", "steps": 1, "held_out": 0, "across": "block"}},
         "policy-gradient": {"policy-gradient": learn},
+        "policy-gradient, 4 x the passes": {"policy-gradient": learn | {"masks": 8, "batch": 4, "sharpness": 2}},
     }
     print("| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |\n|---|" + "---|" * len(seeds), flush=True)
     for name, stage in ways.items():

@@ -20,7 +20,7 @@ from sparsekit.model import load as load_model
 from sparsekit.run.allocation import sample_input
 from sparsekit.stages.lora import computes_linear, lora, select
 from sparsekit.testing import begin, context
-from sparsekit.train import Checkpoints, attach_updates, detach_updates, recovery_text, save_adapter
+from sparsekit.train import Checkpoints, attach_updates, detach_updates, last_checkpoint, recovery_text, save_adapter
 from sparsekit.train.adapter import load_adapter
 from sparsekit.train.lowrank import ADAPTER, _Product, factors
 
@@ -79,7 +79,7 @@ def fit(stage, work, *, stop_at=None, resume=False, watching=(), **options):
         enable_model_summary=False,
         **module.trainer_options,
     )
-    last = work.checkpoints / "last.ckpt"
+    last = last_checkpoint(work.checkpoints)
     try:
         trainer.fit(module, batches, **({"ckpt_path": last, "weights_only": True} if resume else {}))
     except SystemExit:
@@ -389,7 +389,7 @@ def test_resuming_gives_the_same_bits(family, stop_at, models, tmp_path):
 def test_a_checkpoint_holds_what_is_trained_alone(models, tmp_path):
     work = work_on(models / "tiny-llama", tmp_path)
     record = fit(lora, work, stop_at=2, **QUICK)
-    size = (tmp_path / "blocks" / "checkpoints" / "last.ckpt").stat().st_size
+    size = last_checkpoint(tmp_path / "blocks" / "checkpoints").stat().st_size
     assert size < 4 * 4 * record["trained_parameters"] + 400_000  # itself, two moments, the best state; names
 
 

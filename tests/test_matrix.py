@@ -189,7 +189,7 @@ def test_whole_parts_of_other_families(family, kind):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["heads", "channels"])
+@pytest.mark.parametrize("kind", ["heads", "channels", "mamba"])
 @pytest.mark.parametrize("family", families.names())
 def test_the_cut_model_is_the_masked_one(family, kind):
     """Whatever is not refused in advance."""

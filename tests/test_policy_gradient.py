@@ -12,7 +12,7 @@ from sparsekit.model import discover
 from sparsekit.model.structure import choose, find_units
 from sparsekit.stages.policy_gradient import policy_gradient
 from sparsekit.testing import begin, context
-from sparsekit.train import Checkpoints, PolicyGradient
+from sparsekit.train import Checkpoints, PolicyGradient, last_checkpoint
 from sparsekit.train.bernoulli import (
     Budget,
     Groups,
@@ -292,7 +292,7 @@ def test_it_resumes_bit_for_bit(small, tmp_path, monkeypatch, step):
     whole = learn(small, 12, **options)
     with pytest.raises(Stop):
         learn(small, 12, callbacks=[Kill(tmp_path, pause=0)], **options)
-    resumed = learn(small, 12, resume=tmp_path / "last.ckpt", **options)
+    resumed = learn(small, 12, resume=last_checkpoint(tmp_path), **options)
     assert torch.equal(whole.probabilities, resumed.probabilities) and torch.equal(whole.scores, resumed.scores)
     assert whole.notes["held_out"] == resumed.notes["held_out"]
     assert whole.curve == resumed.curve and len(whole.curve) == 12

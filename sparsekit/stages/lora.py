@@ -140,11 +140,12 @@ def lora(
         parameter.data = parameter.data.float()
         parameter.requires_grad_()
     leaves = {name: p for name, p in context.model.named_parameters() if p.requires_grad}
+    called = {name: leaf for name, parameter in free.items() for leaf, p in leaves.items() if p is parameter}
 
     def switch(training: bool) -> None:
         for name in layers:  # by name: what runs may be a share of the layer
             context.model.get_submodule(name).train(training)
-        stored.rounded(not training, {name: leaves[name] for name in free})
+        stored.rounded(not training, {name: leaves[called[name]] for name in free})
 
     def finish() -> None:
         if not merge and context.team.rank == 0:

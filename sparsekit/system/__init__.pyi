@@ -33,5 +33,4 @@ from .state import commit as commit
 from .state import committed as committed
 from .state import digest_of as digest_of
 from .state import forget as forget
-from .state import move as move
 from .team import Team as Team

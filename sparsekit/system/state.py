@@ -58,11 +58,5 @@ def forget(file: Path) -> None:
     _beside(file).unlink(missing_ok=True)
 
 
-def move(file: Path, target: Path) -> None:
-    """Give a committed file another name in the same folder."""
-    os.replace(_beside(file), _beside(target))
-    os.replace(file, target)
-
-
 def _beside(file: Path) -> Path:
     return file.with_name(file.name + BESIDE)

@@ -7,31 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 
-from sparsekit.system import Team, commit, committed, move
+from sparsekit.system import Team, commit, committed, forget
 
 PAUSE = 30.0  # seconds between checkpoints at least, and as many times what writing one took
-LAST, BEFORE = "last.ckpt", "before.ckpt"
+KEPT = 2  # checkpoints: the last, and one to go on from whatever happens to it
 
 
 class Checkpoints(Callback):
-    """Writes `last.ckpt` after a step of the optimizer: what is trained, its moments and the best state so far.
+    """Writes N.ckpt after step N of the optimizer: what is trained, its moments and the best state so far.
 
     team: each process of it writes a checkpoint of its own, of its share; None: the first writes that of all
 
     Seldom enough that writing takes a small share of the time; when it was written does not change the result. Comes
-    after `Best` in the list of callbacks, so that what it saves has been looked at. The one before is kept, so that
-    there is one to go on from whatever happens to the last.
+    after `Best` in the list of callbacks, so that what it saves has been looked at. The one before is kept too.
     """
 
     def __init__(self, folder: Path, pause: float = PAUSE, team: Team | None = None):
-        self.folder, self.pause, self.each = (
-            folder if team is None else own_folder(folder, team),
-            pause,
-            team is not None,
-        )
+        self.folder, self.pause, self.each = own_folder(folder, team), pause, team is not None
         self.written, self.took = time.perf_counter(), 0.0
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
@@ -43,13 +37,13 @@ class Checkpoints(Callback):
             return
         began = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside, last = self.folder / ".saving.ckpt", self.folder / LAST
+        aside = self.folder / ".saving.ckpt"
         with _temporary_files_in(self.folder):
             trainer.save_checkpoint(aside)  # all processes take part, the first writes
         if trainer.is_global_zero or self.each:
-            if committed(last):
-                move(last, self.folder / BEFORE)
-            commit(last, lambda path: aside.rename(path))
+            commit(self.folder / f"{trainer.global_step}.ckpt", lambda path: aside.rename(path))
+            for file in _written(self.folder)[:-KEPT]:
+                forget(file)
         self.written = time.perf_counter()
         self.took = self.written - began
 
@@ -59,19 +53,20 @@ def last_checkpoint(folder: Path, team: Team | None = None) -> Path | None:
 
     team: each process of it has its own, and all take those of the same step
     """
-    if team is None:
-        return next((folder / name for name in (LAST, BEFORE) if committed(folder / name)), None)
-    mine = {}
-    for file in (own_folder(folder, team) / name for name in (BEFORE, LAST)):
-        if committed(file):
-            mine[int(torch.load(file, map_location="cpu", mmap=True, weights_only=True)["global_step"])] = file
-    common = set.intersection(*(set(team.tell(list(mine), rank)) for rank in range(team.size)))
-    return mine[max(common)] if common else None
+    mine = {int(file.stem): file for file in _written(own_folder(folder, team)) if committed(file)}
+    steps = set(mine)
+    for rank in range(team.size if team else 0):
+        steps &= set(team.tell(list(mine), rank))  # type: ignore[union-attr]
+    return mine[max(steps)] if steps else None
 
 
-def own_folder(folder: Path, team: Team) -> Path:
-    """Where a process keeps its share; other numbers of processes have other shares."""
-    return folder / f"{team.rank + 1}-of-{team.size}"
+def own_folder(folder: Path, team: Team | None) -> Path:
+    """Where a process of a team keeps its share; other numbers of processes have other shares."""
+    return folder if team is None else folder / f"{team.rank + 1}-of-{team.size}"
+
+
+def _written(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.ckpt"), key=lambda file: int(file.stem))
 
 
 @contextmanager
