@@ -54,7 +54,7 @@ def test_a_stage_that_fills_the_zeros_is_found_out(tmp_path, monkeypatch):
     from sparsekit.stages import finetune as module
 
     run(tmp_path, "sparse", "[wanda]", more="pattern: 50%")
-    monkeypatch.setattr(module, "masked", lambda block, masks: [])  # gradients of zeros reach the optimizer
+    monkeypatch.setattr(module, "_pruned", lambda blocks, masks: [])  # gradients of zeros reach the optimizer
     file = tmp_path / "f.yaml"
     stages = f"[{{finetune: {TRAIN}}}]"
     file.write_text(RECIPE.format(model=tmp_path / "sparse" / "model", stages=stages, output=tmp_path / "f", more=""))

@@ -584,7 +584,7 @@ def test_mistakes(stage, options, said, tmp_path):
 def test_scores_for_other_units_are_refused():
     work = worked(build("Llama"))
     layers = find_units(work.model, work.blocks, ["layers"])
-    with pytest.raises(ValueError, match="flap scores heads, channels, not layers"):
+    with pytest.raises(ValueError, match="flap scores heads, channels, mamba, not layers"):
         work.decide("flap", layers, 0.3)
     for method in ("wanda-sp", "llm-pruner"):
         with pytest.raises(ValueError, match=f"{method} scores heads, channels.*not layers"):
