@@ -26,6 +26,7 @@ from sparsekit.model import Experts, discover, load_plain
 from sparsekit.model.structure import find_units
 
 MODEL = Path(__file__).parents[1] / "tests" / "models" / "tiny-moe"
+MORE = {"masks": 8, "batch": 4, "sharpness": 2, "held_out": 0.25}
 TEXTS = ((96, 128), (24, 128), (4, 32), (2, 32))
 
 
@@ -80,7 +81,7 @@ def units(seeds: Sequence[int]) -> None:
         "expert-activation": {"expert-activation": options},
         "by chance": {"policy-gradient": learn | {"initial": "random", "steps": 1, "held_out": 0, "across": "block"}},
         "policy-gradient": {"policy-gradient": learn},
-        "policy-gradient, 4 x the passes": {"policy-gradient": learn | {"masks": 8, "batch": 4, "sharpness": 2}},
+        "policy-gradient, 4 x the passes": {"policy-gradient": learn | MORE},
     }
     print("| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |\n|---|" + "---|" * len(seeds), flush=True)
     for name, stage in ways.items():

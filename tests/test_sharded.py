@@ -111,6 +111,7 @@ def test_a_run_that_was_killed_goes_on_from_both_processes_checkpoints(tmp_path)
     ("settings", "said"),
     [
         (["trainer.devices=1"], "trainer.strategy is fsdp, which divides a model among processes: give 2 or more"),
+        ([f"model={TINY.with_name('tiny-moe')}"], "model.layers.0, whose experts lie in one parameter; give strategy"),
         (["stages=[magnitude]"], "trainer.strategy is fsdp, which is for lora and finetune, and no stage is one"),
     ],
 )

@@ -37,7 +37,7 @@ from sparsekit.run.needs import Needs, memory_needs, wholly, within
 from sparsekit.run.selection import found_blocks
 from sparsekit.run.sources import Source, from_folder
 from sparsekit.system import human_size
-from sparsekit.train import missing_loggers
+from sparsekit.train import check_divisible, missing_loggers
 
 IN_MEMORY = "in memory"  # what came from there has no folder and no source
 BATCH_TOKENS = 256  # tokens that go through a block at once, unless the recipe says otherwise: enough for full speed
@@ -185,6 +185,8 @@ def make_plan(recipe: Recipe, memory: tuple[nn.Module, Source] | None = None) ->
         source = from_folder(folder, dense, model, trust_remote_code=trust)
     check_reading(recipe, model)
     blocks = found_blocks(recipe, model)
+    if recipe.trainer.strategy == "fsdp":
+        check_divisible(blocks)
     check_cuts(recipe, model, blocks, _dtype(recipe, model.config))
     planned = Plan(recipe, resolved(recipe), folder, dense, model, blocks, allocate(recipe, blocks), source)
     if planned.quantization is not None:

@@ -47,7 +47,7 @@ def policy_gradient(
     scaling: Literal["natural", "sqrt", "none"] = "natural",
     normalize: bool = True,
     floor: Annotated[float, Ge(0), Lt(0.5)] = 0.01,
-    held_out: Fraction | None = None,
+    held_out: Fraction = 0.125,
     compensate: bool | None = None,
     bias: bool = False,
     damping: Positive = 0.01,
@@ -91,7 +91,7 @@ def policy_gradient(
     normalize: divide by the running standard deviation of what the baseline leaves
     floor: s stays this far from 0 and 1, so that no unit is lost for good
     held_out: share of the calibration's sequences that chooses between start, way and end, and is seen by nothing else;
-        0: the end is taken; null: 0.125, and of experts, between which there is less, 0.25
+        0: the end is taken
     compensate: least squares, see `wanda-sp`; null: for heads and channels. bias, damping: of that
 
     Several processes share the sequences of a step. Memory: that of a forward pass and a few numbers for each unit.
@@ -100,7 +100,6 @@ def policy_gradient(
     kinds = kinds_of(units)
     images = sees_images(context.model)
     start, form = initial or _initial(kinds, images), _shape(shape, kinds)
-    held_out = (0.25 if kinds == ["experts"] else 0.125) if held_out is None else held_out
     text, testing = _texts(context.tokens, None if images else length, held_out)
     each = patches(context.model) if images else text.shape[1]
     few = context.with_tokens(text[: max(1, tokens // each)])
@@ -169,7 +168,7 @@ def _check(options: Mapping[str, Any]) -> None:
         raise ValueError("bias: true is part of least squares; give compensate: true with it, or leave it out")
     if options["baseline"] == "leave-one-out" and options["masks"] < 2:
         raise ValueError("baseline leave-one-out compares masks of one step: give at least 2 as masks, or another one")
-    if options["across"] == "best" and options["held_out"] == 0:
+    if options["across"] == "best" and not options["held_out"]:
         raise ValueError("across: best is decided on held-out text: give a held_out above 0, or block or model")
 
 

@@ -15,6 +15,8 @@ from sparsekit.testing.contexts import context, kinds_in_one_model, tiny_experts
 from sparsekit.testing.solver import solved_twice
 from sparsekit.testing.stage import run_stage
 
+FILLED = {"experts": (tiny_experts, ".experts."), "mamba": (tiny_mamba, "_proj")}
+
 OUT, WIDTH, TOKENS = 12, 24, 96
 HOSTILE = (
     Unstructured(0.0),
@@ -97,8 +99,8 @@ def fuzz_criterion(criterion: Callable[..., Any], **options: Any) -> None:
     """
     scoring = criterion.scoring  # type: ignore[attr-defined]
     for known in kinds_in_one_model(scoring.kinds):
-        hostile = {"experts": expert_models, "mamba": mamba_models}.get(known[0], models)
-        for case, model in hostile():
+        build, inside = FILLED.get(known[0], (tiny_model, ""))
+        for case, model in hostile_models(build, inside) if inside else models():
             with TemporaryDirectory() as folder:
                 here = context(model, tiny_tokens(), folder, batch=2, index=1)
                 units = find_units(model, here.blocks, known)
@@ -124,27 +126,15 @@ def fuzz_stage(stage: Callable[..., Any], *, pattern: str = "2:4", tokenizer: An
         assert finite, f"{case}: weights are not finite afterwards"
 
 
-def mamba_models() -> Iterator[tuple[str, nn.Module]]:
-    """Hostile Mambas: a name, and the model."""
-    for case, value in {"channels that are all alike": 0.02, "channels that overflow": 3e38, "zeros": 0.0}.items():
-        model = tiny_mamba()
+def hostile_models(build: Callable[[], nn.Module], inside: str) -> Iterator[tuple[str, nn.Module]]:
+    """A model whose parameters with `inside` in their names are all alike, overflow, or are zeros: a name, and it."""
+    for case, value in {"all alike": 0.02, "overflowing": 3e38, "zeros": 0.0}.items():
+        model = build()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "_proj" in name:
+                if inside in name:
                     parameter.fill_(value)
-        yield case, model
-
-
-def expert_models() -> Iterator[tuple[str, nn.Module]]:
-    """Hostile mixtures of experts: a name, and the model."""
-    values = {"experts that are all alike": 0.02, "experts that overflow": 3e38, "experts of zeros": 0.0}
-    for case, value in values.items():
-        model = tiny_experts()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if ".experts." in name:
-                    parameter.fill_(value)
-        yield case, model
+        yield f"{inside} {case}", model
 
 
 def models() -> Iterator[tuple[str, nn.Module]]:

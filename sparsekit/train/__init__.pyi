@@ -28,6 +28,7 @@ from .session import precision as precision
 from .session import recovery_parts as recovery_parts
 from .session import recovery_reads as recovery_reads
 from .session import recovery_text as recovery_text
+from .sharded import check_divisible as check_divisible
 from .sharded import local as local
 from .whole import backward as backward
 from .whole import frozen as frozen

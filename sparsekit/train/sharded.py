@@ -41,10 +41,7 @@ class Sharding:
             raise ValueError(
                 f"strategy fsdp divides blocks, and {min(outside)} is outside them; train the blocks alone"
             )
-        if experts := next((block for block in blocks if block.experts), None):
-            raise ValueError(
-                f"strategy fsdp cannot divide {experts.name}, whose experts lie in one parameter; give strategy: ddp"
-            )
+        check_divisible(blocks)
 
     def divide(self, mesh: Any) -> None:
         """Put the twins in the blocks' places. mesh: of the processes, one dimension"""
@@ -94,6 +91,14 @@ class Sharding:
         """The rows of a mask that this process has: as many in every process, as far as they go."""
         parts = kept.chunk(self.team.size)
         return (parts[self.team.rank] if self.team.rank < len(parts) else kept[:0]).clone()
+
+
+def check_divisible(blocks: Sequence[Block]) -> None:
+    """Raise ValueError for blocks with experts, whose linears are views of one parameter."""
+    if experts := next((block for block in blocks if block.experts), None):
+        raise ValueError(
+            f"strategy fsdp cannot divide {experts.name}, whose experts lie in one parameter; give strategy: ddp"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:
