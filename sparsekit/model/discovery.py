@@ -133,6 +133,7 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     """
     split_experts(model)
     _refuse_shared(model)
+    _refuse_rescaled(model)
     try:
         return _discover(model, tokens, routers)
     except RAISED:
@@ -166,6 +167,16 @@ def _refuse_shared(model: Any) -> None:
                 f"blocks of {type(model).__name__} share weights ({kept} and {copied}), and each would prune them in "
                 "its own way: such models are not pruned yet"
             )
+
+
+def _refuse_rescaled(model: Any) -> None:
+    """Raise ValueError for an RWKV that divides its weights while it runs: what is written is not what was read."""
+    every = getattr(model.config, "rescale_every", 0) if hasattr(model, "config") else 0
+    if every and len(find_blocks(model)) > every:
+        raise ValueError(
+            f"{type(model).__name__} divides its weights by 2 at every {every}th block while it runs (rescale_every): "
+            "set rescale_every to 0 in its config.json, which computes the same, and run again"
+        )
 
 
 def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:

@@ -1,6 +1,8 @@
 """Models built from a config alone, without weights, and how one that was built differs from another."""
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,11 @@ from torch.overrides import TorchFunctionMode
 from sparsekit.model.expert_forms import split_experts
 
 # what modules hold that says nothing about a model's structure, or is not kept right by cutting
-STALE = ("training", "intermediate_size", "gradient_checkpointing", "name_or_path", "p", "tokens", "watched")
+STALE = (
+    *("training", "intermediate_size", "gradient_checkpointing", "name_or_path", "p", "tokens", "watched"),
+    "layers_are_rescaled",  # RWKV's weights, once it has run
+)
+FREQUENCIES = re.compile(r"([a-z]+_attention)_(?:original_)?inv_freq$")  # buffers of one kind of attention
 
 
 def build(config: dict[str, Any], device: str | None = None) -> nn.Module:
@@ -118,7 +124,7 @@ def difference(built: nn.Module, model: nn.Module, spare: str | None = None) -> 
     for name in other:
         mine, theirs = _plain(one[name]), _plain(other[name])
         for key in sorted(mine.keys() & theirs.keys()):
-            if mine[key] != theirs[key]:
+            if mine[key] != theirs[key] and not _rounded(mine[key], theirs[key]):
                 return f"{name}.{key} is {theirs[key]}, and would be {mine[key]}"
     return _parameters(built, model, spare) or _buffers(built, model)
 
@@ -134,6 +140,11 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def _rounded(one: Any, other: Any) -> bool:
+    """Whether two numbers differ as a product and its parts do, which a config has."""
+    return isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=1e-12)
+
+
 def _parameters(built: nn.Module, model: nn.Module, spare: str | None) -> str | None:
     one, other = ({n: tuple(p.shape) for n, p in m.named_parameters(remove_duplicate=False)} for m in (built, model))
     for name in sorted(one.keys() | other.keys()):
@@ -146,7 +157,11 @@ def _parameters(built: nn.Module, model: nn.Module, spare: str | None) -> str | 
 def _buffers(built: nn.Module, model: nn.Module) -> str | None:
     one, other = dict(built.named_buffers()), dict(model.named_buffers())
     stored = model.state_dict().keys()  # these have what is in the file
+    kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or ())
     for name in sorted(one.keys() | other.keys()):
+        kind = FREQUENCIES.search(name)
+        if kind and kinds and kind[1] not in kinds:
+            continue  # angles of a kind of attention of which no layer is left
         if name not in one or name not in other or (name not in stored and not _same(one[name], other[name])):
             return f"the buffer {name} would be another"
     return None

@@ -1,12 +1,13 @@
 """Proof that what lies beside the weights is the source's: config, tokenizer, generation config."""
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsekit.model import GENERATION, LAYERS, Checkpoint, decoded, load_tokenizer, read_json
-from sparsekit.model.structure import NUMBERED, Shape
+from sparsekit.model.structure import Shape, entries_left
 
 UNSAID = {"transformers_version", "_name_or_path", "torch_dtype", "_attn_implementation", "_commit_hash"}
 PARTS = ("text_config", "vision_config")  # of a config, that may describe the layers
@@ -68,11 +69,14 @@ def _config(folder: Path, source: Path, cast: bool, cut: bool, trust: bool) -> I
 
 def _leave(one: dict[str, Any], other: dict[str, Any], left: list[int], count: int) -> None:
     """Make a config's entries for each of `count` layers, in `other`, those of the layers that are left."""
+    told = entries_left(other, count, left)
     for key, value in other.items():
         if isinstance(value, list) and len(value) == count and len(one.get(key) or []) == len(left):
             other[key] = [value[index] for index in left]
-        elif key in NUMBERED and isinstance(value, list):
-            other[key] = [left.index(index) for index in value if index in left]
+        elif key in told:
+            other[key] = json.loads(json.dumps(told[key]))
+            if isinstance(told[key], float) and math.isclose(told[key], one.get(key) or 0, rel_tol=1e-12):
+                other[key] = one[key]  # a product of two cuts
 
 
 def _read(folder: Path, trust: bool) -> dict[str, Any]:

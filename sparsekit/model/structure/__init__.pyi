@@ -1,8 +1,8 @@
 from .choice import check_shape as check_shape
 from .choice import choose as choose
-from .cutting import NUMBERED as NUMBERED
 from .finding import find_units as find_units
 from .gates import gating as gating
+from .layers import entries_left as entries_left
 from .masks import masking as masking
 from .origins import Cuts as Cuts
 from .origins import Origin as Origin

@@ -8,28 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.model.blocks import Block, Linear
-from sparsekit.model.discovery import find_blocks
 from sparsekit.model.structure.experts import remove_experts
 from sparsekit.model.structure.heads import BY_QUERY, count_heads, head_size
+from sparsekit.model.structure.layers import drop_layers
 from sparsekit.model.structure.mamba import count_mamba
 from sparsekit.model.structure.nothing import Nothing
 from sparsekit.model.structure.units import Part, Units
-from sparsekit.model.vision import described
-
-PER_LAYER = {  # fields of configs with an entry for each layer
-    "layer_types",
-    "layers_block_type",
-    "mlp_layer_types",
-    "no_rope_layers",
-    "sliding_windows",
-    "layer_rope_theta",
-    "rope_scaling_layers",
-    "activation_sparsity_pattern",
-    "indexer_types",
-    "attention_layers",
-}
-
-NUMBERED = {"global_attn_indexes"}  # fields with the numbers of some layers: those of SAM that see the whole image
 
 
 @torch.no_grad()
@@ -51,10 +35,9 @@ def cut(model: nn.Module, blocks: Sequence[Block], units: Units, kept: Tensor) -
         elif part.kind != "layers" and not bool(each.all()):
             _narrow(by_index[part.block], part, each)
     pairs = zip(units.parts, units.split(kept), strict=True)
-    gone = {part.block for part, each in pairs if part.kind == "layers" and not each}
+    gone = [part for part, each in pairs if part.kind == "layers" and not each]
     if gone:
-        _drop_layers(model, blocks, gone)
-        _renumber(model)
+        drop_layers(model, blocks, {part.block for part in gone}, [part.outside for part in gone])
 
 
 def _narrow(block: Block, part: Part, kept: Tensor) -> None:
@@ -131,28 +114,3 @@ def _keep_beside(module: Any, name: str, rows: Tensor) -> None:
         module.in_channels = module.out_channels = module.groups = len(rows)
     elif name == "weight" and isinstance(module, nn.Linear):
         module.out_features = len(rows)
-
-
-def _drop_layers(model: nn.Module, blocks: Sequence[Block], gone: set[int]) -> None:
-    path = blocks[0].name.rpartition(".")[0]
-    parent, _, name = path.rpartition(".")
-    home = model.get_submodule(parent)
-    layers = getattr(home, name)
-    left = [index for index in range(len(layers)) if index not in gone]
-    setattr(home, name, nn.ModuleList(layers[index] for index in left))
-    config = described(model)
-    config.num_hidden_layers = len(left)
-    for key, value in vars(config).items():
-        listed = key in PER_LAYER or key.endswith("_per_layer")  # others, such as several ends of text, may be as long
-        if listed and isinstance(value, list) and len(value) == len(layers):
-            setattr(config, key, [value[index] for index in left])
-        elif key in NUMBERED and isinstance(value, list):
-            setattr(config, key, [left.index(index) for index in value if index in left])
-
-
-def _renumber(model: nn.Module) -> None:
-    """The cache of keys and values has a place for each layer."""
-    for block in find_blocks(model):
-        for module in block.module.modules():
-            if getattr(module, "layer_idx", None) is not None:
-                module.layer_idx = block.index  # type: ignore[assignment]

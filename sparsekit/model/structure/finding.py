@@ -9,6 +9,7 @@ from torch import nn
 from sparsekit.model.blocks import Block
 from sparsekit.model.structure.experts import ExpertCount, count_experts
 from sparsekit.model.structure.heads import heads_of
+from sparsekit.model.structure.layers import stretches
 from sparsekit.model.structure.mamba import mamba_of
 from sparsekit.model.structure.nothing import Nothing
 from sparsekit.model.structure.roles import NoPart, channels_of
@@ -41,7 +42,9 @@ def find_units(model: nn.Module, blocks: Sequence[Block], kinds: Sequence[str] =
             if kind == "layers" and block.fixed:
                 continue
             if kind == "layers":
-                parts.append(Part(block.index, kind, 1, parameters, {}, None, torch.empty(1, 0, dtype=torch.long)))
+                columns = torch.empty(1, 0, dtype=torch.long)
+                own = stretches(model, block)
+                parts.append(Part(block.index, kind, 1, parameters, {}, None, columns, outside=own))
             elif not _gone(block, attention=kind in ("heads", "attention")):
                 try:
                     parts.append(_part(model, block, kind))

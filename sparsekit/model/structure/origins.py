@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from sparsekit.model.structure.experts import ExpertCount
+from sparsekit.model.structure.layers import places_left
 from sparsekit.model.structure.removal import Removal
 from sparsekit.model.structure.units import Part, Units
 
@@ -67,6 +68,12 @@ def _cut(traced: dict[str, Origin], path: str, units: Units, removal: Removal) -
             gone |= _homes(part, f"{path}.{part.block}.")
         elif part.kind != "layers":
             _narrow(traced, part, kept)
+    parts = zip(units.parts, units.split(removal.kept), strict=True)
+    for name, (dim, places) in places_left([part.outside for part, kept in parts if not kept.any()]).items():
+        if name in traced:
+            of = traced[name]
+            rows, columns = (of.rows, _of(of.columns, places)) if dim else (_of(of.rows, places), of.columns)
+            traced[name] = replace(of, rows=rows, columns=columns)
     left = {name: each for name, each in traced.items() if not name.startswith(tuple(gone))}
     return {_renumbered(name, path, layers): each for name, each in left.items()}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.model.structure.experts import ExpertCount
+from sparsekit.model.structure.layers import Stretch
 
 KINDS = ("heads", "channels", "mamba", "attention", "mlp", "layers", "experts")
 FINE = {"heads", "channels", "mamba"}  # parts of parts: an output linear has columns for each
@@ -32,6 +33,7 @@ class Part:
     one_key: whether heads are queries that all share one key, which stays
     fewest: units that must stay, whatever the scores
     home: of experts, the name of their module, and what else has a place for each of them; of others empty
+    outside: of a layer, the parameters outside all layers of which a stretch is its own
     """
 
     block: int
@@ -49,6 +51,7 @@ class Part:
     fewest: int = 0
     home: str = ""
     experts: ExpertCount | None = None
+    outside: dict[str, Stretch] = field(default_factory=dict)
 
     def rows_left(self, name: str, kept: Tensor) -> Tensor:
         """What is left of `inputs` or `beside`, in ascending order: q, k and v of a fused linear stay so."""
