@@ -47,7 +47,7 @@ def bare_work(model: Any, tokens: torch.Tensor, batch: int, limit: int | None) -
         for seen in inputs.values():
             total = torch.zeros(seen[0].shape[-1], seen[0].shape[-1])
             for x in seen:
-                flat = x.reshape(-1, x.shape[-1])
+                flat = x.reshape(-1, x.shape[-1]).float()
                 total.addmm_(flat.T, flat)
         gram += time.perf_counter() - start
         chunks = outputs

@@ -24,6 +24,10 @@ MORE = {
     | FOUR
     | {"num_experts": 4, "moe_intermediate_size": 16, "intermediate_size": 48, "mlp_only_layers": [0]},
     "MiniMaxM2": BASE | FOUR | {"num_local_experts": 4, "intermediate_size": 16, "rotary_dim": 4},  # score biases
+    "Ernie4_5_Moe": BASE  # the same, in a matrix of one row
+    | FOUR
+    | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "intermediate_size": 48}
+    | {"moe_layer_start_index": 0, "moe_layer_end_index": 1},
 }
 
 
@@ -43,7 +47,7 @@ def family_of(family: str) -> torch.nn.Module:
     return model
 
 
-FAMILIES = ("Mixtral", "GptOss", "Qwen3Moe", "MiniMaxM2", "NemotronH", "Llama4Text", "DeepseekV3")
+FAMILIES = ("Mixtral", "GptOss", "Qwen3Moe", "MiniMaxM2", "NemotronH", "Llama4Text", "DeepseekV3", "Ernie4_5_Moe")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,15 +108,6 @@ def test_the_fuzz_sees_an_expert_criterion_that_gives_no_number():
 
     with pytest.raises(AssertionError, match="not all finite"):
         fuzz_criterion(wrong)
-
-
-def test_layers_that_stay_whatever_they_are_worth_are_said():
-    """DeepSeek-V3's config counts the dense layers before the experts, so none of these can be dropped."""
-    with pytest.warns(UserWarning, match="1 layers of DeepseekV3ForCausalLM, the first is model.layers.0"):
-        result = sparsekit.prune(
-            model_of("DeepseekV3"), stages=[{"block-influence": {"remove": "10%"}}], calibration=TOKENS
-        )
-    assert result.verified and 0 in result.report["structure"]["layers"]
 
 
 def test_an_adapter_of_experts_that_peft_could_not_open_is_refused(tmp_path, capsys):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+import sparsekit
 from sparsekit.model import discover, find_blocks
 from sparsekit.model.storage import save_model
 from sparsekit.model.structure import Removal, Shape, find_units, masking
@@ -118,3 +119,10 @@ def test_what_another_layer_reads_is_not_cut_away_unsaid():
     removal.apply(model, blocks)
     with pytest.raises(ValueError, match="not what its config and widths say"):
         Shape.of(model, [(units, removal)])
+
+
+def test_layers_that_stay_whatever_they_are_worth_are_said():
+    """Gemma 4's last layer has full attention, whatever its config says, and others read keys of layers before."""
+    with pytest.warns(UserWarning, match="3 layers of Gemma4ForCausalLM, the first is model.layers.4, stay"):
+        result = sparsekit.prune(built("Gemma4"), stages=[{"block-influence": {"remove": "5%"}}], calibration=TOKENS)
+    assert result.verified and len(result.report["structure"]["layers"]) == 8

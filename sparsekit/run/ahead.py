@@ -14,6 +14,7 @@ from sparsekit.measure import makes_masks
 from sparsekit.model import (
     Block,
     adopt,
+    described,
     discover,
     hears,
     in_two_parts,
@@ -193,24 +194,21 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block], dtype: tor
 def _fix_layers(model: nn.Module, blocks: list[Block]) -> None:
     """Where layers of several kinds stand in one model, say of each kind whether layers of it can be dropped.
 
-    Some cannot: a config that counts the dense layers before the experts, or has attention in every eighth layer,
-    cannot say that one of them is gone. The first and the last of each kind are tried.
+    Some cannot: a config that has attention in every eighth layer, or full attention in the last one always, cannot
+    say that one of them is gone. The first and the last of each kind are tried, and all where these cannot go.
     """
     kinds: dict[Any, list[Block]] = {}
+    types = getattr(described(model), "layer_types", None) or ()
     for block in blocks:
         shapes = tuple((name, parameter.shape) for name, parameter in block.module.named_parameters())
-        kinds.setdefault(shapes, []).append(block)
+        kinds.setdefault((shapes, types[block.index] if len(types) == len(blocks) else ""), []).append(block)
     if len(kinds) == 1:
         return
     fixed: list[Block] = []
     for alike in kinds.values():
-        try:
-            for block in {alike[0].index: alike[0], alike[-1].index: alike[-1]}.values():
-                kept = torch.tensor([other is not block for other in blocks])
-                left = _check_stored(model, blocks, Removal(["layers"], kept))
-                discover(left, sample_input(left))
-        except ValueError:
-            fixed += alike
+        ends = {alike[0].index: alike[0], alike[-1].index: alike[-1]}
+        if not all(_runs_without(model, blocks, block) for block in ends.values()):
+            fixed += [block for block in alike if not _runs_without(model, blocks, block)]
     if fixed and len(fixed) < len(blocks):
         warnings.warn(
             f"{len(fixed)} layers of {type(model).__name__}, the first is {fixed[0].name}, stay whatever they are "
@@ -219,6 +217,16 @@ def _fix_layers(model: nn.Module, blocks: list[Block]) -> None:
         )
     for block in fixed:  # only now: what is tried counts all layers
         block.fixed = True
+
+
+def _runs_without(model: nn.Module, blocks: list[Block], block: Block) -> bool:
+    try:
+        kept = torch.tensor([other is not block for other in blocks])
+        left = _check_stored(model, blocks, Removal(["layers"], kept))
+        discover(left, sample_input(left))
+    except ValueError:
+        return False
+    return True
 
 
 def try_without(model: nn.Module, blocks: list[Block], kind: str) -> None:

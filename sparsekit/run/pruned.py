@@ -101,7 +101,8 @@ class Pruned(Result):
 
         The masks hold and have the pattern, everything that no stage says it changed has the hash that it came with,
         and, once saved, the checkpoint read back from disk is this model bit for bit. Of a model that structures were
-        cut out of, tensors inside the blocks are not compared with those that came, whose shapes they no longer have.
+        cut out of, tensors inside the blocks, and those that have a stretch for each layer, are not compared with those
+        that came, whose shapes they no longer have.
         """
         with as_linears(self.model):
             return self._failures()
@@ -111,8 +112,9 @@ class Pruned(Result):
         now = digests(self.model)
         changed = result.changed(self._outcome)
         inside = tuple(f"{block.name.rpartition('.')[0]}." for block in self._outcome.blocks[:1])
+        told = {name for units, _ in self._outcome.cuts for part in units.parts for name in part.outside}
         for name, digest in now.items():
-            free = name in changed or (self._outcome.cuts and name.startswith(inside))
+            free = name in changed or name in told or (self._outcome.cuts and name.startswith(inside))
             if not free and self._before.get(name) != digest:
                 failures.append(f"{name} is not what it was when the model came, and no stage says that it changed it")
         patterns = {name: parse(each["pattern"]) for name, each in self.report["sparsity"]["per_linear"].items()}

@@ -57,6 +57,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size": 32, "num_experts_per_tok": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * BLOCKS, "intermediate_size": 128}
     | {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gpt_oss": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "intermediate_size": 64},
     "falcon": {"new_decoder_architecture": False, "num_kv_heads": 1},

@@ -1,7 +1,7 @@
 """How a family says how many experts a block has, and what has a place for each: seen by building it with fewer."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,26 +22,27 @@ ROUTED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k
 class ExpertCount:
     """field: of the config, the number of experts; least: experts that each token is sent to
 
-    rows: parameters and buffers outside the experts with a row for each of them, by name: the router's, score biases
+    rows: parameters and buffers outside the experts with a row for each of them, by name: the router's, score biases;
+        -> the dimension that has them, and how many more are behind them, of experts that all tokens go through
     numbers: (name of a module, attribute) that hold the count; outside: those that are in no block
     """
 
     field: str
     least: int
-    rows: tuple[str, ...]
+    rows: Mapping[str, tuple[int, int]]
     numbers: tuple[tuple[str, str], ...]
     outside: tuple[tuple[str, str], ...] = ()
 
     def of(self, block: Block) -> "ExpertCount":
         """What of it lies in a block, by the names inside it."""
         start = f"{block.name}."
-        rows = tuple(name.removeprefix(start) for name in self.rows if name.startswith(start))
+        rows = {name.removeprefix(start): each for name, each in self.rows.items() if name.startswith(start)}
         numbers = tuple((name.removeprefix(start), key) for name, key in self.numbers if name.startswith(start))
         return replace(self, rows=rows, numbers=numbers)
 
 
 def count_experts(model: Any, blocks: Sequence[Block]) -> ExpertCount:
-    """Compare the model with one of its family that has fewer experts; both on the meta device.
+    """Compare the model with one of its family that has fewer experts, or one more; both on the meta device.
 
     Raises:
         ValueError: it has no experts, or none that can be removed: the sentence says why.
@@ -71,11 +72,12 @@ def count_experts(model: Any, blocks: Sequence[Block]) -> ExpertCount:
 
 
 def _others(number: int, least: int) -> list[int]:
-    return [other for other in (number // 2, number - 1) if least <= other < number]
+    return [other for other in (number // 2, number - 1) if least <= other < number] or [number + 1]
 
 
 def _compared(model: nn.Module, built: nn.Module, field: str, least: int, number: int, other: int) -> ExpertCount:
-    rows, numbers = [], []
+    rows: dict[str, tuple[int, int]] = {}
+    numbers: list[tuple[str, str]] = []
     with joined(model), joined(built):
         fused = tuple(f"{name}." for name, module in model.named_modules() if _holds_experts(module))
         one, two = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, built))
@@ -83,20 +85,24 @@ def _compared(model: nn.Module, built: nn.Module, field: str, least: int, number
             before, after = tuple(one[name].shape), tuple(two[name].shape)
             if before == after or name.startswith(fused):
                 continue
-            if before[1:] != after[1:] or (before[0], after[0]) != (number, other):
+            dims = [dim for dim, (old, new) in enumerate(zip(before, after, strict=False)) if old != new]
+            more = before[dims[0]] - number if len(dims) == 1 and len(before) == len(after) else -1
+            router = model.get_submodule(name.rpartition(".")[0])
+            if more < 0 or after[dims[0]] != other + more or (more and hasattr(router, "config")):  # which it may ask
                 raise ValueError(f"{name} is {before}, and would be {after} with {other} experts: none can be removed")
-            rows.append(name)
+            rows[name] = dims[0], more
         modules = dict(built.named_modules())
+        mores = {0, *(more for _, more in rows.values())}
         for name, module in model.named_modules():
             theirs = vars(modules[name])
             numbers += [
                 (name, key)
                 for key, value in vars(module).items()
-                if type(value) is int and value == number and theirs.get(key) == other
+                if type(value) is int and any((value, theirs.get(key)) == (number + n, other + n) for n in mores)
             ]
     home = find_blocks(model)[0].name.rpartition(".")[0]
     outside = tuple(each for each in numbers if not each[0].startswith(f"{home}."))
-    return ExpertCount(field, least, tuple(sorted(rows)), tuple(numbers), outside)
+    return ExpertCount(field, least, dict(sorted(rows.items())), tuple(numbers), outside)
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -116,12 +122,12 @@ def with_fewer(block: Block, home: str, count: ExpertCount, kept: Tensor) -> Cal
     places = kept.nonzero().flatten()
     experts: Any = block.module.get_submodule(home)
     undo: list[Callable[[], Any]] = []
-    for name in count.rows:
-        undo.append(_swapped(block.module, name, places))
+    for name, (dim, more) in count.rows.items():
+        undo.append(_swapped(block.module, name, dim, with_more(places, len(kept), more)))
     for name, key in count.numbers:
         module = block.module.get_submodule(name)
         owner: Any = module.fused if isinstance(module, Experts) else module
-        undo.append(_set(owner, key, len(places)))
+        undo.append(_set(owner, key, getattr(owner, key) - len(kept) + len(places)))
     before = experts.kept
     experts.kept = places.tolist()
     undo.append(lambda: setattr(experts, "kept", before))
@@ -133,12 +139,17 @@ def with_fewer(block: Block, home: str, count: ExpertCount, kept: Tensor) -> Cal
     return back
 
 
-def _swapped(module: nn.Module, name: str, places: Tensor) -> Callable[[], None]:
+def with_more(places: Tensor, count: int, more: int) -> Tensor:
+    """These places of experts out of `count`, and the `more` behind all of them."""
+    return torch.cat([places, torch.arange(count, count + more, device=places.device)])
+
+
+def _swapped(module: nn.Module, name: str, dim: int, places: Tensor) -> Callable[[], None]:
     inner, _, last = name.rpartition(".")
     owner = module.get_submodule(inner)
     home: Any = owner._parameters if last in owner._parameters else owner._buffers
     whole = home[last]
-    rows = whole.detach()[places.to(whole.device)]
+    rows = whole.detach().index_select(dim, places.to(whole.device))
     home[last] = nn.Parameter(rows, whole.requires_grad) if isinstance(whole, nn.Parameter) else rows
     return lambda: home.__setitem__(last, whole)
 

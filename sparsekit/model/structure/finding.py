@@ -68,7 +68,11 @@ def _part(model: nn.Module, block: Block, kind: str) -> Part:
 def _experts(block: Block, home: str, counted: ExpertCount) -> Part:
     mine, experts = counted.of(block), block.experts[home]
     tensors = dict(block.module.named_parameters()) | dict(block.module.named_buffers())
-    rows = sum(tensors[name][0].numel() for name in mine.rows if isinstance(tensors[name], nn.Parameter))
+    rows = sum(
+        tensors[name].select(dim, 0).numel()
+        for name, (dim, _) in mine.rows.items()
+        if isinstance(tensors[name], nn.Parameter)
+    )
     each = sum(p.numel() for p in experts.get_submodule("0").parameters()) + rows
     columns = torch.empty(experts.count, 0, dtype=torch.long)
     place = f"{block.name}.{home}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sparsekit.model.structure.experts import ExpertCount
+from sparsekit.model.structure.experts import ExpertCount, with_more
 from sparsekit.model.structure.layers import places_left
 from sparsekit.model.structure.removal import Removal
 from sparsekit.model.structure.units import Part, Units
@@ -35,6 +35,12 @@ class Origin:
         tensor = tensor if self.rows is None else tensor[self.rows]
         tensor = tensor if self.columns is None else tensor[:, self.columns]
         return tensor.t() if turned else tensor
+
+    def narrowed(self, dim: int, places: Tensor) -> "Origin":
+        """What is left of it when these places of its rows (dim 0) or columns (dim 1) are left."""
+        before = self.columns if dim else self.rows
+        left = places if before is None else before[places]
+        return replace(self, columns=left) if dim else replace(self, rows=left)
 
 
 def trace(traced: dict[str, Origin], path: str, cuts: Cuts) -> dict[str, Origin]:
@@ -71,9 +77,7 @@ def _cut(traced: dict[str, Origin], path: str, units: Units, removal: Removal) -
     parts = zip(units.parts, units.split(removal.kept), strict=True)
     for name, (dim, places) in places_left([part.outside for part, kept in parts if not kept.any()]).items():
         if name in traced:
-            of = traced[name]
-            rows, columns = (of.rows, _of(of.columns, places)) if dim else (_of(of.rows, places), of.columns)
-            traced[name] = replace(of, rows=rows, columns=columns)
+            traced[name] = traced[name].narrowed(dim, places)
     left = {name: each for name, each in traced.items() if not name.startswith(tuple(gone))}
     return {_renumbered(name, path, layers): each for name, each in left.items()}
 
@@ -85,8 +89,8 @@ def _fewer(traced: dict[str, Origin], part: Part, count: ExpertCount, block: str
     left = {}
     for name, origin in traced.items():
         number, _, rest = name.removeprefix(f"{part.home}.").partition(".")
-        if name.removeprefix(block) in count.rows:
-            left[name] = replace(origin, rows=_of(origin.rows, chosen))
+        if (row := count.rows.get(name.removeprefix(block))) is not None:
+            left[name] = origin.narrowed(row[0], with_more(chosen, len(kept), row[1]))
         elif not name.startswith(f"{part.home}.") or not number.isdigit():
             left[name] = origin
         elif number in new:
@@ -106,17 +110,13 @@ def _narrow(traced: dict[str, Origin], part: Part, kept: Tensor) -> None:
         chosen = part.rows_left(name, kept)
         for full in (f"{name}.weight", f"{name}.bias"):
             if full in traced:
-                traced[full] = replace(traced[full], rows=_of(traced[full].rows, chosen))
+                traced[full] = traced[full].narrowed(0, chosen)
     for name in part.beside:
         if name in traced:
-            traced[name] = replace(traced[name], rows=_of(traced[name].rows, part.rows_left(name, kept)))
+            traced[name] = traced[name].narrowed(0, part.rows_left(name, kept))
     for name, columns in {str(part.output): part.columns, **part.readers}.items():
         if (full := f"{name}.weight") in traced:
-            traced[full] = replace(traced[full], columns=_of(traced[full].columns, columns[kept].flatten()))
-
-
-def _of(before: Tensor | None, chosen: Tensor) -> Tensor:
-    return chosen if before is None else before[chosen]
+            traced[full] = traced[full].narrowed(1, columns[kept].flatten())
 
 
 def _renumbered(name: str, path: str, gone: set[int]) -> str:
