@@ -26,7 +26,7 @@ from sparsekit.model import Experts, discover, load_plain
 from sparsekit.model.structure import find_units
 
 MODEL = Path(__file__).parents[1] / "tests" / "models" / "tiny-moe"
-MORE = {"masks": 8, "batch": 4, "sharpness": 2, "held_out": 0.25}
+FEWER = {"masks": 4, "batch": 2, "sharpness": 4, "held_out": 0.125}
 TEXTS = ((96, 128), (24, 128), (4, 32), (2, 32))
 
 
@@ -65,10 +65,10 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
-def units(seeds: Sequence[int]) -> None:
+def units(seeds: Sequence[int], choosing: bool) -> None:
     """A row for each way: perplexity for each seed of the text."""
     model, tokenizer = load_plain(MODEL)
-    test = held_out(tokenizer)
+    test = held_out(tokenizer, choosing)
     print(f"dense {perplexity(model, test, batch=4):.2f}")
     blocks = discover(model, test[:1, :8])
     found = find_units(model, blocks, ["experts"])
@@ -81,7 +81,7 @@ def units(seeds: Sequence[int]) -> None:
         "expert-activation": {"expert-activation": options},
         "by chance": {"policy-gradient": learn | {"initial": "random", "steps": 1, "held_out": 0, "across": "block"}},
         "policy-gradient": {"policy-gradient": learn},
-        "policy-gradient, 4 x the passes": {"policy-gradient": learn | MORE},
+        "policy-gradient, a quarter of the passes": {"policy-gradient": learn | FEWER},
     }
     print("| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |\n|---|" + "---|" * len(seeds), flush=True)
     for name, stage in ways.items():
@@ -102,7 +102,7 @@ def main() -> None:
     if given.what == "grams":
         grams(given.others, given.seeds, given.choosing)
     else:
-        units(given.seeds)
+        units(given.seeds, given.choosing)
 
 
 if __name__ == "__main__":

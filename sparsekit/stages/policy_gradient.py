@@ -37,8 +37,8 @@ def policy_gradient(
     sharpness: Positive | None = None,
     group: Count = 32,
     steps: Count = 600,
-    masks: Count = 4,
-    batch: Count = 2,
+    masks: Count | None = None,
+    batch: Count | None = None,
     length: Count = 128,
     learning_rate: Positive | None = None,
     baseline: Literal["leave-one-out", "moving-average", "initial", "none", "published"] = "leave-one-out",
@@ -47,7 +47,7 @@ def policy_gradient(
     scaling: Literal["natural", "sqrt", "none"] = "natural",
     normalize: bool = True,
     floor: Annotated[float, Ge(0), Lt(0.5)] = 0.01,
-    held_out: Fraction = 0.125,
+    held_out: Fraction | None = None,
     compensate: bool | None = None,
     bias: bool = False,
     damping: Positive = 0.01,
@@ -77,10 +77,11 @@ def policy_gradient(
         scores that compare between blocks, and always for parts and layers, of which a block has one; best, whichever
         of the two chooses the better mask on held-out text
     sharpness: of the sigmoid, 1 as published; larger ones draw masks nearer to the best one known; null: 8 for heads
-        and channels, 4 for parts and layers, which are few
+        and channels, 4 for parts and layers, which are few, 2 for experts
     group: channels that share a probability, neighbours in the initial scores; 1 as published
-    steps, masks, batch, length: masks are drawn in a step, each measured on `batch` sequences of `length` tokens
-    learning_rate: falls to 0 along a cosine; null: 0.05 for heads and channels, 0.2 for parts and layers
+    steps, masks, batch, length: masks are drawn in a step, each measured on `batch` sequences of `length` tokens; null:
+        4 masks and 2 sequences, of experts, whose worth differs more from text to text, 8 and 4
+    learning_rate: falls to 0 along a cosine; null: 0.05 for heads and channels, else 0.2
     baseline: what is subtracted from losses, independent of the mask, so that the gradient is not biased:
         leave-one-out (the mean of the masks drawn independently; of one antithetic pair the moving average),
         moving-average (of the losses of earlier steps, over `window`), initial (the loss of the same text under the
@@ -91,7 +92,7 @@ def policy_gradient(
     normalize: divide by the running standard deviation of what the baseline leaves
     floor: s stays this far from 0 and 1, so that no unit is lost for good
     held_out: share of the calibration's sequences that chooses between start, way and end, and is seen by nothing else;
-        0: the end is taken
+        0: the end is taken; null: an eighth, for experts a quarter
     compensate: least squares, see `wanda-sp`; null: for heads and channels. bias, damping: of that
 
     Several processes share the sequences of a step. Memory: that of a forward pass and a few numbers for each unit.
@@ -100,6 +101,8 @@ def policy_gradient(
     kinds = kinds_of(units)
     images = sees_images(context.model)
     start, form = initial or _initial(kinds, images), _shape(shape, kinds)
+    experts = kinds == ["experts"]
+    held_out = _held_out(held_out, kinds)
     text, testing = _texts(context.tokens, None if images else length, held_out)
     each = patches(context.model) if images else text.shape[1]
     few = context.with_tokens(text[: max(1, tokens // each)])
@@ -115,7 +118,7 @@ def policy_gradient(
     score: Callable[[], Tensor] | None = None
     if start not in RANDOM:
         score = partial(few.scores, start, cutting.units, share(remove))
-    if kinds == ["experts"] and initial is None:
+    if experts and initial is None:
         score = partial(_best_of, few, cutting.units, share(remove), testing if len(testing) else text, form)
     module = PolicyGradient(
         context.model,
@@ -126,14 +129,14 @@ def policy_gradient(
         score=score,
         remove=share(remove),
         steps=steps,
-        masks=masks,
-        batch=batch,
+        masks=masks or (8 if experts else 4),
+        batch=batch or (4 if experts else 2),
         learning_rate=learning_rate or (0.05 if _fine(kinds) else 0.2),
         shape=form,
         budgets=budgets,
         projection=projection or ("sigmoid-norm" if _fine(kinds) else "sigmoid-rank"),
         across=across,
-        sharpness=sharpness or (8.0 if _fine(kinds) else 4.0),
+        sharpness=sharpness or (8.0 if _fine(kinds) else 2.0 if experts else 4.0),
         group=group,
         baseline=baseline,
         window=window,
@@ -166,9 +169,9 @@ def _check(options: Mapping[str, Any]) -> None:
             raise ValueError(f"initial is {initial!r}, which has no scores for {missing}; leave it out")
     if options["bias"] and options["compensate"] is False:
         raise ValueError("bias: true is part of least squares; give compensate: true with it, or leave it out")
-    if options["baseline"] == "leave-one-out" and options["masks"] < 2:
+    if options["baseline"] == "leave-one-out" and options["masks"] == 1:
         raise ValueError("baseline leave-one-out compares masks of one step: give at least 2 as masks, or another one")
-    if options["across"] == "best" and not options["held_out"]:
+    if options["across"] == "best" and not _held_out(options["held_out"], kinds):
         raise ValueError("across: best is decided on held-out text: give a held_out above 0, or block or model")
 
 
@@ -177,6 +180,10 @@ policy_gradient.check = _check  # type: ignore[attr-defined]  # what options mea
 
 def _fine(kinds: list[str]) -> bool:
     return set(kinds) <= FINE
+
+
+def _held_out(asked: float | None, kinds: list[str]) -> float:
+    return asked if asked is not None else 0.25 if kinds == ["experts"] else 0.125
 
 
 def _initial(kinds: list[str], images: bool = False) -> str:

@@ -23,6 +23,7 @@ CLIENTS = {
         "by_genai.py",
         ("onnxruntime-genai==0.18.0", "onnx", "onnx_ir", "transformers==5.23.0", "safetensors"),
     ),
+    "optimum-intel": ("by_optimum.py", ("optimum-intel[openvino]==2.2.0",)),
     "transformers-4.57.6": ("by_transformers.py", ("transformers==4.57.6", "safetensors")),
     "transformers-4.48.3": ("by_transformers.py", ("transformers==4.48.3", "safetensors")),
 }
@@ -32,12 +33,12 @@ FAMILIES = {
 }
 
 
-def model_of(family: str) -> Any:
+def model_of(family: str, **settings: Any) -> Any:
     """A small random model whose weights are large enough that positions matter."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"intermediate_size": 96, "vocab_size": 768, "max_position_embeddings": 256}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**sizes | FAMILIES[family], tie_word_embeddings=False)
+    config = getattr(transformers, f"{family}Config")(**sizes | FAMILIES[family] | settings, tie_word_embeddings=False)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,20 +46,20 @@ def model_of(family: str) -> Any:
     return model
 
 
-def pruned(family: str, folder: Path) -> Path:
+def pruned(family: str, folder: Path, **settings: Any) -> Path:
     """2:4 by magnitude."""
     _, tokenizer = sparsekit.load(TINY)
-    model = model_of(family)
+    model = model_of(family, **settings)
     result = sparsekit.prune(
         model, tokenizer, pattern="2:4", stages=["magnitude"], calibration=["A list is a sequence. " * 20] * 4
     )
     return result.save(folder) / "model"
 
 
-def cut(family: str, folder: Path) -> Path:
-    """As many heads and channels fewer in each layer."""
+def cut(family: str, folder: Path, **settings: Any) -> Path:
+    """As many channels fewer in each layer."""
     _, tokenizer = sparsekit.load(TINY)
-    model = model_of(family)
+    model = model_of(family, **settings)
     blocks = find_blocks(model)
     units = find_units(model, blocks, ["channels"])
     scores = torch.rand(len(units), generator=torch.Generator().manual_seed(1)).double()
