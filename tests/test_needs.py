@@ -45,6 +45,18 @@ def test_a_second_block_and_a_training_are_counted(tmp_path: Path, models: Path)
     assert parts["training it"] == 21 * parts["its masks"] and "Gram matrices that are left" not in parts
 
 
+def test_a_backward_pass_that_allocates_is_counted(tmp_path: Path, models: Path) -> None:
+    """tiny-llama: 64 wide, 160 in the MLP, float32."""
+    more = {"pattern": '"50%"', "allocation": "sensitivity", "stages": "[wanda]"}
+    allocating, _ = _plan(tmp_path, models, **more).needs.values()
+    assert allocating["its Gram matrices"] == 4 * (3 * 64**2 + 160**2)
+    assert allocating["the linear that is weighed"] == 24 * 64 * 160
+    assert allocating["a sequence's way through it and back"] == 64 * 4 * (
+        3 * 64 + 160 + 3 * (64 + 32 + 32 + 64 + 2 * 160 + 64)
+    )
+    assert len(_plan(tmp_path, models, **more | {"allocation": "owl"}).needs) == 1
+
+
 def test_a_budget_gives_activations_what_is_left(tmp_path: Path, models: Path) -> None:
     assert _plan(tmp_path, models).memory == (4 * 10**9, 4 * 10**9)
     planned = _plan(tmp_path, models, memory="{budget: 1GB}")

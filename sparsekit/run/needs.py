@@ -9,6 +9,7 @@ from sparsekit.contracts import held
 from sparsekit.maths import Norms
 from sparsekit.model import Block
 from sparsekit.recipe import Recipe, Stage, effect_of, kind, named_solvers, options_of
+from sparsekit.run.allocation import postponed
 from sparsekit.run.methods import statistics_for
 from sparsekit.system import human_size
 from sparsekit.walk import COUPLED, TOGETHER, in_turns
@@ -16,6 +17,7 @@ from sparsekit.walk import COUPLED, TOGETHER, in_turns
 PROCESS = 6 * 10**8  # bytes of Python and its libraries, without any model
 LEAST = 64 * 10**6  # of activations: a few chunks
 TRAINED = 21  # bytes a parameter of a block in training: float32 and best copy, gradient, moments of AdamW; measured
+COSTED = 24  # bytes a weight while its cost is computed: float32 four times, and an order
 
 Needs = dict[str, int]  # what -> bytes
 
@@ -49,6 +51,8 @@ def memory_needs(
 ) -> dict[str, Needs]:
     """What stages that walk hold at once beside activations, by their names; of experts' Grams those of one expert."""
     found: dict[str, Needs] = {}
+    if recipe.pattern is not None and postponed(recipe) == "curvature":
+        found[f"allocation by {recipe.allocation.name}"] = _there_and_back(recipe, blocks, dtype)
     for stages in segments:
         solvers = solvers_of(stages)
         if not solvers:
@@ -74,6 +78,28 @@ def solvers_of(stages: Sequence[Stage]) -> list[Stage]:
     if not effect_of(stages[0]).walks:
         return []
     return named_solvers(options_of("stages", stages[0].name, stages[0].options).get("solver", "sparsegpt"))
+
+
+def _there_and_back(recipe: Recipe, blocks: list[Block], dtype: torch.dtype) -> Needs:
+    """Of a backward pass, block by block: all Grams of a block, and what a linear's cost is computed of."""
+    length = recipe.calibration.length
+    return {
+        "process": PROCESS,
+        "a block": max(map(_parameters, blocks)) * dtype.itemsize,
+        "its Gram matrices": max(
+            sum(4 * block.linears[group[0]].shape[1] ** 2 for group in block.groups) for block in blocks
+        ),
+        "the linear that is weighed": max(
+            COSTED * linear.weight.numel() for block in blocks for linear in block.linears.values()
+        ),
+        "a sequence's way through it and back": max(length * dtype.itemsize * _kept(block) for block in blocks),
+    }
+
+
+def _kept(block: Block) -> int:
+    """Numbers a token that a backward pass through a block keeps: what enters linears, three times what they give."""
+    entering = sum(block.linears[group[0]].shape[1] for group in block.groups)
+    return entering + 3 * sum(linear.shape[0] for linear in block.linears.values())
 
 
 def _walk(recipe: Recipe, solvers: Sequence[Stage], blocks: list[Block], dtype: torch.dtype) -> Needs:

@@ -67,7 +67,9 @@ def curvature(
     def saw(name: str, first: bool, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         if first:
             rows = _rows(args[0].detach())
-            grams[name] = grams.get(name, 0.0) + rows.T @ rows
+            if name not in grams:
+                grams[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            grams[name].addmm_(rows.T, rows)
         if out.requires_grad:
             out.register_hook(partial(add, name))
 
