@@ -18,7 +18,10 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def client() -> Callable[..., Run]:
-    """client(NAME, packages...) builds an environment once and gives run(script, *arguments): what it prints, JSON."""
+    """client(NAME, packages...) builds an environment once and gives run(script, *arguments): what it prints, JSON.
+
+    A package behind a minus sign is taken out again.
+    """
 
     def build(name: str, *packages: str) -> Run:
         home = PLACE / name
@@ -26,8 +29,12 @@ def client() -> Callable[..., Run]:
         python = home / "bin" / "python"
         if not told.is_file() or told.read_text() != "\n".join(packages):
             venv.create(home, with_pip=True, clear=True)
-            for step in (["torch"], list(packages)):  # torch by itself: the tested one, and not what packages ask for
-                command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(_pinned(home)), *step]
+            wanted = [package for package in packages if not package.startswith("-")]
+            unwanted = [package[1:] for package in packages if package.startswith("-")]
+            put, take = ["install", "--constraint", str(_pinned(home))], ["uninstall", "--yes"]
+            # torch by itself: the tested one, and not what packages ask for
+            for step in ([*put, "torch"], [*put, *wanted], *([[*take, *unwanted]] if unwanted else [])):
+                command = [str(python), "-m", "pip", *step, "--quiet"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     pytest.skip(f"{name} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")

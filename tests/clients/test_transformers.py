@@ -16,8 +16,11 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fre
 LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
-def cut(folder: Path, family: str = "", **settings: Any) -> Path:
-    """A model with layers of unequal widths, one of them without attention, one without MLP."""
+WHOLE = (("attention", 1), ("mlp", 2))
+
+
+def cut(folder: Path, family: str = "", gone: tuple[tuple[str, int], ...] = WHOLE, **settings: Any) -> Path:
+    """A model with layers of unequal widths. gone: whole attentions and MLPs, by the number of their layer"""
     model, tokenizer = sparsekit.load(TINY)
     if family:
         sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -34,7 +37,6 @@ def cut(folder: Path, family: str = "", **settings: Any) -> Path:
             first = (units, Removal(units.kinds, kept))
             first[1].apply(model, blocks)
         else:
-            gone = {("attention", 1), ("mlp", 2)}
             kept = torch.tensor([(part.kind, part.block) not in gone for part in units.parts])
             second = (units, Removal(units.kinds, kept))
             second[1].apply(model, blocks)

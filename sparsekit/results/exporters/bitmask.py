@@ -10,9 +10,6 @@ and every other tensor as it is, in a file of the same name. Without sparsekit:
     weight = numpy.zeros(shape.prod(), values.dtype); weight[bits] = values; weight = weight.reshape(shape)
 """
 
-import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,10 +17,10 @@ from torch import Tensor
 
 from sparsekit.contracts import Exporter, Finished
 from sparsekit.model import Checkpoint
-from sparsekit.system import pack, sync, unpack, write_json, write_tensors
+from sparsekit.results.exporters.rewriting import rewrite
+from sparsekit.system import pack, unpack
 
 VALUES, BITS, SHAPE = ".values", ".bits", ".shape"
-INDEX = "model.safetensors.index.json"
 WHOLE = {
     2: torch.int16,
     4: torch.int32,
@@ -38,7 +35,7 @@ def bitmask() -> Exporter:
     2:4 and 50 % take .56 of what they take in 16 bits, 70 % takes .36. No runtime loads it: `sparsekit.unpack(folder,
     target)` gives the checkpoint back, bit for bit, and the format is told in sparsekit/exporters/bitmask.py.
     """
-    return Exporter(_why_not, lambda finished, target: _write(finished.folder, target), _differences)
+    return Exporter(_why_not, lambda finished, target: rewrite(finished.folder, target, _packed), _differences)
 
 
 def unpack_bitmask(folder: str | Path, target: str | Path) -> None:
@@ -53,12 +50,13 @@ def unpack_bitmask(folder: str | Path, target: str | Path) -> None:
     stored = Checkpoint(folder)
     if not any(name.endswith(BITS) for name in stored):
         raise ValueError(f"{folder} holds no tensors packed by a bit mask")
-    _copy_others(folder, target)
-    for file, names in _by_file(stored):
-        plain = sorted({_plain(name) for name in names})
-        write_tensors(target / file, {name: _unpacked(stored, name) for name in plain}, {"format": "pt"})
-        sync(target / file)
-    _write_index(folder, target)
+
+    def plain(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if name.endswith((BITS, SHAPE)):
+            return {}  # read with the values
+        return {_plain(name): _unpacked(stored, _plain(name))} if name.endswith(VALUES) else {name: tensor}
+
+    rewrite(folder, target, plain)
 
 
 def _why_not(finished: Finished) -> str:
@@ -69,18 +67,6 @@ def _why_not(finished: Finished) -> str:
         if any(_smaller(stored.tensor(name)) for name in wide)
         else "no tensor has so many zeros that it would become smaller"
     )
-
-
-def _write(folder: Path, target: Path) -> None:
-    stored = Checkpoint(folder)
-    _copy_others(folder, target)
-    for file, names in _by_file(stored):
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            tensors |= _packed(name, stored.tensor(name))
-        write_tensors(target / file, tensors, {"format": "pt"})
-        sync(target / file)
-    _write_index(folder, target)
 
 
 def _differences(finished: Finished, target: Path) -> list[str]:
@@ -130,27 +116,3 @@ def _plain(name: str) -> str:
     for end in (VALUES, BITS, SHAPE):
         name = name.removesuffix(end)
     return name
-
-
-def _by_file(stored: Checkpoint) -> Iterator[tuple[str, list[str]]]:
-    for file in stored.files:
-        yield file.name, [name for name, place in stored.where.items() if place == file]
-
-
-def _copy_others(folder: Path, target: Path) -> None:
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
-
-
-def _write_index(folder: Path, target: Path) -> None:
-    if not (folder / INDEX).is_file():
-        return
-    told = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    shards = sorted(set(told["weight_map"].values()))
-    where: dict[str, str] = {}
-    for shard in shards:
-        from safetensors import safe_open
-
-        with safe_open(target / shard, framework="pt") as handle:
-            where |= dict.fromkeys(handle.keys(), shard)
-    size = sum((target / shard).stat().st_size for shard in shards)
-    write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": where})

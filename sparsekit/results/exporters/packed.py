@@ -21,10 +21,10 @@ from torch import Tensor
 from sparsekit.contracts import Exporter, Finished
 from sparsekit.maths import Grid, Quantization
 from sparsekit.model import Checkpoint, Tensors, is_linear, opened
-from sparsekit.system import sync, write_json, write_tensors
+from sparsekit.results.exporters.rewriting import rewrite
+from sparsekit.system import sync, write_json
 
 _BITS = (4, 8)
-_INDEX = "model.safetensors.index.json"
 
 
 def packed() -> Exporter:
@@ -91,21 +91,12 @@ def export_packed(
     config["quantization_config"] = _config(kinds, list(modules))
     aside = target.with_name(f".{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoint.folder, aside, ignore=shutil.ignore_patterns("*.safetensors", _INDEX, "config.json"))
+
+    def packed_or_same(key: str, tensor: Tensor) -> dict[str, Tensor]:
+        return _packed(key, tensor, kinds[keys[key]], keys[key]) if key in keys else {key: tensor}
+
     try:
-        where: dict[str, str] = {}
-        size = 0
-        for file in checkpoint.files:
-            tensors: dict[str, Tensor] = {}
-            for key in (key for key, place in checkpoint.where.items() if place == file):
-                tensor = checkpoint.tensor(key)
-                tensors |= _packed(key, tensor, kinds[keys[key]], keys[key]) if key in keys else {key: tensor}
-            write_tensors(aside / file.name, tensors, {"format": "pt"})
-            sync(aside / file.name)
-            where |= dict.fromkeys(tensors, file.name)
-            size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if (checkpoint.folder / _INDEX).is_file():
-            write_json(aside / _INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        rewrite(checkpoint.folder, aside, packed_or_same, without=["config.json"])
         write_json(aside / "config.json", config)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
