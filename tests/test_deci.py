@@ -16,7 +16,7 @@ from sparsekit.model import find_blocks, save_model
 from sparsekit.model.checkpoint import Checkpoint
 from sparsekit.model.structure import Removal, Shape, choose, find_units
 from sparsekit.model.structure.nothing import Nothing
-from sparsekit.results.exporters.deci import deci
+from sparsekit.results.exporters.deci import Deci, deci
 
 TINY = Path(__file__).parent / "models" / "tiny-llama"
 SIZES = {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -127,3 +127,37 @@ def test_what_it_cannot_say_is_refused(settings: dict[str, Any], said: str, tmp_
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     assert said in deci().why_not(Finished(tmp_path / "model", {}, {}, dict, {}))
+
+
+@pytest.mark.parametrize("stage", ["wanda-sp", "fisher"])
+def test_what_is_cut_for_serving_needs_no_zeros(stage: str, tmp_path: Path) -> None:
+    """600 channels: two times 256, and 88 that go before the others do."""
+    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 8}, tie_word_embeddings=False)
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(config).eval()
+    _, tokenizer = sparsekit.load(TINY)
+    text = torch.randint(2, 700, (8, 32), generator=torch.Generator().manual_seed(1))
+    before = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    stages = [{stage: {"remove": "40%", "shape": "serving"}}]
+    result = sparsekit.prune(model, tokenizer, stages=stages, calibration=text)
+    assert result.verified
+    folder = result.save(tmp_path / "run") / "model"
+    told = json.loads((folder / "config.json").read_text())["per_layer_config"]
+    assert {layer.get("intermediate_size", 600) for layer in told.values()} <= {0, 256, 512, 600}
+    assert {layer.get("num_key_value_heads", 4) for layer in told.values()} <= {0, 4}
+    assert sum(p.numel() for p in result.model.model.layers.parameters()) <= 0.6 * before
+    layers = Deci.read(folder).layers
+    assert all(layer.channels == layer.width or layer.width == 600 for layer in layers)
+    assert all(layer.key_heads == layer.keys for layer in layers[1:])  # the first one has zeros if its attention went
+
+
+def test_the_worst_channels_go_by_256_from_the_worst() -> None:
+    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 2})
+    blocks = find_blocks(transformers.LlamaForCausalLM(config))
+    units = find_units(transformers.LlamaForCausalLM(config), blocks, ["channels"])
+    scores = torch.rand(len(units), generator=torch.Generator().manual_seed(3)).double()
+    kept = choose(units, scores, 0.2, shape="serving")
+    for each, mine in zip(units.split(kept), units.split(scores), strict=True):
+        left = int(each.sum())
+        assert left in (256, 512, 600) and (left == 600 or mine[each].min() >= mine[~each].max())
+    assert units.removed(kept) >= 0.2

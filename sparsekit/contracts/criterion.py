@@ -61,7 +61,7 @@ def removing(
     *,
     remove: Amount,
     units: Kinds | list[str] | None = None,
-    shape: Literal["free", "uniform"] | None = None,
+    shape: Literal["free", "uniform", "serving"] | None = None,
     compensate: bool = False,
     bias: bool | None = None,
     damping: Annotated[float, Gt(0)] = 0.01,
@@ -72,6 +72,7 @@ def removing(
     units: what is removed: heads-and-channels, mamba (channels of a Mamba, heads of a Mamba 2), parts (whole attentions
         and MLPs), layers, experts, or a list of kinds; null: what the criterion is made for
     shape: free, units of all blocks compete; uniform, the same number in each block, which plain transformers loads;
+        serving, whole attentions and channels by 256 compete, which vLLM runs by `sparsekit export RUN --to deci`;
         null: as published for the criterion
     compensate: make up for what is removed by least squares
     bias: make up by biases too (loads then only where the family has them); null: as published

@@ -35,7 +35,7 @@ def llm_pruner(
     *,
     remove: float,
     taylor: Taylor = "param_first",
-    shape: Literal["free", "uniform"] = "uniform",
+    shape: Literal["free", "uniform", "serving"] = "uniform",
     skip_first: Blocks = 0,
     skip_last: Blocks = 0,
 ) -> Decision:
@@ -47,7 +47,8 @@ def llm_pruner(
     Of vision models the loss is that of the class which the model itself finds likeliest, or, where it names none, the
     energy of its features.
 
-    shape: uniform, as published, ranks the units of a block against one another; free those of all blocks
+    shape: uniform, as published, ranks the units of a block against one another; free those of all blocks; serving, of
+        all blocks, whole attentions and channels by 256
     skip_first, skip_last: blocks that stay whole, so that the others give up more; 4 and 2 of 32 as published, but then
         shapes differ between blocks, and plain transformers cannot load the result
 

@@ -172,8 +172,10 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block], dtype: tor
         cut = True
         later = next((each for each in stages[index + 1 :] if effect_of(each).prunes), None)
         before = f"stage {index + 1}, `{stage.name}`"
-        if shape == "free" and kinds != ["layers"]:
-            narrow = [part for part in units.parts if part.output and part.columns.shape[1:].numel() == 1]
+        if shape != "uniform" and kinds != ["layers"]:
+            narrow = shape == "free" and [
+                part for part in units.parts if part.output and part.columns.shape[1:].numel() == 1
+            ]
             if groups and later and narrow:
                 raise ValueError(
                     f"{before}, leaves any number of {narrow[0].kind} in a block, which the groups of "

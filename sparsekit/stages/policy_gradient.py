@@ -28,7 +28,7 @@ def policy_gradient(
     *,
     remove: Amount,
     units: Kinds | list[str] = "heads-and-channels",
-    shape: Literal["free", "uniform"] | None = None,
+    shape: Literal["free", "uniform", "serving"] | None = None,
     budgets: Literal["separate", "joint"] = "separate",
     initial: str | None = None,
     tokens: Count = 131072,
@@ -63,7 +63,8 @@ def policy_gradient(
     remove: share of the blocks' parameters, such as "30%"
     units: heads-and-channels, mamba (channels of a Mamba, heads of a Mamba 2), parts (whole attentions and MLPs),
         layers, experts, or a list of the kinds
-    shape: free, or uniform: as many units in each block, which plain transformers loads; null: free, but of experts
+    shape: free; uniform: as many units in each block, which plain transformers loads; serving: whole attentions, and
+        channels by 256, which vLLM runs by `sparsekit export RUN --to deci`; null: free, but of experts
         uniform, since their config has one number for all blocks
     budgets: separate for heads and channels, as in the paper, or joint, weighed by parameters
     initial: the scores that s starts from, of any installed criterion that scores these units; null: wanda-sp for heads

@@ -1,3 +1,4 @@
+from .choice import SERVED as SERVED
 from .choice import check_shape as check_shape
 from .choice import choose as choose
 from .finding import find_units as find_units

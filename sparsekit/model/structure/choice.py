@@ -1,6 +1,7 @@
 """Which units stay: those with the best scores, so that the budget of parameters is kept."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch import Tensor
 from sparsekit.contracts import share
 from sparsekit.model.structure.units import Part, Units
 
-SHAPES = ("free", "uniform")
+SHAPES = ("free", "uniform", "serving")
+SERVED = 256  # channels that are kept or go together where a model is for programs that serve it
 BUDGETS = ("separate", "joint")
 
 
@@ -31,7 +33,8 @@ def choose(
     budgets one of the last kind (uniform: one in each block). Of equal scores the unit that comes first stays.
 
     shape: free, the best of the whole model; uniform, the same number in each block (the same share where blocks
-        differ), the best of each
+        differ), the best of each; serving, free, but heads of a block stay or go together, and channels by 256, the
+        worst first: widths that programs which serve models have code for (the exporter `deci`)
     budgets: separate, of heads (or whole attentions) the nearest number to their share goes that leaves channels (or
         MLPs) something to do, and of these as few as bring the total to `remove`; joint, the lowest scores of both
         kinds go, which must be comparable; a unit that would go beyond `remove` is passed over for smaller ones
@@ -51,6 +54,15 @@ def choose(
         raise ValueError(
             "a config has one number of experts for all blocks, so as many go from each: give shape: uniform, not free"
         )
+    if shape == "serving":
+        coarse, members = _coarse(units, scores)
+        values = torch.stack([scores[each].double().mean() for each in members])
+        stay = choose(coarse, values, remove, shape="free", budgets=budgets)
+        kept = torch.ones(len(units), dtype=torch.bool)
+        for each, stays in zip(members, stay.tolist(), strict=True):
+            mine = units.part == units.part[each[0]]
+            kept[each] = stays and bool(kept[mine].all())  # what is worse goes with what is better
+        return kept
     goal = math.ceil(remove * units.total - 1e-6)
     kept = torch.ones(len(units), dtype=torch.bool)
     safe = _best_of_each(units, scores, least)
@@ -88,6 +100,23 @@ def choose(
             number = _between(round(remove * int(mine.sum())), sizes.tolist(), goal - done, later)
         kept = _dropped(kept, order[:number])
     return kept
+
+
+def _coarse(units: Units, scores: Tensor) -> tuple[Units, list[Tensor]]:
+    """Units that are made of several, and the numbers of those, the best first: all heads of a block, its channels by
+    256, and what is left over."""
+    parts: list[Part] = []
+    members: list[Tensor] = []
+    for number, part in enumerate(units.parts):
+        size = {"heads": part.count, "channels": SERVED}.get(part.kind, 1)
+        pieces = _worst_first(units, scores, units.part == number).flip(0).split(size)
+        whole = [piece for piece in pieces if len(piece) == size]
+        for alike in (whole, list(pieces[len(whole) :])):
+            if alike:
+                each = len(alike[0])
+                parts.append(replace(part, count=len(alike), parameters=each * part.parameters, fewest=0))
+        members += pieces
+    return Units(tuple(parts), units.total), members
 
 
 def _alike(parts: list[Part], least: int) -> list[list[int]]:

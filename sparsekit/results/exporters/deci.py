@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sparsekit.contracts import Exporter, Finished
 from sparsekit.model import Checkpoint
+from sparsekit.model.structure import SERVED
 from sparsekit.results.exporters.rewriting import rewrite
 from sparsekit.system import write_json
 
-STEP = 256  # MLPs have a multiple of this many channels there
 FAMILIES = ("llama", "mistral", "qwen2")
 OURS = "sparsekit_"  # before the family's name in the config of a model whose layers differ in width
 MODULE = "configuration_decilm.py"
@@ -113,7 +113,7 @@ class Deci:
         layers = []
         for index, (queries, kept, width) in enumerate(zip(heads, keys, widths, strict=True)):
             there = _key_heads(most, queries, kept) if queries else int(not index)  # vLLM's first layer must have one
-            layers.append(Layer(queries, kept, width, there, -(-width // STEP) * STEP))
+            layers.append(Layer(queries, kept, width, there, -(-width // SERVED) * SERVED))
         stored = Checkpoint(folder)
         has = [any(f".{part}." in name and name.endswith(".bias") for name in stored) for part in ("self_attn", "mlp")]
         return cls(config, tuple(layers), most, head, (has[0], has[1]))
@@ -132,7 +132,7 @@ class Deci:
                     "no_op": not layer.channels,
                     "replace_with_linear": False,
                     # rounded up to the next multiple there
-                    "ffn_mult": 3 * (layer.channels - STEP / 2) / (2 * hidden) if layer.channels else None,
+                    "ffn_mult": 3 * (layer.channels - SERVED / 2) / (2 * hidden) if layer.channels else None,
                 },
             }
             for layer in self.layers
