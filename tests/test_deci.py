@@ -92,6 +92,8 @@ def test_it_computes_the_same(family: str, settings: dict[str, Any], tmp_path: P
     assert not deci().why_not(finished)
     deci().write(finished, tmp_path / "deci")
     assert deci().differences(finished, tmp_path / "deci") == []
+    told = json.loads((tmp_path / "deci" / "config.json").read_text())
+    assert told["rope_theta"] == told["rope_parameters"]["rope_theta"] == model.config.rope_parameters["rope_theta"]
     assert not list((tmp_path / "deci").glob("modeling_*")) and not (tmp_path / "deci" / "structure.json").exists()
     with torch.no_grad():
         torch.testing.assert_close(of_layers(tmp_path / "deci")(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)

@@ -21,7 +21,6 @@ MODULE = "configuration_decilm.py"
 COPIED = (  # fields of the config that mean the same there
     *("hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps", "max_position_embeddings", "dtype"),
     *("torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
-    *("rope_theta", "rope_scaling", "rope_parameters"),
 )
 CONFIG = '''\
 """The config of a model whose layers differ in width, under the names that vLLM asks for."""
@@ -142,6 +141,7 @@ class Deci:
             "model_type": "nemotron-nas",
             "auto_map": {"AutoConfig": f"{MODULE.removesuffix('.py')}.DeciLMConfig"},
             **{key: self.config[key] for key in COPIED if self.config.get(key) is not None},
+            **self._rotary(),
             "num_attention_heads": self.heads,
             "head_dim": self.head,
             "hidden_act": "silu",
@@ -149,6 +149,14 @@ class Deci:
             "mlp_bias": self.biases[1],
             "block_configs": blocks,
         }
+
+    def _rotary(self) -> dict[str, Any]:
+        """The base of rotary positions and what scales them, under the names of transformers 5 and of all others."""
+        found = dict(self.config.get("rope_parameters") or self.config.get("rope_scaling") or {})
+        base = found.pop("rope_theta", None) or self.config.get("rope_theta") or 10000.0
+        kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
+        scaled = {"rope_scaling": {"rope_type": kind, **found}} if kind != "default" else {}
+        return {"rope_theta": base, "rope_parameters": {"rope_theta": base, "rope_type": kind, **found}} | scaled
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...], Tensor | None, int]]:
         """Of the layers: name, shape there, and where the model's own rows (dim 0) or columns (dim 1) stand in it.
