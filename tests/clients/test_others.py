@@ -23,7 +23,7 @@ CLIENTS = {
         "by_genai.py",
         ("onnxruntime-genai==0.18.0", "onnx", "onnx_ir", "transformers==5.23.0", "safetensors"),
     ),
-    "optimum-intel": ("by_optimum.py", ("optimum-intel[openvino]==2.2.0",)),
+    "optimum-intel": ("by_optimum.py", ("optimum-intel[openvino]==2.2.0", "-torchvision")),
     "transformers-4.57.6": ("by_transformers.py", ("transformers==4.57.6", "safetensors")),
     "transformers-4.48.3": ("by_transformers.py", ("transformers==4.48.3", "safetensors")),
 }
@@ -91,6 +91,7 @@ def test_a_client_computes_the_same(name: str, family: str, made: Any, client: A
         ("mlx-lm", "not supported"),
         ("ctranslate2", "trust_remote_code|No conversion"),
         ("onnxruntime-genai", "trust_remote_code"),
+        ("optimum-intel", "unsupported architecture|custom"),
     ],
 )
 def test_unequal_layers_are_no_silent_mistake(name: str, said: str, client: Any, tmp_path: Path) -> None:
