@@ -153,6 +153,15 @@ def test_what_is_cut_for_serving_needs_no_zeros(stage: str, tmp_path: Path) -> N
     assert all(layer.key_heads == layer.keys for layer in layers[1:])  # the first one has zeros if its attention went
 
 
+def test_its_card_says_how_it_is_run(tmp_path: Path) -> None:
+    unequal(tmp_path / "model", tie_word_embeddings=False)
+    said = "# A model\n\n## Load it\n\n```python\nfrom transformers import AutoModelForCausalLM\n```\n\n## Recipe\n"
+    (tmp_path / "model" / "README.md").write_text(said)
+    deci().write(Finished(tmp_path / "model", {}, {}, dict, {}), tmp_path / "deci")
+    card = (tmp_path / "deci" / "README.md").read_text()
+    assert "vllm serve FOLDER --trust-remote-code" in card and "AutoModel" not in card and "## Recipe" in card
+
+
 def test_the_worst_channels_go_by_256_from_the_worst() -> None:
     config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 2})
     blocks = find_blocks(transformers.LlamaForCausalLM(config))

@@ -1,6 +1,7 @@
 """Layers of unequal widths as NVIDIA's DeciLM (Nemotron-NAS) tells of them, which vLLM and mlx-lm run by themselves."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ COPIED = (  # fields of the config that mean the same there
     *("hidden_size", "num_hidden_layers", "vocab_size", "rms_norm_eps", "max_position_embeddings", "dtype"),
     *("torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
 )
+LOADED = """```
+vllm serve FOLDER --trust-remote-code
+mlx_lm.generate --model FOLDER --prompt "..."
+```"""
 CONFIG = '''\
 """The config of a model whose layers differ in width, under the names that vLLM asks for."""
 
@@ -231,6 +236,9 @@ def _write(folder: Path, target: Path) -> None:
     without = ["config.json", "structure.json", "modeling_*.py"]
     rewrite(folder, target, placed, more=more, without=without)
     (target / MODULE).write_text(CONFIG, encoding="utf-8")
+    if (card := target / "README.md").is_file():
+        text = card.read_text(encoding="utf-8").replace("library_name: transformers\n", "")
+        card.write_text(re.sub(r"(?<=## Load it\n\n)```.*?```", LOADED, text, flags=re.S), encoding="utf-8")
     write_json(target / "config.json", shape.told())
 
 
