@@ -138,7 +138,7 @@ class MaskLLM(LightningModule):
         weights, kept = {}, tokens.new_zeros((), dtype=torch.float32)
         for (name, linear), mask in zip(self.linears.items(), masks, strict=True):
             masked = linear.weight * mask.to(linear.weight)
-            weights[f"{name}.weight"] = masked.t() if linear.transposed else masked
+            weights[f"{name}.weight"] = linear.stored(masked)
             if self.asked.regularization and mask.requires_grad:
                 kept = kept + masked.float().square().sum()
         logits = functional_call(self.outside[0].model, weights, (tokens,), {"use_cache": False}).logits

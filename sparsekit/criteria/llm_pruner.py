@@ -91,15 +91,11 @@ def _values(context: Context, units: Units, taylor: Taylor) -> dict[str, Tensor]
 def _worth(linear: Linear, first: Tensor, second: Tensor | None, count: float, taylor: Taylor) -> Tensor:
     """first, second: sums over sequences of the gradient and of its square, as the linear's weight is stored."""
     weight = linear.weight.float()
-    slope = weight * _upright(linear, first) / count
+    slope = weight * linear.matrix(first) / count
     if second is None:
         return slope.abs().cpu()
-    curve = weight.square() * _upright(linear, second) / count
+    curve = weight.square() * linear.matrix(second) / count
     return (curve if taylor == "param_second" else (slope - curve / 2).abs()).cpu()
-
-
-def _upright(linear: Linear, stored: Tensor) -> Tensor:
-    return stored.t() if linear.transposed else stored
 
 
 @contextmanager

@@ -1,8 +1,5 @@
 from .blocks import Block as Block
-from .blocks import Linear as Linear
-from .blocks import all_linears as all_linears
 from .blocks import decides as decides
-from .blocks import is_linear as is_linear
 from .blocks import put_forward as put_forward
 from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import read_json as read_json
@@ -29,6 +26,10 @@ from .hearing import hears as hears
 from .hearing import sample_sound as sample_sound
 from .hearing import sound_of as sound_of
 from .layouts import choose_layout as choose_layout
+from .linears import Linear as Linear
+from .linears import all_linears as all_linears
+from .linears import is_convolution as is_convolution
+from .linears import is_linear as is_linear
 from .loading import LAYERS as LAYERS
 from .loading import auto_class as auto_class
 from .loading import image_processor as image_processor
@@ -54,6 +55,8 @@ from .resting import unsettle as unsettle
 from .selecting import KINDS as KINDS
 from .selecting import kind_of as kind_of
 from .selecting import meant as meant
+from .selecting import named_convolutions as named_convolutions
+from .selecting import names_convolutions as names_convolutions
 from .semi_structured import make_semi_structured as make_semi_structured
 from .semi_structured import two_of_four as two_of_four
 from .shards import Shards as Shards

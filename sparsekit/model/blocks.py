@@ -15,45 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsekit.model.carried import Carried, Given, Known, moved
 from sparsekit.model.experts import Experts
-
-
-class Linear:
-    """One linear of a block. Its weight is (out, in) whatever the layer stores: the one place that knows Conv1D."""
-
-    def __init__(self, name: str, module: nn.Module):
-        self.name = name  # of the module inside the model; the parameter is name + ".weight"
-        self.module = module
-        self.transposed = type(module).__name__ == "Conv1D"  # GPT-2 stores (in, out)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight (out, in), a view of the parameter."""
-        weight: Tensor = self.module.weight.detach()  # type: ignore[operator,assignment]
-        return weight.t() if self.transposed else weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)"""
-        return tuple(self.weight.shape)  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def write(self, weight: Tensor) -> None:
-        """Set the weight (out, in), cast to the parameter's dtype, bit for bit."""
-        self.weight.copy_(weight)
-
-    @torch.no_grad()
-    def write_pruned(self, weight: Tensor) -> None:
-        """The same for a solver's answer: -0.0 becomes 0.0."""
-        self.weight.copy_(weight).add_(0.0)
-
-    def stored(self, weight: Tensor) -> Tensor:
-        """A tensor (out, in) laid out as a checkpoint stores it, and back."""
-        return weight.t().contiguous() if self.transposed else weight.contiguous()
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear that can be pruned: nn.Linear, or GPT-2's transposed Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+from sparsekit.model.linears import Linear, full_name, linears_of, rows
 
 
 def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
@@ -95,18 +57,23 @@ class Block:
         kept weight may underflow in half precision
     records: name -> what was seen while it was pruned (error, seconds, zeros, warnings ...)
     fixed: the block cannot be dropped whole, since the family's config could not say so
+    number: of the repeated blocks, counted from 0; None: it is a convolution outside of these (see `discover`)
     part: which of the model's lists of blocks it is of: 0, or 1 of a decoder behind an encoder
+    channels: the dimension of its hidden states that is their width
     scale: how many times as large each dimension of its hidden states is behind it, but the first; none: as before it
     bridge: turns what leaves the block before into what enters this one, where something lies between the two
     trained: parameters of the module, by their names inside it, that gradient steps have changed
     notes: what a stage saw of the block as a whole (see the stage); JSON
     """
 
-    def __init__(self, index: int, name: str, module: nn.Module):
+    def __init__(self, index: int, name: str, module: nn.Module, convolutions: Collection[str] = ()):
+        """convolutions: names inside it of those that are to be linears; empty, where the module itself is one"""
         self.index = index
+        self.number: int | None = index
         self.name = name
         self.module = module
-        self.linears = {f"{name}.{inner}": Linear(f"{name}.{inner}", m) for inner, m in linears_of(module)}
+        self.convolutions = convolutions
+        self.linears = self._linears(module)
         self.groups: list[list[str]] = []
         self.calls: dict[str, int] = {}
         self.experts = experts_of(module)
@@ -115,6 +82,7 @@ class Block:
         self.records: dict[str, dict[str, Any]] = {}
         self.fixed = False
         self.part = 0
+        self.channels = -1
         self.scale: tuple[Fraction, ...] = ()
         self.bridged = False  # something lies between the block before and this one
         self.bridge: Callable[[Tensor], Tensor] | None = None
@@ -202,12 +170,16 @@ class Block:
         """A copy with its own weights; everything else is shared. Its experts are watched with this block's tokens."""
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module)
-        inner = {f"{self.name}.{name}": module for name, module in linears_of(twin.module)}
-        twin.linears = {name: Linear(name, inner[name]) for name in self.linears}
+        inner = self._linears(twin.module)
+        twin.linears = {name: inner[name] for name in self.linears}
         twin.experts = experts_of(twin.module)
         for name, experts in twin.experts.items():
             experts.leader, experts.tokens = self.experts[name], self.experts[name].tokens
         return twin
+
+    def _linears(self, module: nn.Module) -> dict[str, Linear]:
+        named = ((full_name(self.name, inner), m) for inner, m in linears_of(module, self.convolutions))
+        return {name: Linear(name, m) for name, m in named}
 
     def watch(self, watched: bool) -> None:
         """Tell the experts whether somebody looks at what enters their linears."""
@@ -268,12 +240,13 @@ def _shown(
     experts: Experts | None,
     calls: int,
     earlier: list[Tensor],
-    _: nn.Module,
+    linear: nn.Module,
     args: tuple[Any, ...],
 ) -> None:
     """What a hook does with what enters a group."""
     counted = None if experts is None else experts.counted
-    inputs = args[0] if counted is None else args[0] * counted[:, None].to(args[0].dtype)
+    inputs = rows(linear, args[0])
+    inputs = inputs if counted is None else inputs * counted[:, None].to(inputs.dtype)
     if calls > 1:
         earlier.append(inputs)
         if len(earlier) < calls:
@@ -295,17 +268,3 @@ def decides(name: str) -> bool:
 def experts_of(module: nn.Module) -> dict[str, Experts]:
     """The modules of experts inside a module, by name, in order of definition."""
     return {name: m for name, m in module.named_modules() if isinstance(m, Experts)}
-
-
-def linears_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Name and module of every linear inside a module, in order of definition."""
-    return [(name, m) for name, m in module.named_modules() if is_linear(m)]
-
-
-def all_linears(model: nn.Module) -> dict[str, Linear]:
-    """Every linear of a model by its name, in blocks and outside."""
-    return {name: Linear(name, module) for name, module in linears_of(model)}
-
-
-def _modules(module: nn.Module) -> list[nn.Module]:
-    return [m for _, m in linears_of(module)]

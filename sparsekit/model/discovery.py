@@ -4,16 +4,17 @@ import copy
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block, Linear, _modules, decides, split_call
+from sparsekit.model.blocks import Block, decides, split_call
 from sparsekit.model.expert_forms import split_experts
 from sparsekit.model.hearing import given_sound, hears
+from sparsekit.model.linears import CONVOLUTIONS, Linear, is_convolution, linears_of
 from sparsekit.model.patched import beside_patches, given_patches
 from sparsekit.model.tensors import tied_names
 from sparsekit.model.towers import TOWERS, chosen_tower, tower_name
@@ -56,18 +57,20 @@ def run_model(model: Any, given: Tensor, *, use_cache: bool = False) -> None:
     encode(pixel_values=given.to(model.dtype))
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
+def find_blocks(model: nn.Module, convolutions: Collection[str] = ()) -> list[Block]:
     """The model's blocks: the list of modules that holds the most weight in linears.
 
     Of a model that reads text and sees images, or hears sound, too: the list of those that text goes through. Where
     there is an encoder and a decoder: the blocks of both, one after the other.
+
+    convolutions: names of those that are to be linears. Each that is in no block is one of its own, behind all others
 
     Raises:
         ValueError: the model has no list of blocks with linears.
     """
 
     def weight(layers: nn.ModuleList) -> int:
-        return sum(Linear("", m).weight.numel() for layer in layers for m in _modules(layer))
+        return sum(Linear("", m).weight.numel() for layer in layers for _, m in linears_of(layer))
 
     tower = tower_name(model)
     inside = f"{tower}." if tower else ""
@@ -90,9 +93,25 @@ def find_blocks(model: nn.Module) -> list[Block]:
     for number, part in enumerate(chosen):
         for name, layers in part:
             for inner, layer in layers.named_children():
-                found.append(Block(len(found), f"{name}.{inner}", layer))
+                home = f"{name}.{inner}"
+                mine = {each.removeprefix(f"{home}.") for each in convolutions if each.startswith(f"{home}.")}
+                found.append(Block(len(found), home, layer, mine))
                 found[-1].part = number
+    homes = tuple(f"{block.name}." for block in found)
+    for name in convolutions:
+        if not name.startswith(homes):
+            found.append(Block(len(found), name, model.get_submodule(name), {""}))
+            found[-1].number, found[-1].channels = None, 1
     return found
+
+
+def _put_in_order(blocks: list[Block], names: Collection[str]) -> list[Block]:
+    """The blocks in the order of these names, numbered by it; others are left out."""
+    by_name = {block.name: block for block in blocks}
+    ordered = [by_name[name] for name in names]
+    for index, block in enumerate(ordered):
+        block.index = index
+    return ordered
 
 
 Named = tuple[str, nn.ModuleList]
@@ -118,7 +137,9 @@ def parts_of(blocks: list[Block]) -> list[list[Block]]:
 
 
 @torch.no_grad()
-def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list[Block]:
+def discover(
+    model: nn.Module, tokens: Tensor, *, routers: bool = False, convolutions: Collection[str] = ()
+) -> list[Block]:
     """The model's blocks with their groups, seen in one forward pass of `tokens` (sequences, length), best a few.
 
     A vision model's are pixels (images, channels, height, width), or patches (images, patches, values) where its tower
@@ -127,6 +148,8 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     become linears (`split_experts`).
 
     routers: whether routers and gates count as linears like all others
+    convolutions: names of those that do (`is_convolution`). One outside of the blocks is walked through as a block of
+        its own, where the forward pass comes to it.
 
     Raises:
         ValueError: no blocks, a block runs more than once in a forward pass, or gives hidden states of another shape.
@@ -135,7 +158,7 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     _refuse_shared(model)
     _refuse_rescaled(model)
     try:
-        return _discover(model, tokens, routers)
+        return _discover(model, tokens, routers, convolutions)
     except RAISED:
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
@@ -143,7 +166,7 @@ def discover(model: nn.Module, tokens: Tensor, *, routers: bool = False) -> list
     # memory before they are written to
     stand_in = copy.deepcopy(model)._apply(_zeros)
     try:
-        found = _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype), routers)
+        found = _discover(stand_in, torch.zeros(tokens.shape, dtype=tokens.dtype), routers, convolutions)
     except RAISED as error:
         given = "images" if sees_images(model) else "sound" if hears(model) else "text"
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -179,32 +202,46 @@ def _refuse_rescaled(model: Any) -> None:
         )
 
 
-def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
-    blocks = find_blocks(model)
+def _discover(model: nn.Module, tokens: Tensor, routers: bool, convolutions: Collection[str]) -> list[Block]:
+    blocks = find_blocks(model, convolutions)
     keep: list[Tensor] = []  # inputs stay alive, so that no two of them share an address
     hooks = []
-    runs = dict.fromkeys((block.index for block in blocks), 0)
-    left: list[tuple[int, ...]] = []  # the shape of what the block before gave
+    runs: Counter[str] = Counter()  # in the order in which they ran
+    left: list[tuple[Block, tuple[int, ...]]] = []  # the block before, and the shape of what it gave
 
     def ran(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        runs[block.index] += 1
+        runs[block.name] += 1
         block.tuple_length = len(out) if isinstance(out, tuple | list) else 0
         block.passes = tuple(n for n in range(1, block.tuple_length) if isinstance(out[n], Tensor))
         before, after = split_call(args, kwargs)[0], out[0] if isinstance(out, tuple | list) else out
         shapes = [tuple(getattr(each, "shape", ("none",))) for each in (before, after)]
         if shapes[0] != shapes[1]:
-            if not sees_images(model) or len(shapes[0]) != len(shapes[1]):
+            known = block.number is None or sees_images(model)
+            if not known or len(shapes[0]) != len(shapes[1]):
                 raise _Unlike(
                     f"{block.name} turns hidden states {shapes[0]} into {shapes[1]}, so what enters a block is not "
                     "what the one before it gives: such models cannot be pruned block by block"
                 )
             block.scale = tuple(Fraction(new, old) for old, new in zip(shapes[0][1:], shapes[1][1:], strict=True))
-        block.bridged = sees_images(model) and bool(left) and left[-1] != shapes[0]
-        left.append(shapes[1])
+        # beside a convolution that is a block of its own there is always something
+        alone = bool(left) and None in (block.number, left[-1][0].number)
+        block.bridged = alone or (sees_images(model) and bool(left) and left[-1][1] != shapes[0])
+        block.part = left[-1][0].part if alone and block.number is None else block.part
+        widths = {linear.shape[0] for linear in block.linears.values()}
+        if len(shapes[1]) == 4 and shapes[1][-1] not in widths and shapes[1][1] in widths:
+            block.channels = 1  # ConvNeXt
+        left.append((block, shapes[1]))
 
     def reached(block: Block, name: str, seen: dict[Any, list[str]], inputs: Tensor) -> None:
         keep.append(inputs)
-        key = (inputs.untyped_storage()._cdata, inputs.storage_offset(), inputs._version, inputs.shape[-1])
+        patches = name if isinstance(block.linears[name].module, CONVOLUTIONS) else ""  # its own
+        key = (
+            inputs.untyped_storage()._cdata,
+            inputs.storage_offset(),
+            inputs._version,
+            inputs.shape[-1],
+            patches,
+        )
         if key not in seen:
             seen[key] = []
             block.groups.append(seen[key])
@@ -234,9 +271,14 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
             handle.remove()
         for block in blocks:
             block.watch(False)
+    once = [block for block in blocks if block.number is not None or runs[block.name] == 1]
+    for block in set(blocks) - set(once):
+        said = f"a convolution that runs {runs[block.name]} times in a forward pass of what the model is given here"
+        once[0].skipped[block.name] = said
+    blocks = _put_in_order(once, sorted([block.name for block in once], key=[*runs].index))
     for block in blocks:
-        if runs[block.index] != 1:
-            raise ValueError(f"{block.name} runs {runs[block.index]} times in a forward pass; it must run exactly once")
+        if runs[block.name] != 1:
+            raise ValueError(f"{block.name} runs {runs[block.name]} times in a forward pass; it must run exactly once")
         _alone_if_repeated(block)
         found = {name for group in block.groups for name in group}
         for name in block.linears.keys() - found:
@@ -247,10 +289,12 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool) -> list[Block]:
             block.skipped[name] = "it decides where tokens go, or how much passes"
         block.keep_only(found - block.skipped.keys())
         for name, parameter in block.module.named_parameters():
-            if parameter.dim() > 2:
+            if parameter.dim() > 2 and f"{block.name}.{name}".removesuffix(".weight") not in block.linears:
                 home = name.rpartition(".")[0]
-                if isinstance(block.module.get_submodule(home), nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                    block.skipped[f"{block.name}.{home}"] = "a convolution"
+                module = block.module.get_submodule(home)
+                if isinstance(module, CONVOLUTIONS):
+                    why = "that `targets` does not name" if is_convolution(module) else "of groups, or dilated"
+                    block.skipped.setdefault(f"{block.name}.{home}", f"a convolution {why}")
                 else:
                     block.skipped[f"{block.name}.{name}"] = f"{parameter.dim()} dimensions, in no form that is known"
     return blocks
@@ -272,10 +316,12 @@ def _alone_if_repeated(block: Block) -> None:
 def adopt(model: nn.Module, known: list[Block]) -> list[Block]:
     """The blocks of `model` with the groups that were discovered in another copy of it, such as its skeleton."""
     split_experts(model)
-    blocks = find_blocks(model)
+    convolutions = [n for other in known for n, each in other.linears.items() if isinstance(each.module, CONVOLUTIONS)]
+    blocks = _put_in_order(find_blocks(model, convolutions), [other.name for other in known])
     for block, other in zip(blocks, known, strict=True):
         block.linears = {name: block.linears[name] for name in other.linears}
         block.groups, block.calls, block.skipped = other.groups, other.calls, other.skipped
         block.tuple_length, block.passes = other.tuple_length, other.passes
         block.fixed, block.scale, block.bridged = other.fixed, other.scale, other.bridged
+        block.part, block.channels = other.part, other.channels
     return blocks

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import all_linears
+from sparsekit.model.linears import all_linears
 
 HALF = (torch.float16, torch.bfloat16)
 ROWS, COLUMNS = 32, 64  # of which both sides of a half precision matrix must be multiples (cuSPARSELt, CUTLASS)
@@ -16,7 +16,7 @@ def two_of_four(model: nn.Module) -> list[str]:
     return [
         name
         for name, linear in all_linears(model).items()
-        if not linear.transposed and _fits(linear.weight) and _is_two_of_four(linear.weight)
+        if isinstance(linear.module, nn.Linear) and _fits(linear.weight) and _is_two_of_four(linear.weight)
     ]
 
 

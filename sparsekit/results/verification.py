@@ -154,7 +154,7 @@ def _unchanged(name: str, tensor: Tensor, source: Tensors, *, free: bool, cast: 
 
 def _off_grid(linear: Linear, stored: Tensor, quantization: Quantization) -> list[str]:
     try:
-        quantization.recover(stored.t() if linear.transposed else stored, linear.name)
+        quantization.recover(linear.matrix(stored), linear.name)
     except ValueError as error:
         return [str(error)]
     return []
@@ -163,7 +163,7 @@ def _off_grid(linear: Linear, stored: Tensor, quantization: Quantization) -> lis
 def _linear(
     linear: Linear, stored: Tensor, pattern: Unstructured | NM | None, mask: Tensor | None, result: Verification
 ) -> None:
-    tensor = stored.t() if linear.transposed else stored  # (out, in)
+    tensor = linear.matrix(stored)  # (out, in)
     tensor = tensor.float() if tensor.element_size() == 1 else tensor  # an 8-bit float has few operations
     kept = pack(tensor.bool())  # true for NaN too; all that follows reads a byte for eight weights
     zeros = tensor.numel() - count_bits(kept)

@@ -142,6 +142,11 @@ def check_cuts(recipe: Recipe, model: nn.Module, blocks: list[Block], dtype: tor
             f"allocation by {recipe.allocation.name} looks at the model as it begins, and a stage cuts it before "
             "weights are pruned: cut in a run of its own, and go on `from:` it, or give another allocation"
         )
+    if any(block.convolutions for block in blocks):
+        raise ValueError(
+            "targets name convolutions, and structures are cut of attention and MLPs: prune convolutions in a run "
+            "of their own, `from:` the run that cuts"
+        )
     if len({block.name.rpartition(".")[0] for block in blocks}) > 1 or any(block.scale for block in blocks):
         raise ValueError(
             f"{type(model).__name__} has stages of different widths, and structures are removed from models whose "

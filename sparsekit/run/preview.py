@@ -18,7 +18,10 @@ def show_plan(planned: Plan, console: Console) -> None:
     from rich.table import Table
 
     console.print(to_yaml(planned.resolved), markup=False, highlight=False)
-    table = Table(title=f"{planned.model.__class__.__name__}: {len(planned.blocks)} blocks", title_justify="left")
+    table = Table(
+        title=f"{planned.model.__class__.__name__}: {sum(b.number is not None for b in planned.blocks)} blocks",
+        title_justify="left",
+    )
     for column in ("blocks", "group", "linear", "out x in", "pattern"):
         table.add_column(column)
     later = f"set after a dense pass by {planned.recipe.allocation.name}" if planned.postponed else ""
@@ -26,13 +29,14 @@ def show_plan(planned: Plan, console: Console) -> None:
     for block in planned.blocks:
         shapes = tuple(
             tuple(
-                (name.removeprefix(block.name), block.linears[name].shape, planned.patterns.get(name)) for name in group
+                (name.removeprefix(block.name) or name, block.linears[name].shape, planned.patterns.get(name))
+                for name in group
             )
             for group in block.groups
         )
         kinds.setdefault(shapes, []).append(block)
     for shapes, alike in kinds.items():
-        indices = _ranges([block.index for block in alike])
+        indices = _ranges([block.number for block in alike if block.number is not None])
         for number, group in enumerate(_once(shapes, alike[0])):
             for name, (out, width), pattern in group:
                 said = later or (_text(pattern) if pattern else "")

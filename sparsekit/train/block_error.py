@@ -69,11 +69,15 @@ class BlockError:
         squares = self._of_channels(difference)
         if not self.per_token:
             return squares
-        energy = self._of_channels(y.to(difference)).mean(-1, keepdim=True).clamp(min=self.floor)
+        energy = self._of_channels(y.to(difference)).mean(self.block.channels, keepdim=True).clamp(min=self.floor)
         return squares * torch.where(energy > 0, 1 / energy, 0)
 
     def _of_channels(self, values: Tensor) -> Tensor:
-        return values.square() if self.weights is None else values.square() * self.weights.to(values)
+        if self.weights is None:
+            return values.square()
+        shape = [1] * values.dim()
+        shape[self.block.channels] = -1
+        return values.square() * self.weights.to(values).view(shape)
 
     def mean_square(self) -> float:
         """Of the targets, relative as errors are; sets `floor` and `weights`.
@@ -90,11 +94,11 @@ class BlockError:
             self.weights = self._channel_weights()
         energies = []
         for index, (x, y) in enumerate(self.pairs(range(len(self.inputs)))):
-            if x.shape != y.shape:
+            if x.shape[0] != y.shape[0] or (not self.block.scale and x.shape != y.shape):
                 raise ValueError(f"chunk {index}: inputs {tuple(x.shape)}, targets {tuple(y.shape)}; make them equal")
             if not (x.isfinite().all() and y.isfinite().all()):
                 raise ValueError(f"chunk {index} contains NaN or Inf, so a block cannot be trained on it")
-            energies.append(self._of_channels(y.float()).mean(-1).flatten().cpu().double())
+            energies.append(self._of_channels(y.float()).mean(self.block.channels).flatten().cpu().double())
         energy = torch.cat(energies or [torch.zeros(0)])
         if self.per_token:
             self.floor = self._least(energy)
@@ -112,7 +116,8 @@ class BlockError:
         """One over each channel's mean share of its token's energy (hidden,), a tenth of the typical share at least."""
         shares, count = torch.zeros(()), 0.0
         for index in range(len(self.targets)):
-            squares = self.targets[index].float().cpu().square().flatten(0, -2)  # (tokens, hidden)
+            squares = self.targets[index].float().cpu().square()
+            squares = squares.movedim(self.block.channels, -1).flatten(0, -2)  # (tokens, hidden)
             energy = squares.mean(-1, keepdim=True)
             shares = shares + torch.where(energy > 0, squares / energy, 0).sum(0, dtype=torch.float64)
             count += len(squares)

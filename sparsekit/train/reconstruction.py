@@ -171,14 +171,14 @@ def _leaves(
     wide = {
         name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in parameters.items()
     }
-    linears = {f"{name.removeprefix(f'{block.name}.')}.weight": linear for name, linear in block.linears.items()}
+    linears = {f"{name}.weight".removeprefix(f"{block.name}."): linear for name, linear in block.linears.items()}
     keep = {}
     for name, linear in linears.items():
         if linear.name in masks:
             keep[name] = linear.stored(masks[linear.name]).to(wide[name].device)
             if keep[name].shape != wide[name].shape or wide[name].masked_select(~keep[name]).count_nonzero():
                 raise ValueError(f"the weight of {linear.name} is not zero outside its mask, or of another shape")
-    low = [name for name in linears if trainable == "low-rank"]
+    low = [name for name in linears if trainable == "low-rank" and wide[name].ndim == 2]
     mine = [name for name in wide if name not in low and not block.left(name)]
     free = [name for name in mine if trainable == "all" or wide[name].ndim == 1]
     for name in free:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsekit.model import Linear, is_linear
+from sparsekit.model import Linear, all_linears
 
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")  # a process has no whole weight there
 
@@ -86,7 +86,7 @@ class HoldZeros(Callback):
             parameter.masked_fill_(~kept, 0.0)
 
     def _found(self, module: nn.Module) -> dict[str, tuple[Linear, Tensor]]:
-        linears = {name: Linear(name, m) for name, m in module.named_modules() if is_linear(m)}
+        linears = all_linears(module)
         if self.masks is None:
             own = {name: (linear, linear.weight != 0) for name, linear in linears.items()}
             found = {n: pair for n, pair in own.items() if float((~pair[1]).float().mean()) >= self.least}

@@ -133,7 +133,7 @@ class Inspector:
             ) from error
 
     def _weights(self, block: Block) -> set[str]:
-        return {f"{name.removeprefix(f'{block.name}.')}.weight" for name in block.linears}
+        return {f"{name}.weight".removeprefix(f"{block.name}.") for name in block.linears}
 
     def _unchanged(self, block: Block) -> None:
         """Whatever is not declared has the digest that it had."""

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block, Linear
+from sparsekit.model.blocks import Block
+from sparsekit.model.linears import Linear
 from sparsekit.model.structure.experts import remove_experts
 from sparsekit.model.structure.heads import BY_QUERY, count_heads, head_size
 from sparsekit.model.structure.layers import drop_layers

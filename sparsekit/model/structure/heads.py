@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block, Linear
+from sparsekit.model.blocks import Block
+from sparsekit.model.linears import Linear
 from sparsekit.model.structure.roles import NoPart, Roles, norms_of, part_of, ranges, roles
 from sparsekit.model.structure.units import Part
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.model.blocks import Block, Linear, linears_of
+from sparsekit.model.blocks import Block
+from sparsekit.model.linears import Linear, linears_of
 from sparsekit.model.structure.units import Part
 
 Roles = Sequence[tuple[Sequence[str], Sequence[str]]]  # those that make a part's units, and the one that reads them

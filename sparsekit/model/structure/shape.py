@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.model import rebuild
-from sparsekit.model.blocks import Linear, is_linear
 from sparsekit.model.discovery import find_blocks
 from sparsekit.model.expert_forms import as_linears
+from sparsekit.model.linears import Linear, is_linear
 from sparsekit.model.structure.cutting import cut
 from sparsekit.model.structure.finding import find_units
 from sparsekit.model.structure.heads import BY_QUERY
