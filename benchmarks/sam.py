@@ -53,6 +53,7 @@ def measured(given: argparse.Namespace, method: str, point: str, seed: int, over
                 "model": str(given.model),
                 "pattern": pattern,
                 "stages": stages(method, int(bits or 0)),
+                "targets": given.targets,
                 "calibration": {"source": "images", "path": given.calibration.format(seed=seed), "samples": 128}
                 | {"seed": seed, "batch": given.batch},
                 "output": f"{folder}/run",
@@ -107,6 +108,9 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--points", nargs="+", default=POINTS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument(
+        "--targets", nargs="+", help="as a recipe's, such as attention mlp convolution; other --results"
+    )
     parser.add_argument("--calibration", default="", help="folder of images; {seed} in it stands for the seed")
     parser.add_argument("--iou", default="", help="images with masks, as evaluate.iou has them")
     parser.add_argument("--batch", type=int, default=16, help="images at a time")

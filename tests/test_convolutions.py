@@ -146,6 +146,32 @@ def test_a_convolution_that_other_paths_end_in_is_refused():
         check_walk(model, blocks, pixels)
 
 
+def test_what_a_model_of_sound_begins_with():
+    """Whisper's two convolutions of time, before its first layer."""
+    config = transformers.WhisperConfig(
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocab_size=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        max_source_positions=100,
+        num_mel_bins=8,
+    )
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    sound = sample_input(model)
+    blocks = discover(model, sound, convolutions=named_convolutions(model, ["convolution"]))
+    assert [block.name.rpartition("encoder.")[2] for block in blocks[:3]] == ["conv1", "conv2", "layers.0"]
+    assert [block.part for block in blocks] == [0, 0, 0, 0, 1]
+    check_walk(model, blocks, sound + torch.randn(sound.shape) if sound.is_floating_point() else sound)
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
     pytest.importorskip("PIL.Image")
