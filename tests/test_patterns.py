@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparsekit
 from sparsekit import cli
+from sparsekit.maths import Stats
+from sparsekit.model import discover
 from sparsekit.recipe import RecipeError, load_recipe, load_recipes
 from sparsekit.run import fitting
+from sparsekit.walk import Gathered
 
 RECIPE = {
     "calibration": {"source": "python-docs", "samples": 8, "length": 32},
@@ -49,6 +53,75 @@ def test_each_is_the_run_of_its_pattern_alone(recipe, tmp_path, monkeypatch):
     assert "2-4" in page and "<script" not in page
     board = json.loads((tmp_path / "runs" / "patterns.json").read_text())
     assert {Path(row["run"]).name for row in board["runs"]} == {"50", "30", "2-4"}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often statistics were written and read."""
+    found = {"write": 0, "read": 0}
+    for name in found:
+        original = getattr(Gathered, name)
+
+        def counting(*args, name=name, original=original):
+            found[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(Gathered, name, counting)
+    return found
+
+
+@pytest.mark.parametrize("stages", [["wanda"], ["sparsegpt"], ["wanda", "refit"]], ids=str)
+def test_one_capture_serves_all_where_inputs_are_dense(recipe, tmp_path, counted, stages):
+    """The same weights as of a capture each, and no block of the later walks is run."""
+    recipe |= {"stages": stages, "error_correction": "none", "evaluate": {}}
+    found = sparsekit.fit_each(recipe | {"pattern": ["50%", "2:4", "70%"]}, quiet=True)
+    blocks = len(sparsekit.load(recipe["model"])[0].model.layers)
+    assert counted == {"write": blocks, "read": 2 * blocks}
+    for pattern, result in found.items():
+        folder = tmp_path / f"alone-{result.folder.name}"
+        sparsekit.fit(recipe | {"pattern": pattern, "output": str(folder)}, quiet=True)
+        weights = [each / "model" / "model.safetensors" for each in (folder, result.folder)]
+        assert weights[0].read_bytes() == weights[1].read_bytes(), pattern
+        errors = [json.loads((each / "report.json").read_text())["sparsity"] for each in (folder, result.folder)]
+        assert errors[0] == errors[1]
+    assert counted["write"] == blocks  # one pattern alone keeps nothing
+    assert not (tmp_path / "runs" / "shared" / "statistics").exists()
+
+
+def test_a_capture_that_broke_off_goes_on(recipe, counted, monkeypatch):
+    recipe |= {"stages": ["wanda"], "error_correction": "none", "evaluate": {}, "pattern": ["50%", "2:4"]}
+    write = Gathered.write
+
+    def fails(self, block, collected):
+        if block.index == 2:
+            raise OSError("the disk is full")
+        write(self, block, collected)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=r"2 of . blocks are committed"):
+        patched.setattr(Gathered, "write", fails)
+        sparsekit.fit_each(recipe, quiet=True)
+    blocks = len(sparsekit.load(recipe["model"])[0].model.layers)
+    found = sparsekit.fit_each(recipe, resume=True, quiet=True)
+    assert all(result.verified for result in found.values())
+    assert counted == {"write": blocks, "read": blocks}
+
+
+def test_statistics_of_something_else_are_not_used(models, tmp_path):
+    """What is in the folder says what it is of."""
+    model, _ = sparsekit.load(models / "tiny-llama")
+    tokens = torch.arange(8)[None]
+    blocks = discover(model, tokens)
+    stats = Stats.of(torch.randn(5, 3))
+    first = Gathered(tmp_path / "kept", {"text": 1}, blocks[:1])
+    first.write(blocks[0], {0: stats})
+    same = Gathered(tmp_path / "kept", {"text": 1}, blocks[:1])
+    assert same.whole and not first.whole
+    assert torch.equal(same.read(blocks[0], torch.device("cpu"))[0].gram, stats.gram)
+    assert not Gathered(tmp_path / "kept", {"text": 1}, blocks).whole
+    assert not Gathered(tmp_path / "kept", {"text": 2}, blocks[:1]).whole
+    drifted = Stats.of(torch.randn(2000, 1100), torch.randn(2000, 1100))
+    with pytest.raises(ValueError):
+        drifted.tensors()
 
 
 def test_it_goes_on_where_it_was(recipe, tmp_path, capsys):

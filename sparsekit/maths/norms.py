@@ -1,6 +1,6 @@
 """What is known of a linear's inputs without products of them: norms, and a sample of tokens."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Self
 
 import torch
@@ -147,6 +147,28 @@ class Norms:
         """The sums, to be added up in place over processes that saw different tokens; each keeps its own sample."""
         self._cache.clear()
         return [self._squares, self.total, self.tokens]
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by names, to be kept on disk. ValueError with a dense stream, of which nothing is kept."""
+        found = dict(zip(("sums", "total", "tokens"), self.parts(), strict=True))
+        if self._sample:
+            x, delta = self._drawn()
+            if delta is not None:
+                raise ValueError("statistics of inputs that drifted from the dense ones are not kept")
+            found |= {"sample": x, "seen": torch.tensor(self._seen)}
+        return {name: tensor.contiguous() for name, tensor in found.items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """What `tensors` gave."""
+        width, device, dtype = tensors["total"].shape[0], tensors["total"].device, tensors["total"].dtype
+        found = cls(width, device, dtype)
+        for own, kept in zip(found.parts(), (tensors[name] for name in ("sums", "total", "tokens")), strict=True):
+            own.copy_(kept)
+        if "sample" in tensors:
+            found._sample, found._seen = [(tensors["sample"], None)], int(tensors["seen"])
+        return found
 
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute()` gave the first time for `key`: q, k and v share one factorization. `add` forgets all."""

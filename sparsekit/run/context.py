@@ -1,6 +1,8 @@
 """What a stage or a criterion is given; see `sparsekit.contracts.Context`."""
 
 import math
+import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,14 +15,15 @@ from torch import Tensor, nn
 
 from sparsekit import registry
 from sparsekit.contracts import Decision, share
-from sparsekit.maths import Pattern, chain
+from sparsekit.maths import Norms, Pattern, Stats, chain
 from sparsekit.measure import perplexity
 from sparsekit.model import Block, Weights, same_tower
 from sparsekit.model.structure import FINE, Units, find_units, kinds_of
 from sparsekit.recipe import named_solvers
 from sparsekit.run.methods import configured, timed
-from sparsekit.system import Meter, Team, unpack
-from sparsekit.walk import BlockStream, Commits, Cutting
+from sparsekit.run.shared import STATISTICS, Common
+from sparsekit.system import Meter, Team, human_size, unpack
+from sparsekit.walk import BlockStream, Commits, Cutting, Gathered
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Context:
     load_dense, load_tokenizer: the model that was never pruned, and the tokenizer, when they are asked for
     calibration: the settings that the tokens were made from, for stages that read more of the same text
     base: what the model is called
+    common: of a run with one of several patterns, where all of them keep what is the same; None: there is one pattern
     bos: the token that stands before every window of text; None: windows are cut as published
     """
 
@@ -59,6 +63,7 @@ class Context:
     meter: Meter = field(default_factory=Meter)
     team: Team = field(default_factory=Team)
     sharded: bool = False
+    common: Common | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     console: Console = field(default_factory=Console)
 
@@ -96,6 +101,27 @@ class Context:
             "team": self.team,
         }
         return (kind or BlockStream).over(self.model, self.blocks, self.tokens, **(settings | options))
+
+    def gathered(self, stats: type[Norms]) -> Gathered | None:
+        """Where statistics are kept for runs with other patterns; None where these would gather others, or no room is.
+
+        That of the dense model's inputs alone: of the first stages, without error correction.
+        """
+        if self.common is None or self.index or self.error_correction != "none" or self.team.size > 1:
+            return None
+        if any(block.experts for block in self.blocks):  # which come in turns
+            return None
+        widths = [block.linears[group[0]].shape[1] for block in self.blocks for group in block.groups]
+        size = sum(4 * width * (width if stats is Stats else 1) for width in widths)
+        room = shutil.disk_usage(self.common.folder.parent).free
+        if size > room / 2:
+            warnings.warn(
+                f"one capture for all patterns would keep {human_size(size)} in {self.common.folder}, and there is "
+                f"room for {human_size(room)}: each pattern has a capture of its own",
+                stacklevel=2,
+            )
+            return None
+        return Gathered(self.common.folder / STATISTICS, self.common.of, self.blocks, stats)
 
     def through(self) -> Any:
         """A stream through the model as it is, on `device`: nothing is read, restored or pruned on the way."""

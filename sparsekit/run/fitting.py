@@ -47,10 +47,10 @@ from sparsekit.run.claim import check_output, claim_output, fingerprint_of, meas
 from sparsekit.run.exporting import export, said_of
 from sparsekit.run.lock import locked
 from sparsekit.run.measured import measured_patterns
-from sparsekit.run.measuring import measure_model, ready_for, settings_of, side_by_side
+from sparsekit.run.measuring import measure_model, measures, ready_for, settings_of, side_by_side
 from sparsekit.run.plan import Plan
 from sparsekit.run.preview import left_as_is
-from sparsekit.run.shared import Shared
+from sparsekit.run.shared import Common, Shared
 from sparsekit.system import Meter, hardware, session, versions, write_atomically, write_json
 from sparsekit.walk import count_committed
 
@@ -112,7 +112,9 @@ def _run(planned: Plan, output: Path, leads: bool, console: Console, shared: Sha
         if finished:
             return _already(output, recipe_, console) if leads else 0
         try:
-            return _fit(planned, tokenizer, tokens, ready, first, fingerprint, output, meter, console, shared.folder)
+            same = fingerprint | {"recipe": {**fingerprint["recipe"], "pattern": None}}
+            common = None if shared.folder is None else Common(shared.folder, same)
+            return _fit(planned, tokenizer, tokens, ready, first, fingerprint, output, meter, console, common)
         except OSError as error:
             done = count_committed(output / "blocks")
             raise OSError(
@@ -146,7 +148,7 @@ def _fit(
     output: Path,
     meter: Meter,
     console: Console,
-    common: Path | None,
+    common: Common | None,
 ) -> int:
     from sparsekit.run.sequence import run_stages
     from sparsekit.system import leave_group, process_rank
@@ -154,7 +156,7 @@ def _fit(
     recipe_ = planned.recipe
     trust = recipe_.model.trust_remote_code
     settings = settings_of(recipe_)
-    measured = any(settings[key] for key in ("perplexity", "tasks", "accuracy", "features", "iou", "metrics"))
+    measured = measures(recipe_)
     evaluation: dict[str, Any] = {}
     with meter.stage("load"):
         console.print(f"opening {planned.model.__class__.__name__}, {len(planned.blocks)} blocks", style="dim")
@@ -172,14 +174,13 @@ def _fit(
             measure = partial(measure_model, planned, dense, known, tokenizer, settings, ready)
             file, of = output / "blocks" / "dense.json", settings
             if common is not None:  # in no run's own folder, which its fingerprint guards: it says what it is of
-                same = fingerprint | {"recipe": {**fingerprint["recipe"], "pattern": None}}
-                file, of = common / "dense.json", json.loads(json.dumps(settings | {"of": same}))
+                file, of = common.folder / "dense.json", json.loads(json.dumps(settings | {"of": common.of}))
             evaluation["dense"] = measured_once(file, of, measure)
             del measure, dense, known
     if planned.postponed:
         with meter.stage("allocate"):
             planned = replace(planned, patterns=_allocated(planned, model, tokens, output, console))
-    outcome = run_stages(planned, model, tokens, output, meter, console, first.token)
+    outcome = run_stages(planned, model, tokens, output, meter, console, first.token, common)
     if process_rank():  # the first process does the rest
         return 0
     leave_group()

@@ -125,6 +125,12 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     return settings | {"metrics": [{each.name: each.options} for each in recipe.evaluate.metrics]}
 
 
+def measures(recipe: Recipe) -> bool:
+    """Whether a recipe asks for any figure."""
+    settings = settings_of(recipe)
+    return any(settings[key] for key in ("perplexity", "tasks", "accuracy", "features", "iou", "metrics"))
+
+
 def ready_for(planned: Plan, tokenizer: Any, first: int | None) -> Ready:
     """All that measuring needs beside the model, read before the model is, so that a mistake costs no time."""
     settings = settings_of(planned.recipe)

@@ -17,7 +17,8 @@ def one_shot(context: Context, stages: Sequence[Stage]) -> Fit:
 
     Each linear gets the chain of those stages whose `targets` mean it.
     """
-    stream = context.stream(stats=statistics_for(stages))
+    stats = statistics_for(stages)
+    stream = context.stream(stats=stats, gathered=context.gathered(stats))
     chains: dict[tuple[int, ...], Callable[..., Tensor]] = {}
     solvers = {}
     for block in context.blocks:

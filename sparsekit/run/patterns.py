@@ -1,5 +1,6 @@
 """One run for each of several patterns, of one reading of the texts and one measurement of the dense model."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from sparsekit.recipe import Recipe
 from sparsekit.results import REPORT, leaderboard, show_board
 from sparsekit.results.page import write_comparison
 from sparsekit.run.fitting import run_recipe
-from sparsekit.run.shared import Shared
+from sparsekit.run.measuring import measures
+from sparsekit.run.shared import STATISTICS, Shared
 from sparsekit.system import write_json
 
 PAGE, BOARD, COMMON = "patterns.html", "patterns.json", "shared"
@@ -20,7 +22,8 @@ def run_each(
 ) -> int:
     """Run recipes that differ in their pattern, one after another, and write a page that compares them.
 
-    Texts are read and the dense model is measured once. Each pattern has its own walk, and why is said at the start.
+    Texts are read and the dense model is measured once. Each pattern has its own walk, and why is said at the start;
+    without error correction, where linears see dense inputs, the first walk's statistics serve all.
 
     recipes: as `load_recipes` gives them; one alone, called "", is just run
 
@@ -41,12 +44,12 @@ def run_each(
         )
     home = Path(str(first.output)).parent
     shared, statuses = Shared(home / COMMON), []
-    why = "since what enters a block depends on how those before it were pruned"
+    told = "each has a walk of its own, since what enters a block depends on how those before it were pruned"
     if first.error_correction == "none":
-        why = "though without error correction one capture would do, which is not shared yet"
+        told = "solvers that come first take one capture, as linears are given what the dense model gives them"
     console.print(
-        f"{len(recipes)} patterns, {', '.join(recipes)}: the texts are read and the dense model is measured once; each "
-        f"has a walk of its own, {why}",
+        f"{len(recipes)} patterns, {', '.join(recipes)}: the texts are read and the dense model is measured once; "
+        f"{told}",
         markup=False,
         highlight=False,
     )
@@ -54,7 +57,12 @@ def run_each(
         console.print(f"\n{name} -> {recipe.output}", style="bold", markup=False, highlight=False)
         again = resume and Path(str(recipe.output)).exists()
         statuses.append(run_recipe(recipe, resume=again, dry_run=dry_run, console=console, shared=shared))
-    if not dry_run and all((Path(str(recipe.output)) / REPORT).is_file() for recipe in recipes.values()):
+    if dry_run or not all((Path(str(recipe.output)) / REPORT).is_file() for recipe in recipes.values()):
+        return next((status for status in statuses if status), 0)
+    shutil.rmtree(home / COMMON / STATISTICS, ignore_errors=True)
+    if not measures(first):
+        console.print("nothing was measured, as the recipe has no `evaluate`: there is no page that compares the runs")
+    else:
         board = leaderboard([str(recipe.output) for recipe in recipes.values()])
         write_json(home / BOARD, board)
         write_comparison(board, home / PAGE)

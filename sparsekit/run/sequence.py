@@ -32,6 +32,7 @@ from sparsekit.run.plan import Plan
 from sparsekit.run.removing import remove_by
 from sparsekit.run.segments import NOTES, RESIZED, commits_of, forget_from, last_whole
 from sparsekit.run.selection import found_blocks
+from sparsekit.run.shared import Common
 from sparsekit.run.together import Sharded, Together, start
 from sparsekit.run.zeros import SourceZeros
 from sparsekit.system import Meter, bars, commit, committed, meet, write_tensors
@@ -70,8 +71,11 @@ def run_stages(
     meter: Meter,
     console: Console,
     bos: int | None = None,
+    common: Common | None = None,
 ) -> Outcome:
     """Run the recipe's stages on the model, in place. bos: the token before every window of further text, if any
+
+    common: see `Context`
 
     With several processes (`trainer.devices`) all of them call this, and after each stage all have the same model.
 
@@ -116,6 +120,7 @@ def run_stages(
             meter=meter,
             team=team,
             sharded=recipe.trainer.strategy == "fsdp",
+            common=common,
             console=console,
         )
         if effect.resizes or effect.cuts:

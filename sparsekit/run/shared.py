@@ -2,7 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+STATISTICS = "statistics"
+
+
+class Common(NamedTuple):
+    """Where runs that differ in their pattern keep what is the same in all, and what it is of (JSON)."""
+
+    folder: Path
+    of: dict[str, Any]
 
 
 class Shared:

@@ -8,6 +8,7 @@ from .findings import digests as digests
 from .findings import leave_dense as leave_dense
 from .findings import mean_error as mean_error
 from .findings import prune_linear as prune_linear
+from .gathered import Gathered as Gathered
 from .moments import Moments as Moments
 from .moments import walked as walked
 from .progress import WalkProgress as WalkProgress

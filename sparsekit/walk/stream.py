@@ -13,6 +13,7 @@ from sparsekit.maths import Norms, Stats
 from sparsekit.model import Block, fill, filled, filled_in_turn, first_inputs, parts_of
 from sparsekit.system import ActivationStore, Team, give_back, meet, room_on
 from sparsekit.walk.commits import Commits
+from sparsekit.walk.gathered import Gathered
 from sparsekit.walk.turns import Given, in_turns
 
 SMALL = 2048  # inputs of a linear whose Gram matrix is not worth asking the system for its memory back
@@ -36,6 +37,7 @@ class BlockStream:
     dense_inputs: for `model`, a second store that holds the same chunks
     grams: bytes of a block's Gram matrices at a time; where experts have more, they come in several turns
     stats: what is gathered of a linear's inputs; `Norms` where its solver needs no more
+    gathered: where statistics are kept for other runs, or come from where an earlier one has gathered all; for `none`
     commits: blocks that are committed there are restored instead of walked: resuming is starting further on
     team: the processes that walk together. With `block` each takes other blocks; `rounds` are those of this process.
         Else each has some of the inputs, sums run over all of them, and all are at the same block.
@@ -51,6 +53,7 @@ class BlockStream:
         commits: Commits | None = None,
         grams: int = 4 * 10**9,
         stats: type[Norms] = Stats,
+        gathered: Gathered | None = None,
         team: Team = Team(),  # noqa: B008 (frozen)
     ):
         if error_correction not in ERROR_CORRECTIONS:
@@ -58,7 +61,7 @@ class BlockStream:
         if (error_correction == "model") != (dense_inputs is not None):
             raise ValueError("dense_inputs belong to error_correction: model, and it needs them")
         self.blocks, self.inputs, self.dense_inputs, self.grams = blocks, inputs, dense_inputs, grams
-        self.stats = stats
+        self.stats, self.gathered = stats, gathered
         self.error_correction, self.commits = error_correction, commits
         done = set() if commits is None else commits.done()
         remaining = [block for block in blocks if block.index not in done]
@@ -186,6 +189,9 @@ class BlockStream:
         Experts whose Gram matrices do not fit beside the others come later, from what their module was given: a pruned
         block does not change it, nor the weights of experts that are still to come.
         """
+        if self.gathered is not None and self.gathered.whole:
+            yield self.gathered.read(block, self.device)
+            return
         groups, *later = in_turns(block, self.grams) if self.stats is Stats else [list(range(len(block.groups)))]
         collected: dict[int, Norms] = {}
         see = partial(self._add, collected)
@@ -201,6 +207,8 @@ class BlockStream:
                 else:
                     block.until(chunk, groups, see, routed=True)
         self._count(block)
+        if self.gathered is not None:
+            self.gathered.write(block, collected)
         yield collected
         for groups in later:
             collected.clear()
@@ -248,7 +256,8 @@ class BlockStream:
     @torch.no_grad()
     def _replay(self, block: Block) -> None:
         """Do for the activations what the walk did when this block was pruned, or does in another process."""
-        if self.error_correction not in ("prefix", "sequential") and block is not self.blocks[-1]:
+        known = self.gathered is not None and self.gathered.whole
+        if self.error_correction not in ("prefix", "sequential") and block is not self.blocks[-1] and not known:
             _advance(block.to(self.device), self.dense_inputs or self.inputs)
         if self.commits is not None and block.index in self.commits.done():
             self.commits.restore(block.to("cpu"))
