@@ -8,6 +8,7 @@ from test_run import fit
 
 from sparsekit.model import discover
 from sparsekit.run.allocation import sample_input
+from sparsekit.train import reconstruct
 from sparsekit.walk import BlockStream, weights_and_norms
 from sparsekit.walk.agreement import check_walk
 
@@ -130,6 +131,28 @@ def test_every_correction_sees_the_dense_inputs_where_nothing_is_pruned(family, 
             for name in names:
                 assert torch.allclose(stats.gram.diag().double().sqrt(), expected[name], rtol=1e-4, atol=1e-5), name
         stream.advance(block)
+    stream.close()
+
+
+def test_every_block_is_trained_whatever_it_does_to_the_shape(family):
+    """Blocks that halve the image and widen it, maps with channels first; its dense outputs are the target."""
+    model, pixels, blocks, _ = family
+    stream = BlockStream.over(model, blocks, torch.cat([pixels, pixels + 0.1]), batch=2, error_correction="none")
+    for block in stream:
+        inputs = [chunk.clone() for chunk in stream.inputs]
+        targets = [block(chunk) for chunk in stream.inputs]
+        if targets[0].dim() == 4:
+            width = targets[0].shape[block.channels]
+            assert width in {linear.shape[0] for linear in block.linears.values()}
+        masks = {}
+        for name, linear in block.linears.items():
+            masks[name] = linear.weight.abs() > linear.weight.abs().median()
+            linear.write_pruned(linear.weight * masks[name])
+        found = reconstruct(block, stream.inputs, targets, masks=masks, epochs=2, held_out=0.34)
+        assert found["before"] > 0 and found["after"] <= found["before"]
+        for index, chunk in enumerate(inputs):
+            assert torch.equal(stream.inputs[index], chunk)
+            stream.inputs[index] = targets[index]
     stream.close()
 
 
