@@ -39,6 +39,7 @@ class Probe:
 
 def candidates(pattern: str) -> dict[str, dict[str, Any]]:
     """The recipes that are tried for a pattern, cheapest first: name -> the keys that differ."""
+    lamp_of_alps = {"lamp": {"epochs": 4, "solver": "alps"}}
     found: dict[str, dict[str, Any]] = {
         "wanda": {"stages": ["wanda"]},
         "sparsegpt": {"stages": ["sparsegpt"]},
@@ -52,8 +53,9 @@ def candidates(pattern: str) -> dict[str, dict[str, Any]]:
             "sparsegpt, sensitivity": {"stages": ["sparsegpt"], "allocation": "sensitivity"},
             "alps, sensitivity": {"stages": ["alps"], "allocation": "sensitivity"},
             "lamp, sensitivity": {"stages": [{"lamp": {"epochs": 4}}], "allocation": "sensitivity"},
+            "lamp of alps, sensitivity": {"stages": [lamp_of_alps], "allocation": "sensitivity"},
         }
-    return found | {"lamp": {"stages": [{"lamp": {"epochs": 4}}]}}
+    return found | {"lamp": {"stages": [{"lamp": {"epochs": 4}}]}, "lamp of alps": {"stages": [lamp_of_alps]}}
 
 
 def search(
