@@ -2,9 +2,10 @@
 
     python -m benchmarks.leaderboard MODEL [--name NAME] [--patterns 50% 2:4] [--methods alps wanda]
         [--calibration SOURCE] [--text NAME=SOURCE ...] [--samples 24] [--length 256] [--windows 24]
+        [--zeroshot FOLDER] [--items 100]
 
 MODEL: a folder or hub name; NAME: what the table calls it. A SOURCE is an installed source of text, or a local file,
-or NAME=FILE, to call the file by a name.
+or NAME=FILE, to call the file by a name. FOLDER: where the files of zeroshot.yaml are; tasks are asked through lm-eval.
 Rows, in leaderboard.yaml, that are finished are not run again, so an interrupted table goes on. What was measured
 alike stands in one table: the same model, calibration and windows. `--write` only writes the page.
 """
@@ -61,7 +62,7 @@ def run(given: argparse.Namespace, method: str, pattern: str) -> Row:
     """Run one row and measure it."""
     kind, stages, allocation = methods()[method]
     texts = [_source(text) | {"name": _name(text), "windows": given.windows} for text in given.text]
-    measure = {"perplexity": texts, "length": given.window}
+    measure = {"perplexity": texts, "length": given.window} | zero_shot(given)
     row = {"model": given.name, "method": method, "class": kind, "pattern": pattern if stages else "", "stages": stages}
     row |= {} if allocation == "uniform" else {"allocation": allocation}
     row |= {"calibration": {"text": _name(given.calibration), "samples": given.samples, "length": given.length}}
@@ -90,10 +91,21 @@ def run(given: argparse.Namespace, method: str, pattern: str) -> Row:
             "seconds": sum(stage["seconds"] for stage in cost),
             "memory": max(stage["peak_memory_bytes"] for stage in cost),
         }
-    row["figures"] = {
+    told = {
         name: {"value": figure.value, "stderr": figure.stderr, **figure.settings} for name, figure in figures.items()
     }
+    row["figures"] = {text["name"]: told[text["name"]] for text in texts}
+    tasks = {name.removesuffix(" acc"): figure for name, figure in told.items() if name.endswith(" acc")}
+    row |= {"tasks": tasks, "items": given.items} if tasks else {}
     return row | {"hardware": hardware(), "versions": versions()}
+
+
+def zero_shot(given: argparse.Namespace) -> dict[str, Any]:
+    """What `evaluate` has for the tasks, if a folder of them is given."""
+    if not given.zeroshot:
+        return {}
+    asked = YAML(typ="safe", pure=True).load(HERE / "zeroshot.yaml")
+    return {"tasks": [task | {"path": str(given.zeroshot / task["path"])} for task in asked], "limit": given.items}
 
 
 def _source(text: str) -> dict[str, Any]:
@@ -157,6 +169,29 @@ def tables(found: Sequence[Row]) -> Iterator[tuple[str, str, list[str], list[lis
         yield group[0]["model"], said if dense else f"{said} The dense model was not measured.", columns, lines
 
 
+def task_tables(found: Sequence[Row]) -> Iterator[tuple[str, str, list[str], list[list[str]]]]:
+    """The same of the rows of which tasks were asked, a table for each model."""
+    order = list(methods())
+    for model in dict.fromkeys(row["model"] for row in found if row.get("tasks")):
+        mine = [row for row in found if row["model"] == model and row.get("tasks")]
+        mine.sort(key=lambda row: (row["pattern"], order.index(row["method"])))
+        names = list(mine[0]["tasks"])
+        lines = []
+        for row in mine:
+            asked = [row["tasks"][name] for name in names]
+            mean = sum(task["value"] for task in asked) / len(asked)
+            error = sum(task["stderr"] ** 2 for task in asked) ** 0.5 / len(asked)
+            each = [f"{100 * task['value']:.0f}" for task in asked]
+            lines.append(
+                [row["pattern"] or "-", row["method"], row["class"], *each, f"{100 * mean:.1f} ± {100 * error:.1f}"]
+            )
+        said = (
+            f"Zero-shot through lm-eval, the first {mine[0]['items']} items of each validation split: % of right "
+            "answers (the likeliest one), and the mean ± one standard error."
+        )
+        yield f"{model}, zero-shot", said, ["pattern", "method", "class", *names, "mean"], lines
+
+
 def write_page(found: Sequence[Row]) -> None:
     """docs/leaderboard.md."""
     text = [
@@ -165,7 +200,7 @@ def write_page(found: Sequence[Row]) -> None:
         "its stages, seconds and versions. Compare rows of one class: others cost more, or train. What a method costs "
         "in time is measured side by side elsewhere (`python -m benchmarks.layerwise`, benchmarks/results).",
     ]
-    for model, said, columns, lines in tables(found):
+    for model, said, columns, lines in (*tables(found), *task_tables(found)):
         head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         text += [f"## {model}", said, "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines)])]
     PAGE.write_text("\n\n".join(text) + "\n", encoding="utf-8")
@@ -218,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--zeroshot", type=Path)
+    parser.add_argument("--items", type=int, default=100)
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args(argv)
     if given.model and not given.write:
@@ -235,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(file.name, {n: f["value"] for n, f in row["figures"].items()}, flush=True)
     write_page(rows())
     write_readme(rows())
-    for model, said, columns, lines in tables(rows()):
+    for model, said, columns, lines in (*tables(rows()), *task_tables(rows())):
         show(columns, lines, title=f"{model}. {said}")
 
 
@@ -245,7 +282,9 @@ def _is(row: Row, given: argparse.Namespace, method: str, pattern: str) -> bool:
     same = (row["model"], row["method"], row["pattern"]) == (given.name, method, pattern)
     calibration = {"text": _name(given.calibration), "samples": given.samples, "length": given.length}
     windows = {figure["windows"] for figure in row["figures"].values()}
-    return same and row["calibration"] == calibration and names == set(row["figures"]) and windows == {given.windows}
+    asked = not given.zeroshot or row.get("items") == given.items
+    same = same and asked and row["calibration"] == calibration
+    return same and names == set(row["figures"]) and windows == {given.windows}
 
 
 if __name__ == "__main__":

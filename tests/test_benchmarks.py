@@ -435,3 +435,25 @@ def test_a_leaderboard_goes_on_where_it_was_and_writes_its_page(models, tmp_path
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
     assert "| `sparsegpt` | one-shot |" in readme and "dense " in readme
     assert str(models) not in page + "".join(file.read_text() for file in (tmp_path / "rows").glob("*/*.json"))
+
+
+def test_a_leaderboard_asks_tasks(shared, models, tmp_path, monkeypatch):
+    """A row without them is run again, tasks have a table of their own, and its means are of what the rows hold."""
+    folder = shared / "data/zeroshot"
+    if not folder.is_dir():
+        pytest.skip("the zero-shot sets are not here")
+    for name in ("ROWS", "PAGE", "README"):
+        monkeypatch.setattr(leaderboard, name, tmp_path / name.lower())
+    (tmp_path / "readme").write_text("nothing")
+    monkeypatch.setattr(leaderboard, "print", lambda *_, **__: None, raising=False)
+    command = [str(models / "tiny-llama"), "--name", "tiny", "--methods", "dense", "--text", "python-docs"]
+    command += ["--windows", "3", "--window", "64"]
+    leaderboard.main(command)
+    assert "zero-shot" not in (tmp_path / "page").read_text()
+    leaderboard.main([*command, "--zeroshot", str(folder), "--items", "3"])
+    [row] = leaderboard.rows()
+    assert list(row["figures"]) == ["python-docs"] and row["items"] == 3
+    assert list(row["tasks"]) == ["arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "rte"]
+    mean = sum(task["value"] for task in row["tasks"].values()) / 6
+    assert f"| {100 * mean:.1f} ± " in (tmp_path / "page").read_text()
+    assert all(task["n"] == 3 for task in row["tasks"].values() if "n" in task)
