@@ -272,9 +272,10 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool, convolutions: Col
         for block in blocks:
             block.watch(False)
     once = [block for block in blocks if block.number is not None or runs[block.name] == 1]
-    for block in set(blocks) - set(once):
-        said = f"a convolution that runs {runs[block.name]} times in a forward pass of what the model is given here"
-        once[0].skipped[block.name] = said
+    for block in blocks:
+        if block.number is None and (count := runs[block.name]) != 1:
+            said = f"runs {count} times in a forward pass" if count else "the forward pass here does not reach"
+            once[0].skipped[block.name] = f"a convolution that {said}"
     blocks = _put_in_order(once, sorted([block.name for block in once], key=[*runs].index))
     for block in blocks:
         if runs[block.name] != 1:
