@@ -10,8 +10,8 @@ from torch import nn
 
 import sparsekit
 from sparsekit.cli import main
-from sparsekit.model import find_blocks
-from sparsekit.model.structure import find_units, masking
+from sparsekit.model import find_blocks, save_model
+from sparsekit.model.structure import Removal, Shape, find_units, masking
 from sparsekit.model.structure.cutting import cut
 
 TINY = Path(__file__).parent / "models" / "tiny-llama"
@@ -126,6 +126,47 @@ def test_a_norm_that_takes_the_mean_off_is_refused():
         block.module.self_attn.q_norm = nn.LayerNorm(32)
     with pytest.raises(ValueError, match="q_norm normalises all units together"):
         find_units(model, blocks, ["heads"])
+
+
+PLAIN = {
+    **{name: MODELS[name][:2] for name in list(MODELS)[:6]},
+    "nemotron": (
+        "NemotronH",
+        ATTENTION
+        | {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "chunk_size": 8, "n_groups": 4}
+        | {"layers_block_type": ["mamba", "attention", "mlp", "mamba"], "num_hidden_layers": 4, "head_dim": 4},
+    ),
+    "bamba": (
+        "Bamba",
+        ATTENTION
+        | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_n_groups": 1}
+        | {"attn_layer_indices": [1], "mamba_expand": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_as_many_of_every_mamba_are_what_plain_transformers_opens(name, tmp_path):
+    """The config says how many heads or channels are left, and the logits are those of the cut model."""
+    family, settings = PLAIN[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**settings)).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "A_log" not in path:
+                parameter.mul_(5)
+    units = find_units(model, find_blocks(model), ["mamba"])
+    scores = torch.rand(len(units), generator=torch.Generator().manual_seed(2)).double()
+    count = 5 * len(units) // (8 * len(units.parts)) if family in ("Mamba", "FalconMamba") else 0  # no half: 40 of 64
+    kept = torch.cat([mine >= mine.sort().values[-(count or len(mine) // 2)] for mine in units.split(scores)])
+    removal = Removal(units.kinds, kept)
+    removal.apply(model, find_blocks(model))
+    expected = logits(model)
+    save_model(model, sparsekit.load(TINY)[1], tmp_path, Shape.of(model, [(units, removal)]))
+    assert Shape.read(tmp_path).layout == "plain"
+    again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    torch.testing.assert_close(logits(again.eval()), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1"])

@@ -3,8 +3,9 @@
 Only the first says all to any program that knows the family; the configs of transformers have one width for all layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from sparsekit.model.structure.shape import Layer, Shape
 from sparsekit.model.vision import described, sees_images
 
 MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "mlp_dim")  # what configs call it
+MAMBA_HEADS = ("mamba_d_ssm", "mamba_n_heads", "mamba_num_heads", "num_heads")
+MAMBA_GROUPS = ("mamba_n_groups", "n_groups")  # of heads, which share B and C; where there are several they go whole
+MAMBA_WIDTHS = ("expand", "mamba_expand")  # times the hidden size
 BIASES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}  # fields of configs that give linears biases
 
 
@@ -103,16 +107,36 @@ def _plain(model: Any, shape: Shape) -> Iterator[dict[str, Any]]:
         if len(experts) > 1:
             return  # the config has one number for all
         first[count_experts(model, find_blocks(model)).field] = next(iter(experts))
+    mambas = {(layer.mamba.kept, layer.mamba.of) for layer in shape.layers if layer.mamba is not None}
+    cut = any(kept < of for kept, of in mambas)
+    if cut and len(mambas) > 1:
+        return
     if any("heads" in name for name in first) or "n_head" in first:
         first |= head_dim(model)
     inner = "vision_config" if sees_images(model) else "text_config"
     own = shape.config.get(inner, shape.config)
     flags = {flag: True for flag, part in BIASES.items() if flag in own and any(part in n for n in shape.biases)}
-    changed = own | first | flags
-    yield shape.config | {inner: changed} if inner in shape.config else changed
+    alone = all(layer.channels is None for layer in shape.layers)
+    for fields in _of_mamba(own, Fraction(*mambas.pop()), alone) if cut else [{}]:
+        changed = own | first | flags | fields
+        yield shape.config | {inner: changed} if inner in shape.config else changed
     if shape.config["model_type"] == "llama":
         rest = {key: value for key, value in changed.items() if key not in (*BIASES, "pretraining_tp")}
         yield rest | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+def _of_mamba(own: Mapping[str, Any], share: Fraction, alone: bool) -> Iterator[dict[str, int]]:
+    """Fields of a config that may say that a share of every Mamba's channels is left, as whole numbers.
+
+    alone: there are no MLPs, so that `intermediate_size` is of the Mambas
+    """
+    fields = {name: own[name] * share for name in MAMBA_HEADS if isinstance(own.get(name), int)}
+    fields |= {name: own[name] * share for name in MAMBA_GROUPS if isinstance(own.get(name), int) and own[name] > 1}
+    wide = {name: own[name] * share for name in MAMBA_WIDTHS if isinstance(own.get(name), int)}
+    inner = {name: own[name] * share for name in ("intermediate_size",) if alone and name in own}
+    for given in (fields | inner or wide, fields | wide, fields):
+        if given and all(value.denominator == 1 for value in given.values()):
+            yield {name: int(value) for name, value in given.items()}
 
 
 def _said(config: dict[str, Any], source: dict[str, Any], seen: bool) -> str:

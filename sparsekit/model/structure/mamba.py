@@ -57,6 +57,8 @@ def _channels(block: Block, linear: str, output: str, home: str) -> Part:
     each = torch.arange(count)[:, None]
     rows, beside = {linear: torch.cat([each, each + count], 1)}, _filters(block, home, each)
     beside |= {f"{place}.{name}": each for name in ("A_log", "D")}
+    buffers = block.module.get_submodule(home).named_buffers()  # Falcon Mamba's ones, beside its time steps
+    beside |= {f"{place}.{name}": each for name, buffer in buffers if buffer.shape == (count,)}
     if f"{place}.dt_proj" in block.linears:
         rows[f"{place}.dt_proj"] = each
     else:  # its weight is read, but it is not called
