@@ -67,7 +67,7 @@ class Block:
     """
 
     def __init__(self, index: int, name: str, module: nn.Module, convolutions: Collection[str] = ()):
-        """convolutions: names inside it of those that are to be linears; empty, where the module itself is one"""
+        """convolutions: names inside it of those that are to be linears, "" for the module itself"""
         self.index = index
         self.number: int | None = index
         self.name = name

@@ -276,7 +276,9 @@ def _discover(model: nn.Module, tokens: Tensor, routers: bool, convolutions: Col
         if block.number is None and (count := runs[block.name]) != 1:
             said = f"runs {count} times in a forward pass" if count else "the forward pass here does not reach"
             once[0].skipped[block.name] = f"a convolution that {said}"
-    blocks = _put_in_order(once, sorted([block.name for block in once], key=[*runs].index))
+    if None in {block.number for block in once}:
+        once.sort(key=lambda block: [*runs, block.name].index(block.name))
+    blocks = _put_in_order(once, [block.name for block in once])
     for block in blocks:
         if runs[block.name] != 1:
             raise ValueError(f"{block.name} runs {runs[block.name]} times in a forward pass; it must run exactly once")
