@@ -120,7 +120,7 @@ def test_statistics_of_something_else_are_not_used(models, tmp_path):
     assert not Gathered(tmp_path / "kept", {"text": 1}, blocks).whole
     assert not Gathered(tmp_path / "kept", {"text": 2}, blocks[:1]).whole
     drifted = Stats.of(torch.randn(2000, 1100), torch.randn(2000, 1100))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="inputs that drifted"):
         drifted.tensors()
 
 

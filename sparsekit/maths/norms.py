@@ -151,12 +151,12 @@ class Norms:
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
         """All of it by names, to be kept on disk. ValueError with a dense stream, of which nothing is kept."""
-        found = dict(zip(("sums", "total", "tokens"), self.parts(), strict=True))
+        sums = self.parts()
+        if len(sums) > 3 or any(delta is not None for _, delta in self._sample):
+            raise ValueError("statistics of inputs that drifted from the dense ones are not kept")
+        found = dict(zip(("sums", "total", "tokens"), sums, strict=True))
         if self._sample:
-            x, delta = self._drawn()
-            if delta is not None:
-                raise ValueError("statistics of inputs that drifted from the dense ones are not kept")
-            found |= {"sample": x, "seen": torch.tensor(self._seen)}
+            found |= {"sample": self._drawn()[0], "seen": torch.tensor(self._seen)}
         return {name: tensor.contiguous() for name, tensor in found.items()}
 
     @classmethod

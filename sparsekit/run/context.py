@@ -110,6 +110,7 @@ class Context:
         if self.common is None or self.index or self.error_correction != "none" or self.team.size > 1:
             return None
         if any(block.experts for block in self.blocks):  # which come in turns
+            warnings.warn("experts are captured in turns, so each pattern has a capture of its own", stacklevel=2)
             return None
         widths = [block.linears[group[0]].shape[1] for block in self.blocks for group in block.groups]
         size = sum(4 * width * (width if stats is Stats else 1) for width in widths)

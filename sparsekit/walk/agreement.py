@@ -62,14 +62,15 @@ def _check_part(
         if not expected.isfinite().all():  # of which more is said where it matters
             return
         apart = float((hidden.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
-        if not apart <= ALLOWED.get(expected.dtype, 2e-2) and block.number is None:
+        if apart <= ALLOWED.get(expected.dtype, 2e-2):
+            continue
+        if block.number is None:
             raise ValueError(
                 f"the convolution {block.name} is given more than what the block before it gives (behind it values "
                 f"differ by {apart:.2%}), so it cannot be pruned in a walk: name it in `ignore`"
             )
-        if not apart <= ALLOWED.get(expected.dtype, 2e-2):
-            raise ValueError(
-                f"walked from block to block, {type(model).__name__} does not compute what it does by itself: after "
-                f"{block.name} hidden states differ by {apart:.2%}. Something passes between its blocks that "
-                "sparsekit does not carry, so it cannot be pruned block by block"
-            )
+        raise ValueError(
+            f"walked from block to block, {type(model).__name__} does not compute what it does by itself: after "
+            f"{block.name} hidden states differ by {apart:.2%}. Something passes between its blocks that "
+            "sparsekit does not carry, so it cannot be pruned block by block"
+        )
